@@ -1,0 +1,692 @@
+"""The losses against naive formulas, the one-walk image gradient against the textbook form."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import losses
+from distributed import UserError
+from losses import (
+    LPIPS,
+    PUBLISHED_FILES,
+    TRUNKS,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    find_weights,
+    generator_gan_loss,
+    generator_gradient,
+    last_layer_gradient,
+    pixel_loss,
+)
+
+NETS = ("vgg", "alex", "squeeze")
+
+
+def random_weights(net):
+    """What the two files of `net` hold, with random numbers: He-scaled trunk, heads >= 0."""
+    build, _, _, widths = TRUNKS[net]
+    state = {f"features.{key}": torch.randn(value.shape) * (2 / value[0].numel()) ** 0.5
+             if value.dim() == 4 else 0.1 * torch.randn(value.shape)
+             for key, value in build().state_dict().items()}
+    return state | {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1)
+                    for k, width in enumerate(widths)}
+
+
+def write_files(folder, net, state, trunk_extra=(), dtype=torch.float32):
+    """The two files in the published format; returns (trunk's, heads') path."""
+    trunk = {key: value.to(dtype) for key, value in state.items() if key.startswith("features.")}
+    heads = {key: value.to(dtype) for key, value in state.items() if key.startswith("lin")}
+    paths = folder / TRUNKS[net][1], folder / f"{net}.pth"
+    torch.save(trunk | dict(trunk_extra), paths[0])
+    torch.save(heads, paths[1])
+    return paths
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every download fails at once, and says what was asked for."""
+    def refuse(address, *args, **kwargs):
+        raise OSError(f"no route to {address}")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+# ---------------------------------------------------------------- pixel loss and LPIPS
+
+
+def test_pixel_loss_is_the_mean_absolute_difference():
+    a, b = torch.randn(2, 2, 3, 4, 5)
+    slow = sum(abs(float(p) - float(q)) for p, q in zip(a.flatten(), b.flatten())) / a.numel()
+    assert pixel_loss(a, b).item() == pytest.approx(slow, rel=1e-6)
+    assert pixel_loss(a, b).dim() == 0
+
+
+def naive_squeezenet(state, h):
+    """The seven tapped layers of SqueezeNet 1.1, written out."""
+    def conv(name, h, **kwargs):
+        return F.relu(F.conv2d(h, state[f"{name}.weight"], state[f"{name}.bias"], **kwargs))
+
+    def fire(n, h):
+        h = conv(f"features.{n}.squeeze", h)
+        return torch.cat([conv(f"features.{n}.expand1x1", h),
+                          conv(f"features.{n}.expand3x3", h, padding=1)], 1)
+
+    def pool(h):  # windows that hang over the edge count, too
+        return F.max_pool2d(F.pad(h, (0, (h.shape[3] - 3) % 2, 0, (h.shape[2] - 3) % 2)), 3, 2)
+
+    one = conv("features.0", h, stride=2)
+    two = fire(4, fire(3, pool(one)))
+    three = fire(7, fire(6, pool(two)))
+    four = fire(9, pool(three))
+    five = fire(10, four)
+    six = fire(11, five)
+    return one, two, three, four, five, six, fire(12, six)
+
+
+def naive_plain(state, h, net):
+    """The tapped layers of VGG16 or AlexNet: a pool where torchvision's numbering leaves a gap."""
+    tapped, last = [], 0
+    kernel, wide = (2, {}) if net == "vgg" else (3, {"features.0": (4, 2), "features.3": (1, 2)})
+    for n in sorted({int(key.split(".")[1]) for key in state if key.startswith("features.")}):
+        if n - last == 3:
+            h = F.max_pool2d(h, kernel, 2)
+        stride, padding = wide.get(f"features.{n}", (1, 1))
+        h = F.relu(F.conv2d(h, state[f"features.{n}.weight"], state[f"features.{n}.bias"],
+                            stride, padding))
+        tapped.append(h)
+        last = n
+    return [tapped[n] for n in (1, 3, 6, 9, 12)] if net == "vgg" else tapped
+
+
+def naive_lpips(state, a, b, net):
+    shift, scale = torch.tensor([-.030, -.088, -.188]), torch.tensor([.458, .448, .450])
+    total = torch.zeros(len(a))
+    levels = [naive_squeezenet(state, h) if net == "squeeze" else naive_plain(state, h, net)
+              for h in ((i - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for i in (a, b))]
+    for k, (phi_a, phi_b) in enumerate(zip(*levels)):
+        phi_a, phi_b = (p / ((p * p).sum(1, keepdim=True).sqrt() + 1e-10) for p in (phi_a, phi_b))
+        weight = state[f"lin{k}.model.1.weight"].view(-1, 1, 1)
+        total += (weight * (phi_a - phi_b) ** 2).sum(1).mean((1, 2))
+    return total
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_lpips_is_the_formula_written_out_for_each_trunk(net):
+    state = random_weights(net)
+    a, b = torch.rand(2, 2, 3, 70, 64) * 2 - 1  # 70: the pools of squeeze must round up
+    value = LPIPS(net, state)(a, b)
+    assert value.shape == (2,)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, naive_lpips(state, a, b, net), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_lpips_equals_the_lpips_package_with_the_same_weights(net):
+    pytest.importorskip("torchvision")
+    package = pytest.importorskip("lpips").LPIPS(
+        net=net, pnet_rand=True, pretrained=False, verbose=False)
+    state = random_weights(net)
+    theirs = {key: value for key, value in state.items() if key.startswith("lin")}
+    # The package cuts the trunk into slices and keeps torchvision's number as the last part.
+    numbers = {key.split(".", 2)[2]: key for key in package.state_dict()
+               if key.startswith("net.slice")}
+    theirs |= {numbers[key.removeprefix("features.")]: value
+               for key, value in state.items() if key.startswith("features.")}
+    missing, unknown = package.load_state_dict(theirs, strict=False)
+    assert not unknown
+    assert all(key.startswith(("scaling_layer.", "lins.")) for key in missing)
+    a, b = torch.rand(2, 2, 3, 64, 96) * 2 - 1
+    a.requires_grad_()
+    ours, peer = LPIPS(net, state)(a, b), package(a, b).view(-1)
+    torch.testing.assert_close(ours, peer, rtol=1e-6, atol=1e-6)
+    ours, peer = (torch.autograd.grad(value.sum(), a)[0] for value in (ours, peer))
+    assert (ours - peer).abs().max() < 1e-5 * peer.abs().max()
+
+
+def test_lpips_of_equal_images_is_zero_and_it_is_symmetric():
+    lpips = LPIPS("alex", random_weights("alex"))
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    assert lpips(a, a).tolist() == [0, 0]
+    torch.testing.assert_close(lpips(a, b), lpips(b, a))
+    assert (lpips(a, b) > 0).all()
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_lpips_has_a_finite_gradient_where_all_features_are_zero(net):
+    image = torch.randn(1, 3, 64, 64, requires_grad=True)
+    lpips = LPIPS(net, {key: 0 * value for key, value in random_weights(net).items()})
+    for index, layer in enumerate(lpips.features):
+        if isinstance(layer, nn.ReLU):  # whose own backward would turn a NaN at 0 into 0
+            lpips.features[index] = nn.Identity()
+    value = lpips(image, torch.randn(1, 3, 64, 64)).sum()
+    value.backward()
+    assert value.item() == 0
+    assert image.grad.isfinite().all()
+
+
+def test_unit_length_changes_only_the_gradient_at_zero():
+    features = torch.randn(2, 5, 4, 4) * torch.logspace(-6, 2, 4)
+    features[0, :, 0, 0] = 0
+    features.requires_grad_()
+    plain = features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    safe = losses._unit_length(features)
+    torch.testing.assert_close(safe, plain, rtol=0, atol=1e-6)
+    direction = torch.randn_like(plain)
+    ours, naive = (torch.autograd.grad((v * direction).sum(), features)[0] for v in (safe, plain))
+    assert naive[0, :, 0, 0].isnan().all()
+    assert ours.isfinite().all()
+    naive[0, :, 0, 0] = ours[0, :, 0, 0]
+    torch.testing.assert_close(ours, naive)
+
+
+def test_lpips_is_frozen_and_a_parents_train_does_not_reach_it():
+    parent = nn.ModuleList([LPIPS("alex", random_weights("alex"))]).train()
+    assert parent.training
+    assert not any(module.training for module in parent[0].modules())
+    assert not any(p.requires_grad for p in parent[0].parameters())
+
+
+def test_lpips_runs_in_float32_under_autocast():
+    lpips = LPIPS("alex", random_weights("alex"))
+    a, b = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lpips(a, b)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, lpips(a, b))
+    assert lpips(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_building_lpips_draws_no_random_numbers():
+    state = random_weights("alex")
+    before = torch.get_rng_state()
+    LPIPS("alex", state)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_net_is_refused():
+    with pytest.raises(ValueError, match="'vgg19': expected one of vgg, alex, squeeze"):
+        LPIPS("vgg19")
+
+
+# ---------------------------------------------------------------- weight files
+
+
+@pytest.mark.parametrize(("net", "dtype"), [("alex", torch.float16), ("squeeze", torch.bfloat16),
+                                            ("alex", torch.float64)])
+def test_any_float_type_is_read_and_the_classifier_is_ignored(net, dtype, tmp_path):
+    state = {key: value.to(dtype) for key, value in random_weights(net).items()}
+    write_files(tmp_path, net, state, {"classifier.1.weight": torch.ones(10, 4)}, dtype)
+    lpips = LPIPS(net, str(tmp_path))
+    assert {p.dtype for p in lpips.parameters()} == {torch.float32}
+    assert all(torch.equal(value, state[key].float()) for key, value in lpips.state_dict().items())
+
+
+def test_by_default_the_files_are_read_from_torch_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    state = random_weights("alex")
+    write_files(tmp_path / "checkpoints", "alex", state)
+    assert torch.equal(LPIPS("alex").lin0.model[1].weight, state["lin0.model.1.weight"])
+
+
+@pytest.mark.parametrize(("which", "change", "complaint"), [
+    (0, {"features.99.weight": torch.ones(1)}, "unknown key features.99.weight"),
+    (0, {"net.features.0.bias": torch.ones(1)}, "unknown key net.features.0.bias"),
+    (0, {"features.0.bias": None}, "no key features.0.bias"),
+    (0, {"features.0.bias": torch.ones(7)}, r"features.0.bias is \(7,\), not \(64,\)"),
+    (1, {"lins.0.model.1.weight": torch.ones(1)}, "unknown key lins.0.model.1.weight"),
+    (1, {"classifier.0": torch.ones(1)}, "unknown key classifier.0"),
+    (1, {"lin4.model.1.weight": None}, "no key lin4.model.1.weight"),
+])
+def test_other_keys_and_shapes_are_refused_in_one_line(which, change, complaint, tmp_path):
+    paths = write_files(tmp_path, "alex", random_weights("alex"))
+    state = torch.load(paths[which]) | change
+    torch.save({key: value for key, value in state.items() if value is not None}, paths[which])
+    with pytest.raises(UserError, match=complaint) as caught:
+        LPIPS("alex", tmp_path)
+    assert str(paths[which]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut off", [1, 2]])
+def test_a_damaged_file_is_named_in_one_line(content, tmp_path):
+    path, _ = write_files(tmp_path, "alex", random_weights("alex"))
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="not a file of weights") as caught:
+        LPIPS("alex", tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class _Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("trapped"),)
+
+
+def test_loading_runs_no_code_from_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_files(tmp_path, "alex", random_weights("alex"))
+    torch.save({"features.0.bias": _Trap()}, path)
+    with pytest.raises(UserError, match="not a file of weights"):
+        LPIPS("alex", tmp_path)
+    assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_a_missing_file_offline_names_file_address_and_folder(name, tmp_path, offline):
+    with pytest.raises(UserError) as caught:
+        find_weights(name, tmp_path / "weights")
+    line = str(caught.value)
+    assert line.startswith(f"{name} is not in {tmp_path / 'weights'}")
+    assert f"get {PUBLISHED_FILES[name][0]}{name}" in line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A file of our own in the table, at a file:// address: (name, folder to put it in, digest)."""
+    source = tmp_path / "published"
+    source.mkdir()
+    (source / "small.pth").write_bytes(b"weights")
+    digest = losses.hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(PUBLISHED_FILES, "small.pth", (source.as_uri() + "/", digest[:8]))
+    return "small.pth", tmp_path / "cache" / "deep", digest
+
+
+def test_a_missing_file_is_downloaded_once_where_it_belongs(published, capsys):
+    name, folder, _ = published
+    path = find_weights(name, folder)
+    assert path == folder / name
+    assert path.read_bytes() == b"weights"
+    assert [p.name for p in folder.iterdir()] == [name]
+    assert "downloading file://" in capsys.readouterr().out
+    assert find_weights(name, folder) == path
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_with_another_hash_is_refused_and_leaves_nothing(published, monkeypatch):
+    name, folder, _ = published
+    monkeypatch.setitem(PUBLISHED_FILES, name, (PUBLISHED_FILES[name][0], "00000000"))
+    with pytest.raises(UserError, match="invalid hash value"):
+        find_weights(name, folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_users_own_file_with_another_hash_is_used_and_said_once(published, capsys):
+    name, folder, digest = published
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"mine")
+    assert find_weights(name, folder).read_bytes() == b"mine"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert str(folder / name) in said
+    assert digest[:8] in said
+    find_weights(name, folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_only_local_rank_0_downloads_and_the_others_wait(published, monkeypatch, offline):
+    name, folder, _ = published
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(losses.time, "sleep", lambda _: (folder / name).write_bytes(b"weights"))
+    assert find_weights(name, folder).read_bytes() == b"weights"
+
+
+# ---------------------------------------------------------------- the discriminator
+
+
+@pytest.mark.parametrize(("n_layers", "count"), [(3, 2_765_633), (2, 663_361)])
+def test_the_discriminator_has_tamings_number_of_parameters(n_layers, count):
+    discriminator = PatchDiscriminator(3, 64, n_layers)
+    assert sum(p.numel() for p in discriminator.parameters()) == count
+
+
+def test_the_discriminator_has_tamings_key_names():
+    keys = set(PatchDiscriminator(3, 8, 3).state_dict())
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert keys == {f"main.{n}.{k}" for n in (0, 11) for k in ("weight", "bias")} | {
+        f"main.{n}.weight" for n in (2, 5, 8)} | {f"main.{n}.{k}" for n in (3, 6, 9) for k in norm}
+
+
+def test_the_discriminator_is_the_layers_written_out():
+    discriminator = PatchDiscriminator(3, 8, 2).eval()
+    state = discriminator.state_dict()
+    image = torch.randn(2, 3, 32, 32)
+    h = F.leaky_relu(F.conv2d(image, state["main.0.weight"], state["main.0.bias"], 2, 1), 0.2)
+    for n, stride in ((2, 2), (5, 1)):
+        h = F.conv2d(h, state[f"main.{n}.weight"], None, stride, 1) / (1 + 1e-5) ** 0.5
+        h = h * state[f"main.{n + 1}.weight"].view(-1, 1, 1)
+        h = F.leaky_relu(h, 0.2)
+    h = F.conv2d(h, state["main.8.weight"], state["main.8.bias"], 1, 1)
+    assert h.shape == (2, 1, 6, 6)
+    torch.testing.assert_close(discriminator(image), h)
+
+
+def test_widths_double_up_to_eightfold():
+    convolutions = [m for m in PatchDiscriminator(3, 4, 5).main if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [4, 8, 16, 32, 32, 32, 1]
+    assert [m.stride[0] for m in convolutions] == [2, 2, 2, 2, 2, 1, 1]
+
+
+def test_the_discriminator_starts_from_tamings_distributions():
+    for layer in PatchDiscriminator(3, 64, 3).main:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.mean().abs() < 4 * 0.02 / layer.weight.numel() ** 0.5
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.weight.mean().item() == pytest.approx(1, abs=0.01)
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.25)
+            assert not layer.bias.any()
+
+
+# ---------------------------------------------------------------- hinge and log
+
+
+LOGITS = torch.tensor([-3.0, -1.5, -0.2, 0.0, 0.3, 0.9, 1.1, 4.0], dtype=torch.float64)
+
+
+def naive_gan(real, fake, gan):
+    """(discriminator's, generator's loss), each term by itself."""
+    if gan == "hinge":
+        d = [0.5 * max(0, 1 - r) / len(real) for r in real]
+        d += [0.5 * max(0, 1 + f) / len(fake) for f in fake]
+        return sum(d), sum(-f for f in fake) / len(fake)
+    real, fake = (1 / (1 + (-logits).exp()) for logits in (real, fake))  # D(x), D(x_hat)
+    value = real.log().mean() + (1 - fake).log().mean()  # Eq. 7
+    return -value, (1 - fake).log().mean()
+
+
+@pytest.mark.parametrize("gan", ["hinge", "log"])
+def test_both_players_losses_and_gradients_are_the_naive_formulas(gan):
+    real, fake = LOGITS.clone().requires_grad_(), (LOGITS.flip(0) * 0.7 + 0.1).requires_grad_()
+    ours = discriminator_loss(real, fake, gan), generator_gan_loss(fake, gan)
+    for mine, naive in zip(ours, naive_gan(real, fake, gan)):
+        torch.testing.assert_close(mine, naive, rtol=1e-12, atol=0)
+        mine, naive = (torch.autograd.grad(v, (real, fake), retain_graph=True, allow_unused=True)
+                       for v in (mine, naive))
+        for a, b in zip(mine, naive):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_an_undecided_discriminator_pays_1_by_hinge_and_2_log_2_by_log():
+    zero = torch.zeros(2, 1, 6, 6)
+    assert discriminator_loss(zero, zero).item() == 1
+    assert discriminator_loss(zero, zero, "log").item() == pytest.approx(1.3862944)
+    images = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    at_init = discriminator_loss(*map(PatchDiscriminator(), images))
+    assert at_init.item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("gan", ["hinge", "log"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_no_logit_is_large_enough_to_overflow(gan, sign):
+    logits = torch.full((4,), sign * 1e4, requires_grad=True)
+    for loss in (discriminator_loss(logits, logits, gan), generator_gan_loss(logits, gan)):
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_an_unknown_gan_or_rule_is_refused():
+    with pytest.raises(ValueError, match="gan 'wgan': expected one of hinge, log"):
+        discriminator_loss(LOGITS, LOGITS, "wgan")
+    with pytest.raises(ValueError, match="gan 'wgan': expected one of hinge, log"):
+        generator_gan_loss(LOGITS, "wgan")
+    with pytest.raises(ValueError, match="lambda 'dome': expected one of paper, taming"):
+        adaptive_weight(LOGITS, LOGITS, "dome")
+
+
+# ---------------------------------------------------------------- lambda
+
+
+def test_the_papers_lambda_is_the_ratio_of_norms_without_clamp():
+    rec, gan = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])
+    assert adaptive_weight(rec, gan).item() == pytest.approx(5 / (0.5 + 1e-4))
+    assert adaptive_weight(rec, 0 * gan).item() == pytest.approx(5e4)
+    assert adaptive_weight(rec, gan).shape == ()
+
+
+def test_tamings_lambda_is_clamped_at_1e4_and_scaled_by_0_8():
+    rec, gan = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])
+    assert adaptive_weight(rec, gan, "taming").item() == pytest.approx(0.8 * 5 / (0.5 + 1e-4))
+    assert adaptive_weight(rec, 0 * gan, "taming").item() == pytest.approx(8000)
+
+
+def test_lambda_is_a_float32_tensor_without_a_graph():
+    rec, gan = torch.full((4,), 300.0).half(), torch.ones(4, requires_grad=True).half()
+    weight = adaptive_weight(rec, gan)
+    assert weight.dtype == torch.float32
+    assert not weight.requires_grad
+    assert weight.item() == pytest.approx(600 / (2 + 1e-4))
+    assert adaptive_weight(rec.to("meta"), gan.to("meta")).is_meta  # no value is waited for
+
+
+def test_the_last_layers_gradient_is_that_of_autograd():
+    layer = nn.Conv2d(5, 3, 3, padding=1).double()
+    features = torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    image = layer(features)
+    direction = torch.randn_like(image)
+    reference, = torch.autograd.grad(image, layer.weight, direction)
+    ours = last_layer_gradient(features, direction, layer.weight.shape)
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        single = last_layer_gradient(features.float(), direction.float(), layer.weight.shape)
+        half = last_layer_gradient(features.bfloat16(), direction.float(), layer.weight.shape)
+    torch.testing.assert_close(single.double(), reference, rtol=1e-5, atol=1e-4)
+    assert half.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- the whole step
+
+
+class SmallDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(),
+                                  nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1),
+                                  nn.GroupNorm(2, 8), nn.SiLU())
+        self.conv_out = nn.Conv2d(8, 3, 3, padding=1)
+
+
+class SmallPerceptual(nn.Module):
+    """One value per image, as LPIPS, but smooth and cheap."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 6, 5, stride=2).requires_grad_(False)
+
+    def forward(self, a, b):
+        return (self.layer(a).tanh() - self.layer(b).tanh()).square().mean((1, 2, 3))
+
+
+def problem(dtype=torch.float64, perceptual=True):
+    torch.manual_seed(1)
+    decoder, discriminator = SmallDecoder().to(dtype), PatchDiscriminator(3, 4, 2).to(dtype)
+    z, x = torch.randn(2, 4, 16, 16, dtype=dtype), torch.rand(2, 3, 32, 32, dtype=dtype) * 2 - 1
+    return decoder, discriminator, SmallPerceptual().to(dtype) if perceptual else None, z, x
+
+
+def textbook_step(decoder, discriminator, perceptual, z, x, gan, rule):
+    """Eq. 8-9 as the field writes them: two extra walks to the last layer, then one through all."""
+    x_hat = decoder.conv_out(decoder.body(z))
+    pixel = (x_hat - x).abs().mean()
+    reconstruction = pixel if perceptual is None else pixel + perceptual(x_hat, x).mean()
+    adversarial = generator_gan_loss(discriminator(x_hat), gan)
+    above = pixel if rule == "paper" else reconstruction
+    norms = [torch.autograd.grad(loss, decoder.conv_out.weight, retain_graph=True)[0].norm()
+             for loss in (above, adversarial)]
+    weight = (norms[0] / (norms[1] + 1e-4)).detach()
+    if rule == "taming":
+        weight = 0.8 * weight.clamp(0, 1e4)
+    (reconstruction + weight * adversarial).backward()
+    return weight
+
+
+def our_step(decoder, discriminator, perceptual, z, x, gan="hinge", rule="paper", body=None):
+    features = (body or decoder.body)(z)
+    x_hat = decoder.conv_out(features)
+    gradient, values = generator_gradient(x_hat, x, features, decoder.conv_out.weight.shape,
+                                          perceptual, discriminator, gan, rule)
+    x_hat.backward(gradient)
+    return values
+
+
+def gradients_of(module):
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return gradients
+
+
+@pytest.mark.parametrize("rule", ["paper", "taming"])
+@pytest.mark.parametrize("gan", ["hinge", "log"])
+@pytest.mark.parametrize("with_perceptual", [True, False])
+def test_one_walk_from_the_image_gives_the_textbooks_gradients(rule, gan, with_perceptual):
+    decoder, discriminator, perceptual, z, x = problem(perceptual=with_perceptual)
+    weight = textbook_step(decoder, discriminator, perceptual, z, x, gan, rule)
+    reference = gradients_of(decoder)
+    discriminator.zero_grad(set_to_none=True)
+    values = our_step(decoder, discriminator, perceptual, z, x, gan, rule)
+    ours = gradients_of(decoder)
+    assert abs(values["lambda"] - weight) < 1e-12 * weight
+    for name, gradient in reference.items():
+        assert gradient.abs().max() > 1e-9
+        assert (ours[name] - gradient).abs().max() < 1e-12, name
+
+
+def test_the_real_lpips_gives_the_textbooks_gradients_too():
+    decoder, discriminator, _, z, x = problem()
+    perceptual = LPIPS("alex", random_weights("alex")).double()
+    textbook_step(decoder, discriminator, perceptual, z, x, "hinge", "taming")
+    reference = gradients_of(decoder)
+    our_step(decoder, discriminator, perceptual, z, x, "hinge", "taming")
+    for name, gradient in gradients_of(decoder).items():
+        assert (gradient - reference[name]).abs().max() < 1e-12, name
+
+
+def test_before_the_discriminator_starts_only_the_reconstruction_counts():
+    decoder, _, perceptual, z, x = problem()
+    x_hat = decoder.conv_out(decoder.body(z))
+    (pixel_loss(x_hat, x) + perceptual(x_hat, x).mean()).backward()
+    reference = gradients_of(decoder)
+    values = our_step(decoder, None, perceptual, z, x)
+    assert set(values) == {"pixel", "perceptual"}
+    for name, gradient in gradients_of(decoder).items():
+        assert (gradient - reference[name]).abs().max() < 1e-12, name
+
+
+def test_the_reported_values_are_the_losses_as_detached_scalars():
+    decoder, discriminator, perceptual, z, x = problem()
+    discriminator.eval()
+    values = our_step(decoder, discriminator, perceptual, z, x, "log")
+    with torch.no_grad():
+        x_hat = decoder.conv_out(decoder.body(z))
+        assert values["pixel"] == pixel_loss(x_hat, x)
+        assert values["perceptual"] == perceptual(x_hat, x).mean()
+        assert values["gan"] == generator_gan_loss(discriminator(x_hat), "log")
+    assert set(values) == {"pixel", "perceptual", "gan", "lambda"}
+    assert all(v.dim() == 0 and not v.requires_grad for v in values.values())
+    assert set(our_step(decoder, discriminator, None, z, x)) == {"pixel", "gan", "lambda"}
+
+
+def test_the_generators_step_leaves_the_discriminators_gradients_none():
+    decoder, discriminator, perceptual, z, x = problem()
+    our_step(decoder, discriminator, perceptual, z, x)
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
+def test_one_forward_serves_both_players_and_the_discriminator_gets_the_textbooks_gradients():
+    decoder, discriminator, perceptual, z, x = problem()
+    features = decoder.body(z)
+    x_hat = decoder.conv_out(features)
+    fake = x_hat.detach()
+    generator_gradient(x_hat, x, features, decoder.conv_out.weight.shape, perceptual, discriminator)
+    discriminator_loss(discriminator(x), discriminator(fake)).backward()
+    ours = gradients_of(discriminator)
+    assert all(p.grad is None for p in decoder.parameters())
+    discriminator_loss(discriminator(x), discriminator(
+        decoder.conv_out(decoder.body(z)).detach())).backward()
+    for name, gradient in gradients_of(discriminator).items():
+        assert (gradient - ours[name]).abs().max() < 1e-12, name
+
+
+def test_lambda_and_losses_are_float32_inside_autocast():
+    decoder, discriminator, _, z, x = problem(torch.float32)
+    perceptual = LPIPS("alex", random_weights("alex"))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = decoder.body(z)
+        x_hat = decoder.conv_out(features)
+        arguments = (x_hat, x, features, decoder.conv_out.weight.shape, perceptual, discriminator)
+        gradient, values = generator_gradient(*arguments)
+    assert x_hat.dtype == gradient.dtype == torch.bfloat16
+    assert {v.dtype for v in values.values()} == {torch.float32}
+    outside, _ = generator_gradient(*arguments)
+    assert torch.equal(gradient, outside)
+    x_hat.backward(gradient)
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def compiled_step_equals_eager(backend):
+    decoder, discriminator, perceptual, z, x = problem(torch.float32)
+    our_step(decoder, discriminator, perceptual, z, x)
+    reference = gradients_of(decoder)
+    body = torch.compile(decoder.body, backend=backend)
+    for step in range(3):  # peers break at the first step after the one that compiled
+        our_step(decoder, discriminator if step else None, perceptual, z, x, body=body)
+        ours = gradients_of(decoder)
+    for name, gradient in reference.items():
+        assert (ours[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+
+
+def test_the_step_works_under_torch_compile_with_aot_eager():
+    compiled_step_equals_eager("aot_eager")
+
+
+@pytest.mark.slow
+def test_the_step_works_under_torch_compile_with_inductor():
+    compiled_step_equals_eager("inductor")
+
+
+# ---------------------------------------------------------------- several processes
+
+TWO_PROCESSES = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from distributed import close, rank, setup
+from test_losses import our_step, problem
+setup("cpu")
+decoder, discriminator, perceptual, z, x = problem()
+discriminator.eval()
+half = slice(rank(), rank() + 1)
+values = our_step(decoder, discriminator, perceptual, z[half], x[half], rule=sys.argv[3])
+print(json.dumps(values["lambda"].item()))
+close()
+"""
+
+
+@pytest.mark.parametrize("rule", ["paper", "taming"])
+def test_two_processes_share_the_lambda_of_the_whole_batch(rule):
+    here = Path(__file__).resolve().parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, here, here.parent, rule],
+                            stdout=subprocess.PIPE, env=os.environ | group | {"RANK": str(rank)})
+           for rank in range(2)]
+    lambdas = [json.loads(process.communicate(timeout=120)[0]) for process in run]
+    decoder, discriminator, perceptual, z, x = problem()
+    whole = our_step(decoder, discriminator.eval(), perceptual, z, x, rule=rule)["lambda"].item()
+    halves = [our_step(decoder, discriminator, perceptual, z[i:i + 1], x[i:i + 1],
+                       rule=rule)["lambda"].item() for i in range(2)]
+    assert lambdas[0] == lambdas[1] == pytest.approx(whole, rel=1e-12)
+    assert abs(sum(halves) / 2 - whole) > 1e-6 * whole  # the mean of the lambdas would not do
