@@ -1,0 +1,142 @@
+"""Masks: 1 = to be generated, 0 = known (AVQ Sec. 3.2).
+
+The decoder is trained on the random masks of LaMa (strokes of a thick brush, or boxes) and, for
+half of the samples, on the full mask, which teaches it to decode with no picture at hand.
+Evaluation uses the same generator with masks of at most half the picture. Every mask is a pure
+function of its arguments: who draws it, and in which order, changes nothing.
+
+    (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
+
+Not here: masks in the network (pconv.py, asym_decoder.py) and masks from files (inpaint.py).
+"""
+
+from collections import namedtuple
+from math import cos, pi, sin
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# Upper ends are LaMa's own: a brush is 5 + [0, width) thick, a segment 10 + [0, length) long.
+Strokes = namedtuple("Strokes", "min_times max_times width length")
+Boxes = namedtuple("Boxes", "max_times min_side max_side margin")
+
+LAMA_MASKS = {
+    ("thick", 256): (Strokes(1, 5, 100, 200), Boxes(3, 30, 150, 10)),
+    ("thick", 512): (Strokes(1, 5, 250, 450), Boxes(4, 30, 300, 10)),
+    ("medium", 256): (Strokes(4, 5, 50, 100), Boxes(5, 10, 50, 0)),
+    ("medium", 512): (Strokes(4, 10, 100, 200), Boxes(5, 30, 150, 0)),
+    ("thin", 256): (Strokes(4, 50, 10, 40), None),
+    ("thin", 512): (Strokes(4, 70, 20, 100), None),
+}
+MASK_KINDS = ("thin", "medium", "thick")
+BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
+
+# The first number of every key: masks share no random numbers with crops, orders or pictures.
+_SHAPE_STREAM, _FULL_STREAM = 101, 102
+
+
+def random_mask(kind, size, seed, index):
+    """LaMa's random mask: uint8 (size,size), 1 = to be generated.
+
+    kind: "thin", "medium" or "thick". Below 512 px LaMa's 256 table is drawn at size/256, from 512
+    on its 512 table at size/512. seed: an int or a tuple of ints, none negative. ValueError:
+    unknown kind, or size below 8.
+    """
+    if kind not in MASK_KINDS:
+        raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
+    if size < 8:
+        raise ValueError(f"a mask of {size} px is too small to draw; the least size is 8")
+    canvas_side = 512 if size >= 512 else 256
+    strokes, boxes = LAMA_MASKS[kind, canvas_side]
+    rng = _generator(_SHAPE_STREAM, seed, index)
+    canvas = Image.new("L", (size, size))
+    draw, scale = ImageDraw.Draw(canvas), size / canvas_side
+    if boxes and rng.random() < BOX_SHARE:
+        _draw_boxes(draw, rng, boxes, canvas_side, scale)
+    else:
+        _draw_strokes(draw, rng, strokes, canvas_side, scale)
+    return np.array(canvas)                                                         # (size,size)
+
+
+def _generator(stream, seed, index):
+    seed = seed if isinstance(seed, tuple) else (seed,)
+    return np.random.default_rng((stream, *seed, index))
+
+
+def _draw_strokes(draw, rng, strokes, side, scale):
+    # LaMa's own reading of its "1-5 times" is 1 to 6: its generator adds one to the upper end.
+    for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
+        x, y = rng.integers(side, size=2).tolist()
+        for _ in range(rng.integers(1, 6)):
+            turn, length, width = rng.integers((4, strokes.length, strokes.width)).tolist()
+            angle, length, width = 0.01 + turn, 10 + length, 5 + width
+            if stroke % 2 == 0:
+                angle = 2 * pi - angle
+            start = x * scale, y * scale
+            x = min(max(int(x + length * sin(angle)), 0), side)
+            y = min(max(int(y + length * cos(angle)), 0), side)
+            _draw_segment(draw, start, (x * scale, y * scale), width * scale)
+
+
+def _draw_segment(draw, start, end, width):
+    """A line with round ends; without them the mean area of thick masks falls from 0.40 to 0.33."""
+    width = max(1, round(width))
+    draw.line((start, end), fill=1, width=width)
+    if width > 2:
+        radius = width / 2
+        for x, y in (start, end):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+
+
+def _draw_boxes(draw, rng, boxes, side, scale):
+    for _ in range(rng.integers(1, boxes.max_times + 1)):
+        width, height = rng.integers(boxes.min_side, boxes.max_side + 1, size=2).tolist()
+        left, top = rng.integers(boxes.margin, (side - boxes.margin - width + 1,
+                                                side - boxes.margin - height + 1)).tolist()
+        x0, y0 = round(left * scale), round(top * scale)
+        x1, y1 = round((left + width) * scale), round((top + height) * scale)
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=1)
+
+
+def box_mask(size, top, left, height, width):
+    """One box to be generated: uint8 (size,size). ValueError if it is empty or leaves the
+    picture."""
+    if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > size:
+        raise ValueError(f"box top={top} left={left} height={height} width={width} "
+                         f"does not fit into {size} x {size} px")
+    mask = np.zeros((size, size), np.uint8)                                         # (size,size)
+    mask[top:top + height, left:left + width] = 1
+    return mask
+
+
+def training_mask(size, seed, index, kind="thick", p_full=0.5):
+    """The schedule: with probability `p_full` the full mask, else a random one. [AVQ Sec. 3.2]
+
+    Returns (mask uint8 (size,size), full): `full` says that all is to be generated, so the branch
+    has nothing to see.
+    """
+    if _generator(_FULL_STREAM, seed, index).random() < p_full:
+        return np.ones((size, size), np.uint8), True                                # (size,size)
+    mask = random_mask(kind, size, seed, index)
+    return mask, bool(mask.all())
+
+
+def evaluation_mask(size, index, kind="thick", seed=0):
+    """The mask of image `index` in every table: neither empty nor over half the picture, else the
+    next index's."""
+    while True:
+        mask = random_mask(kind, size, seed, index)
+        if 0 < mask.mean() <= 0.5:
+            return mask
+        index += 1
+
+
+def area_bucket(mask):
+    """LaMa's ten bins of the share to be generated, "0-10" .. "90-100", lower end included. [AVQ
+    Tab. 1]
+
+    mask: any array or CPU tensor of zeros and ones.
+    """
+    mask = np.asarray(mask)
+    tenth = min(9, 10 * int(mask.sum()) // mask.size)  # in integers: 40 % is never 39.999 %
+    return f"{10 * tenth}-{10 * tenth + 10}"
