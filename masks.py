@@ -132,8 +132,9 @@ def evaluation_mask(size, index, kind="thick", seed=0):
 
 
 def area_bucket(mask):
-    """LaMa's ten bins of the share to be generated, "0-10" .. "90-100", lower end included. [AVQ
-    Tab. 1]
+    """LaMa's ten bins of the share to be generated, "0-10" .. "90-100", lower end included.
+
+    [AVQ Tab. 1]
 
     mask: any array or CPU tensor of zeros and ones.
     """

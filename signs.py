@@ -399,7 +399,7 @@ def _post(scene, x, foot):
 def _hang(scene, x, y, inks, colours):
     """Paste lines of ink on a framed board, in whole pixels.
 
-    Returns its (x0, y0, x1, y1), or None where it would not fit, would touch another or be a fourth.
+    Returns its (x0, y0, x1, y1); None where it does not fit, touches another or would be a fourth.
     """
     ground, ink_colour = colours
     pad = 2 * scene.letter

@@ -1,0 +1,589 @@
+"""data.py and signs.py: drawn pictures, files good and bad, and an order that nothing changes."""
+
+import os
+import signal
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import data
+import signs
+from data import (
+    BadFiles,
+    ImageFiles,
+    Signs,
+    TrainingItems,
+    check_files,
+    list_images,
+    load_image,
+    open_dataset,
+    square_crop,
+    training_batches,
+    validation_batches,
+)
+from distributed import UserError
+from masks import evaluation_mask
+
+
+@pytest.fixture(autouse=True)
+def _cache_in_a_folder_of_the_test(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def picture(value, size=(40, 30)):
+    return Image.new("RGB", size, (value % 256, 255 - value % 256, 80))
+
+
+def fill(folder, names):
+    """Pictures under `names`; the k-th has red value k."""
+    for value, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(value).save(path)
+    return folder
+
+
+def spoil(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\x89PNG not really")
+
+
+def red(image):
+    return int(np.asarray(image)[..., 0].mean().round())
+
+
+def settle(folder):
+    """Make every directory look old enough for its list to be kept."""
+    for here, _, _ in os.walk(folder):
+        os.utime(here, (1_600_000_000, 1_600_000_000))
+
+
+# -- signs -----------------------------------------------------------------------------------------
+
+def test_a_sign_picture_depends_on_split_seed_index_and_size_only():
+    first = Signs("train", 64).read(5)[0]
+    Signs("val", 64).read(9)
+    again = Signs("train", 64).read(5, np.random.default_rng(3))[0]
+    assert np.array_equal(first, again)
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    others = (Signs("train", 64), 6), (Signs("val", 64), 5), (Signs("train", 64, 1), 5)
+    for dataset, index in others:
+        assert not np.array_equal(first, dataset.read(index)[0])
+
+
+def test_sign_pictures_are_all_different():
+    datasets = Signs("train", 64), Signs("val", 64)
+    pictures = {dataset.read(i)[0].tobytes() for dataset in datasets for i in range(200)}
+    assert len(pictures) == 400
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 100, 128, 256])
+def test_signs_can_be_drawn_at_any_size(size):
+    for index in range(30):
+        assert Signs("val", size).read(index)[0].shape == (size, size, 3)
+
+
+@pytest.fixture
+def scenes(monkeypatch):
+    """Every scene drawn in the test."""
+    drawn, start = [], signs.Scene.__init__
+
+    def keep(scene, *args):
+        start(scene, *args)
+        drawn.append(scene)
+
+    monkeypatch.setattr(signs.Scene, "__init__", keep)
+    return drawn
+
+
+def test_every_picture_has_one_to_three_boards_that_fill_a_large_part_and_do_not_overlap(scenes):
+    shares = []
+    for index in range(200):
+        Signs("train", 64).read(index)
+        boards, cover = scenes[-1].boards, np.zeros((64, 64), int)
+        for x0, y0, x1, y1 in boards:
+            cover[y0:y1, x0:x1] += 1
+        assert 1 <= len(boards) <= 3
+        assert cover.max() == 1
+        shares.append(cover.mean())
+    assert np.mean(shares) > 0.15
+
+
+def test_the_words_are_in_the_picture_pixel_by_pixel(monkeypatch):
+    """The ink of a board is one colour and all around it another."""
+    hung, hang = [], signs._hang
+
+    def keep(scene, x, y, inks, colours):
+        box = hang(scene, x, y, inks, colours)
+        soft = any(((np.asarray(ink) % 255) > 0).any() for ink in inks)  # letters of double size
+        if box and not soft:
+            hung.append((box, inks, colours))
+        return box
+
+    monkeypatch.setattr(signs, "_hang", keep)
+    for index in range(300):
+        image = Signs("train", 64).read(index)[0]
+        for (x0, y0, x1, y1), inks, (ground, colour) in hung:
+            inside = image[y0 + 1:y1 - 1, x0 + 1:x1 - 1].astype(int)
+            is_ink = (inside == colour).all(-1)
+            assert is_ink.sum() == sum((np.asarray(ink) > 0).sum() for ink in inks)
+            assert (inside[~is_ink] == ground).all()
+            assert abs(np.dot(np.subtract(ground, colour), (0.299, 0.587, 0.114))) > 60
+        hung.clear()
+
+
+def test_held_out_pictures_show_pairs_of_words_that_training_never_shows():
+    def pairs(held_out):
+        return set(signs._sign_texts(1, 54, held_out)[1])
+
+    assert not pairs(True) & pairs(False)
+    assert len(pairs(True)) > 50
+    assert all(signs.is_held_out(*pair) for pair in pairs(True))
+
+
+def test_letters_are_told_apart():
+    shapes = {signs.word_mask(letter, 1).tobytes() for letter in signs.GLYPHS}
+    assert len(shapes) == 26
+    assert signs.word_mask("STOP", 1).size == (23, 7)
+    assert signs.word_mask("STOP", 2).size == (46, 14)
+    assert signs.word_mask("STOP", 1, upright=True).size == (5, 34)
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "RGBA", "RGB", "I;16"])
+def test_every_mode_becomes_rgb_of_the_same_grey(tmp_path, mode):
+    level = 255 if mode == "1" else 180
+    if mode == "I;16":
+        image = Image.fromarray(np.full((20, 20), level * 257, np.uint16))
+    else:
+        grey = Image.new("RGB", (20, 20), (level,) * 3)
+        image = grey.quantize(4) if mode == "P" else grey.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+    rgb = load_image(path)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - level).max() <= 1
+
+
+def test_sixteen_bits_keep_their_gradation(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(8, 0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    levels = np.asarray(load_image(tmp_path / "ramp.png"))[0, :, 0]
+    assert np.abs(levels - np.arange(256.0)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(tmp_path, mode):
+    if mode == "P":
+        image = Image.new("P", (8, 8), 0)
+        image.putpalette([10, 20, 30] + [0] * 765)
+        image.save(tmp_path / "x.png", transparency=0)
+    else:
+        Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode).save(tmp_path / "x.png")
+    assert np.asarray(load_image(tmp_path / "x.png")).min() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_followed(tmp_path, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as stored:
+        wanted = np.asarray(ImageOps.exif_transpose(stored))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), wanted)
+
+
+def test_large_jpegs_are_decoded_small_but_not_below_the_side_asked_for(tmp_path):
+    picture(9, (1000, 600)).save(tmp_path / "x.jpg")
+    assert load_image(tmp_path / "x.jpg").size == (1000, 600)
+    assert load_image(tmp_path / "x.jpg", min_side=128).size == (250, 150)
+    assert load_image(tmp_path / "x.jpg", min_side=601).size == (1000, 600)
+
+
+def test_a_picture_of_100_megapixels_is_read_without_a_word(tmp_path, recwarn):
+    Image.new("L", (10_000, 10_000), 77).save(tmp_path / "x.jpg")
+    image, bad = ImageFiles(tmp_path, "train", 32).read(0)
+    assert bad == ()
+    assert red(image) == 77
+    assert not recwarn.list
+
+
+def test_a_decompression_bomb_counts_as_a_bad_file(tmp_path):
+    def chunk(name, content):
+        return (struct.pack(">I", len(content)) + name + content
+                + struct.pack(">I", zlib.crc32(name + content)))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    (tmp_path / "a.png").write_bytes(bomb)
+    with pytest.raises(Image.DecompressionBombError):
+        load_image(tmp_path / "a.png")
+    picture(5).save(tmp_path / "b.png")
+    assert check_files(ImageFiles(tmp_path, "val", 16)) == [str(tmp_path / "a.png")]
+
+
+# -- crops -----------------------------------------------------------------------------------------
+
+def coordinates(width, height):
+    """Red is x, green is y."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+
+def test_training_crops_are_squares_of_half_to_all_of_the_short_side_anywhere_and_never_flipped():
+    sides, lefts = [], []
+    for key in range(200):
+        crop = square_crop(coordinates(200, 100), 20, np.random.default_rng(key)).astype(float)
+        per_pixel = np.diff(crop[10, :, 0])[5:-5].mean(), np.diff(crop[:, 10, 1])[5:-5].mean()
+        assert per_pixel[0] == pytest.approx(per_pixel[1], abs=0.15)
+        sides.append(20 * per_pixel[0])
+        lefts.append(crop[10, 0, 0])
+    assert 48 < min(sides) < 56
+    assert 94 < max(sides) < 102
+    assert min(lefts) < 10
+    assert max(lefts) > 120
+
+
+def test_the_fixed_view_is_the_centre_square():
+    crop = square_crop(coordinates(200, 100), 100)
+    assert np.array_equal(crop, np.asarray(coordinates(200, 100))[:, 50:150])
+    tall = square_crop(coordinates(100, 200), 100)
+    assert np.array_equal(tall, np.asarray(coordinates(100, 200))[50:150])
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (64, 3)])
+def test_pictures_smaller_than_the_size_are_enlarged(size):
+    for rng in (None, np.random.default_rng(0)):
+        crop = square_crop(picture(100, size), 32, rng)
+        assert crop.shape == (32, 32, 3)
+        assert red(crop) == 100
+
+
+def test_shrinking_averages_areas():
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    area = noise.reshape(32, 4, 32, 4, 3).mean((1, 3))
+    difference = square_crop(Image.fromarray(noise), 32).astype(float) - area
+    assert np.sqrt((difference ** 2).mean()) < 0.7 * area.std()
+    assert abs(difference.mean()) < 1
+
+
+# -- which files -----------------------------------------------------------------------------------
+
+def test_a_folder_is_read_recursively_and_every_twentieth_file_is_held_out(tmp_path):
+    fill(tmp_path, [f"{k % 3}/sub/{k:03}.png" for k in range(45)])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden").mkdir()
+    picture(0).save(tmp_path / ".hidden" / "x.png")
+    picture(0).save(tmp_path / "._x.png")
+    train, val = (ImageFiles(tmp_path, split, 16) for split in ("train", "val"))
+    assert [red(val.read(i)[0]) for i in range(len(val))] == [0, 20, 40]
+    assert len(train) == 42
+    assert [red(train.read(i)[0]) for i in range(3)] == [1, 2, 3]
+
+
+def test_a_folder_with_train_and_val_is_split_as_it_is(tmp_path):
+    fill(tmp_path, ["train/a.png", "train/b.png", "val/c.png"])
+    assert [len(ImageFiles(tmp_path, split, 16)) for split in ("train", "val")] == [2, 1]
+
+
+def test_one_picture_serves_for_train_and_val_and_this_is_said(tmp_path, capsys):
+    fill(tmp_path, ["only.png"])
+    for split in ("train", "val"):
+        dataset = open_dataset("folder", str(tmp_path), split, 16)
+        assert len(dataset) == 1
+        assert dataset.read(0)[0].shape == (16, 16, 3)
+    assert capsys.readouterr().out.count("one picture") == 1
+
+
+def test_two_pictures_are_one_for_train_and_one_for_val(tmp_path):
+    fill(tmp_path, ["a.png", "b.png"])
+    train, val = (ImageFiles(tmp_path, split, 16) for split in ("train", "val"))
+    assert (train.path(0), val.path(0)) == (str(tmp_path / "b.png"), str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("val", ["val/{}.JPEG", "val/n{}/{}.JPEG"])
+def test_imagenets_val_has_the_same_order_flat_or_by_class(tmp_path, val):
+    fill(tmp_path, ["train/n1/a.JPEG", "train/n2/b.JPEG"])
+    order = [3, 1, 2, 0]
+    for name, wnid in enumerate(order):
+        path = tmp_path / val.format(*([name] if val.count("{}") == 1 else [wnid, name]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(10 * name).save(path)
+    dataset = open_dataset("imagenet", str(tmp_path), "val", 16)
+    assert [round(red(dataset.read(i)[0]) / 10) for i in range(4)] == [0, 1, 2, 3]
+    assert len(open_dataset("imagenet", str(tmp_path), "train", 16)) == 2
+
+
+def test_imagenet_is_looked_for_in_root_then_the_variable_then_data(tmp_path, monkeypatch):
+    for place in ("root", "variable", "here/data/imagenet"):
+        fill(tmp_path / place, ["train/n/a.png"])
+    monkeypatch.chdir(tmp_path / "here")
+    assert "data/imagenet" in open_dataset("imagenet", None, "train", 16).path(0)
+    monkeypatch.setenv("IMAGENET", str(tmp_path / "variable"))
+    assert "variable" in open_dataset("imagenet", None, "train", 16).path(0)
+    assert "root" in open_dataset("imagenet", str(tmp_path / "root"), "train", 16).path(0)
+
+
+def test_a_users_mistakes_are_one_line_that_names_the_flag(tmp_path):
+    for name, root, said in (("imagenet", tmp_path, "train/<class>"),
+                             ("folder", None, "--root DIR"),
+                             ("folder", tmp_path / "none", "no such folder"),
+                             ("folder", tmp_path, "no pictures"),
+                             ("cats", None, "signs, folder")):
+        with pytest.raises(UserError, match=said) as error:
+            open_dataset(name, root, "train", 16)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--size 16"):
+        Signs("train", 16)
+
+
+def test_names_with_unicode_quotes_and_line_breaks_work(tmp_path):
+    names = ["it's \"x\".png", "новый год.png", "写真.PNG", "a\nb.png", "100%{}.png", " .png",
+             "é.png"]
+    fill(tmp_path / "ordner ü", names)
+    settle(tmp_path)
+    for _ in range(2):  # the second time from the cache
+        assert sorted(list_images(tmp_path / "ordner ü")) == sorted(names)
+    dataset = ImageFiles(tmp_path / "ordner ü", "train", 16)
+    assert all(dataset.read(i)[1] == () and Path(dataset.path(i)).exists() for i in range(6))
+
+
+def test_links_in_a_circle_end(tmp_path):
+    fill(tmp_path, ["a/x.png"])
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert list_images(tmp_path) == ["a/x.png"]
+
+
+def test_the_list_of_files_is_kept_until_a_directory_changes(tmp_path, monkeypatch):
+    fill(tmp_path, ["a/x.png", "b/y.png"])
+    settle(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    walk, walks = data._walk, []
+    monkeypatch.setattr(data, "_walk", lambda folder: walks.append(1) or walk(folder))
+    assert list_images(tmp_path) == list_images(tmp_path) == ["a/x.png", "b/y.png"]
+    assert len(walks) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    fill(tmp_path, ["b/new/z.png"])
+    assert list_images(tmp_path) == ["a/x.png", "b/y.png", "b/new/z.png"]
+    (tmp_path / "a" / "x.png").unlink()
+    assert list_images(tmp_path) == ["b/y.png", "b/new/z.png"]
+
+
+def test_a_directory_that_was_just_written_is_not_trusted(tmp_path):
+    fill(tmp_path, ["x.png"])
+    assert list_images(tmp_path) == ["x.png"]
+    assert not list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"directories": 3, "names": []}'])
+def test_a_damaged_cache_is_ignored(tmp_path, content):
+    fill(tmp_path, ["x.png"])
+    settle(tmp_path)
+    list_images(tmp_path)
+    (cache,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json")
+    cache.write_text(content)
+    assert list_images(tmp_path) == ["x.png"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    fill(tmp_path / "photos", ["x.png"])
+    settle(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert list_images(tmp_path / "photos") == ["x.png"]
+
+
+def test_data_sets_describe_themselves_and_can_be_limited(tmp_path):
+    fill(tmp_path, [f"train/n/{k}.png" for k in range(9)])
+    assert open_dataset("imagenet", tmp_path, "train", 16).describe().startswith("9 photos in ")
+    assert len(open_dataset("imagenet", tmp_path, "train", 16, limit=4)) == 4
+    assert open_dataset("signs", None, "train", 64).describe().startswith("50,000 drawn")
+    assert len(open_dataset("signs", None, "val", 64)) == 1000
+    assert len(open_dataset("signs", None, "val", 64, limit=3)) == 3
+
+
+# -- files that cannot be decoded ------------------------------------------------------------------
+
+def test_a_bad_file_is_replaced_by_the_next_readable_in_sorted_order(tmp_path):
+    fill(tmp_path, [f"train/{k}.png" for k in range(6)])
+    fill(tmp_path, ["val/x.png"])
+    broken = [tmp_path / "train" / f"{k}.png" for k in (2, 3, 5)]
+    spoil(*broken)
+    truncated = tmp_path / "train" / "2.png"
+    picture(1, (300, 300)).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    dataset = ImageFiles(tmp_path, "train", 16)
+    image, bad = dataset.read(2)
+    assert red(image) == 4
+    assert bad == (str(broken[0]), str(broken[1]))
+    image, bad = dataset.read(5)
+    assert red(image) == 0
+    assert bad == (str(broken[2]),)
+
+
+def test_a_folder_of_bad_files_is_one_line_that_names_one(tmp_path):
+    spoil(*(tmp_path / f"{k}.png" for k in range(4)))
+    with pytest.raises(UserError, match=r"none of its 3 files can be decoded, .*1.png'"):
+        ImageFiles(tmp_path, "train", 16).read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_files_in_a_row_end_training_in_one_line(tmp_path, workers):
+    spoil(*(tmp_path / f"{k:02}.png" for k in range(20)))
+    items = TrainingItems(ImageFiles(tmp_path, "train", 16), 0, 0, masks=True)
+    with pytest.raises(UserError, match="cannot be decoded") as error:
+        next(training_batches(items, 0, 1, 2, workers=workers))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_counted_once_and_stop_above_ten_and_one_percent():
+    few = BadFiles(100)
+    assert few.update({"b", "a"}) == ["a", "b"]
+    assert few.update(["a", "c"]) == ["c"]
+    few.update(str(k) for k in range(7))
+    few.check()  # ten are allowed
+    few.update(["last"])
+    with pytest.raises(UserError, match=r"11 of 100 files .*'last'"):
+        few.check()
+    many = BadFiles(1100)
+    many.update(str(k) for k in range(11))
+    many.check()  # 1 % is allowed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_checking_finds_every_bad_file(tmp_path, capsys, workers):
+    fill(tmp_path, [f"train/{k:02}.png" for k in range(40)])
+    fill(tmp_path, ["val/x.png"])
+    broken = [tmp_path / "train" / f"{k:02}.png" for k in (0, 17, 39)]
+    spoil(*broken)
+    assert check_files(ImageFiles(tmp_path, "train", 16), workers) == [str(path) for path in broken]
+    assert "checked 40 of 40 files, 3 cannot be decoded" in capsys.readouterr().out
+    assert check_files(Signs("train", 64)) == []
+
+
+# -- the order of training -------------------------------------------------------------------------
+
+class Numbers:
+    """A data set whose k-th picture is k everywhere, and whose crops are noise from their rng."""
+
+    size = 16
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def read(self, index, rng=None):
+        image = np.full((16, 16, 3), index, np.uint8)
+        if rng is not None:
+            image[0] = rng.integers(0, 256, (16, 3))
+        return image, (f"bad{index}",) if index % 5 == 0 else ()
+
+
+def collect(first, last, batch_size, rank=0, world=1, workers=0, length=10, masks=True):
+    items = TrainingItems(Numbers(length), 3, 1, masks)
+    return list(training_batches(items, first, last, batch_size, rank, world, workers))
+
+
+def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order():
+    shown = [int(image[0, -1, -1]) for batch in collect(0, 5, 4) for image in batch["image"]]
+    assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10))
+    assert shown[:10] != shown[10:]
+    assert shown[:10] != list(range(10))
+
+
+def same(a, b):
+    return (torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
+            and a["full"] == b["full"] and a["position"] == b["position"] and a["bad"] == b["bad"])
+
+
+def test_workers_change_nothing():
+    alone, helped = collect(0, 6, 4), collect(0, 6, 4, workers=2)
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_starting_at_a_step_continues_the_run():
+    assert all(same(a, b) for a, b in zip(collect(0, 6, 4)[2:], collect(2, 6, 4), strict=True))
+
+
+def test_two_ranks_see_together_what_one_sees():
+    for whole, left, right in zip(collect(0, 6, 4), collect(0, 6, 4, rank=0, world=2),
+                                  collect(0, 6, 4, rank=1, world=2), strict=True):
+        assert torch.equal(whole["image"], torch.cat([left["image"], right["image"]]))
+        assert torch.equal(whole["mask"], torch.cat([left["mask"], right["mask"]]))
+        assert whole["position"] == left["position"] + right["position"]
+
+
+def test_the_batch_size_changes_nothing_at_a_position():
+    small = torch.cat([batch["image"] for batch in collect(0, 6, 2)])
+    large = torch.cat([batch["image"] for batch in collect(0, 3, 4)])
+    assert torch.equal(small, large)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_an_error():
+    with pytest.raises(ValueError, match="5 does not divide over 2"):
+        collect(0, 1, 5, world=2)
+
+
+def test_batches_have_the_promised_types_and_collect_bad_paths():
+    (batch,) = collect(0, 1, 10)
+    assert batch["image"].shape == (10, 3, 16, 16)
+    assert batch["mask"].shape == (10, 1, 16, 16)
+    assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
+    assert batch["image"].is_contiguous()
+    assert batch["position"] == list(range(10))
+    assert batch["bad"] == {"bad0", "bad5"}
+    assert batch["full"] == [bool(mask.all()) for mask in batch["mask"]]
+    assert 0 < sum(batch["full"]) < 10
+
+
+def test_a_stage_without_masks_gets_full_ones():
+    (batch,) = collect(0, 1, 10, masks=False)
+    assert all(batch["full"])
+    assert bool(batch["mask"].all())
+
+
+def test_the_global_stream_of_random_numbers_is_left_alone():
+    before = torch.get_rng_state()
+    collect(0, 2, 4, workers=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class WorkerState:
+    """Items that tell what their process does on signals and with how many threads."""
+
+    def __getitem__(self, position):
+        handled = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        blank = torch.zeros(1, 1, 1, dtype=torch.uint8)
+        return {"image": blank, "mask": blank, "full": handled == {signal.SIG_IGN},
+                "position": torch.get_num_threads(), "bad": ()}
+
+
+def test_workers_leave_signals_to_the_main_process_and_use_one_thread():
+    (batch,) = training_batches(WorkerState(), 0, 1, 1, workers=1)
+    assert batch["full"] == [True]
+    assert batch["position"] == [1]
+
+
+def test_validation_shows_the_first_pictures_with_their_evaluation_masks():
+    dataset = Signs("val", 64)
+    batches = list(validation_batches(dataset, 7, 3))
+    assert [batch["index"] for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    for batch in batches:
+        for index, image, mask in zip(batch["index"], batch["image"], batch["mask"]):
+            assert np.array_equal(image.permute(1, 2, 0), dataset.read(index)[0])
+            assert np.array_equal(mask[0], evaluation_mask(64, index))
+    few = validation_batches(Signs("val", 64, limit=4), 99, 3)
+    assert sum(len(batch["index"]) for batch in few) == 4
