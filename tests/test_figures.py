@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+import figures
+
+
+def test_the_grid_shows_each_pixel_as_a_square_of_its_colour(tmp_path):
+    red = torch.tensor([1.0, -1.0, -3.0])[:, None, None].expand(3, 8, 8)      # -3 is clamped
+    checks = torch.ones(3, 8, 8)
+    checks[:, ::2, ::2] = -1
+    figures.image_grid({"a": [red, red], "b": [checks, red]}, tmp_path / "new" / "grid.png", zoom=5)
+    grid = np.array(Image.open(tmp_path / "new" / "grid.png"))
+    height, width = grid.shape[0] - 2 * (40 + figures.GAP), 2 * 40 + 3 * figures.GAP
+    assert grid.shape[1] == width
+    left, right = grid[height:height + 40, 6:46], grid[height:height + 40, 52:92]
+    assert (left == (255, 0, 0)).all()
+    expected = np.full((8, 8, 3), 255)
+    expected[::2, ::2] = 0
+    assert (right == expected.repeat(5, 0).repeat(5, 1)).all()
+
+
+def test_small_pictures_are_enlarged_to_about_256_px_and_large_ones_not(tmp_path):
+    for size, zoom in ((32, 8), (64, 4), (300, 1)):
+        figures.image_grid({"x": [torch.zeros(3, size, size)]}, tmp_path / "g.png")
+        assert Image.open(tmp_path / "g.png").width == zoom * size + 2 * figures.GAP
+
+
+def test_columns_that_do_not_match_are_refused(tmp_path):
+    small, large = torch.zeros(3, 8, 8), torch.zeros(3, 16, 16)
+    for columns in ({"a": [small], "b": [small, small]}, {"a": [small], "b": [large]}):
+        with pytest.raises(ValueError, match="one length and one shape"):
+            figures.image_grid(columns, tmp_path / "g.png")
+
+
+def test_captions_fit_their_column_and_lose_no_letter():
+    font = ImageFont.load_default(figures.FONT_SIZE)
+    caption = "ours, with mask\nruns/a-run-with-a-very-long-name-of-its-own"
+    lines = figures._wrap(caption, font, 120)
+    assert all(font.getlength(line) <= 120 for line in lines)
+    assert "".join(lines).replace(" ", "") == caption.replace(" ", "").replace("\n", "")
+
+
+def test_the_hole_is_mid_grey_and_the_rest_untouched():
+    x = torch.rand(2, 3, 4, 4) * 2 - 1
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, :, 1:3] = 1
+    shown = figures.show_masked(x, mask)
+    assert (shown[0, :, 1:3] == 0).all()
+    assert torch.equal(shown[0, :, 0], x[0, :, 0])
+    assert torch.equal(shown[1], x[1])
+
+
+def _log(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_every_number_of_the_log_has_a_panel_with_train_and_val_together(tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr(figures, "_panel", lambda axes, train, val: panels.append((train, val)))
+    log = _log(tmp_path / "log.jsonl", [
+        {"step": 1, "images": 4, "seconds": 0.1, "pixel": 0.5, "note": "text", "flag": True},
+        {"step": 2, "images": 8, "seconds": 0.2, "pixel": 0.4, "val_pixel": 0.45, "gan": None}])
+    figures.curves(log, tmp_path / "curves.png")
+    assert panels == [([(1, 0.5), (2, 0.4)], [(2, 0.45)])]
+
+
+def test_curves_of_a_long_log_are_drawn_and_an_empty_log_makes_no_picture(tmp_path):
+    records = [{"step": s, "pixel": 1 / s, "lambda": float(s % 3)} for s in range(1, 2000)]
+    figures.curves(_log(tmp_path / "log.jsonl", [*records, {"step": 2000, "val_pixel": 0.1}]),
+                   tmp_path / "curves.png")
+    assert np.array(Image.open(tmp_path / "curves.png").convert("L")).std() > 10
+    figures.curves(_log(tmp_path / "log.jsonl", []), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_binning_keeps_the_mean_and_the_number_of_points_small():
+    points = [(s, float(s)) for s in range(1, 1201)]
+    steps, values = figures._binned(points)
+    assert len(steps) == figures.MAX_POINTS
+    np.testing.assert_allclose(values, steps)
+    assert steps[0] == 2                                     # the mean of 1, 2, 3
+
+
+def test_the_running_mean_is_the_mean_of_what_is_there():
+    values = np.arange(100.0) ** 2
+    slow = [values[max(0, i - 2):i + 3].mean() for i in range(100)]
+    np.testing.assert_allclose(figures._running_mean(values), slow)
