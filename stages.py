@@ -1,0 +1,355 @@
+"""What one training step of each stage is, and the papers' numbers. AVQ Sec. 3.2, Sec. 4 and Appendix A.
+
+    vqgan     x --VQGAN--> x_hat                       Eq. 2 (or 11) + lambda Eq. 7      everything trains
+    decoder   x, mask --frozen VQGAN, AsymDecoder--> x_hat    Eq. 6 + lambda Eq. 7       only the decoder trains
+
+A stage is four functions: build a `Trainee`, make its gradients for one (micro-)batch, validate it, and turn it into a
+state dict. The loop around them is in train.py; the losses are in losses.py. RECIPES holds every number of the papers'
+training, so notebooks and `train.py --help` read the same table.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from asym_decoder import AsymDecoder, AsymVQGAN
+from distributed import mean_over_ranks, wrap
+from losses import (
+    LPIPS,
+    PatchDiscriminator,
+    discriminator_loss,
+    generator_gradient,
+    pixel_loss,
+)
+from metrics import pre_error
+from vqgan import VQGAN
+
+STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random number's seed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained. Learning rates hold at `batch_size` and scale linearly with another one."""
+
+    batch_size:    int   = 80          # global, over all processes
+    lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
+    betas:         tuple = (0.5, 0.9)  # Adam
+    steps:         int   = 0           # length of the run; 0: by epochs
+    epochs:        float = 0           # passes over the data at hand
+    warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of the run)
+    min_lr:        float = 0.0         # the cosine's end; 0: the learning rate is constant after the warm-up
+    trunk_factor:  float = 1.0         # on the trunk's learning rate where it starts from the first stage's decoder
+    start_trunk:   bool  = False       # start the trunk from the first stage's decoder
+    gan:           str   = "hinge"     # or "log", Eq. 7
+    rule:          str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
+    disc_start:    float = 0.29        # below 1 a fraction of the steps, from 1 on a step
+    ndf:           int   = 64          # the discriminator's width
+    disc_layers:   int   = 3           # and its strided layers
+    latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
+
+
+# AVQ Sec. 4's "Implementation details", the authors' configuration where the paper is silent, and the first stages'
+# own; what neither states is marked "ours". [AVQ Sec. 4]
+RECIPES = {
+    "vqgan": {
+        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, rule="taming",       # steps: ours
+                     disc_start=250_001),
+        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, rule="taming",       # steps: ours
+                     disc_start=50_001, latent_weight=1e-6),
+        "tiny": Recipe(batch_size=16, lr=1e-3, steps=700, warmup=50, min_lr=1e-4, rule="taming",   # ours
+                       disc_start=0.75, ndf=32, disc_layers=2),
+    },
+    "decoder": {
+        "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
+                       start_trunk=True, trunk_factor=0.1),
+        "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
+        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),   # as large: ours
+        "tiny": Recipe(batch_size=16, lr=2e-3, steps=700, warmup=50, min_lr=1e-5,            # ours
+                       start_trunk=True, trunk_factor=0.1, disc_start=0.75, ndf=32, disc_layers=2),
+    },
+}
+
+
+def learning_rate(step, steps, peak, warmup, min_lr):
+    """The learning rate of `step` (0-based) in a run of `steps`: linear from 1 %, then cosine to min_lr. [AVQ Sec. 4]
+
+    min_lr = 0 keeps the peak after the warm-up, as the first stages do.
+    """
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return peak * (0.01 + 0.99 * step / warmup)
+    if min_lr == 0:
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    low = min(min_lr, peak)
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * done))
+
+
+def image_generators(seed, stage, positions):
+    """One CPU generator for each image, a function of (seed, stage, its position in the run) alone."""
+    states = [np.random.SeedSequence((seed, STAGE_IDS[stage], p)).generate_state(1)[0] for p in positions]
+    return [torch.Generator().manual_seed(int(s)) for s in states]
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device."""
+
+    x:          torch.Tensor             # (B,3,H,W) in [-1,1]
+    mask:       torch.Tensor             # (B,1,H,W) in {0,1}
+    rows:       torch.Tensor | None      # (n,) int64, the samples whose mask is not full; None: all
+    generators: list | None              # one for each sample, for the KL latent's noise
+
+
+def training_batch(items, seed, stage, device, channels_last=False):
+    """A training loader's dict -> Batch."""
+    x, mask = _pixels(items, device, channels_last)
+    rows = [i for i, full in enumerate(items["full"]) if not full]
+    return Batch(x, mask, torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
+                 image_generators(seed, stage, items["position"]))
+
+
+def validation_batch(items, device, channels_last=False):
+    """A validation loader's dict -> Batch, for the modes of the latents and all masks partial."""
+    return Batch(*_pixels(items, device, channels_last), rows=None, generators=None)
+
+
+def _pixels(items, device, channels_last):
+    """Images and masks cross to the device as uint8; floats are made there."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = items["image"].to(device, non_blocking=True).to(memory_format=layout)
+    return x.float() / 127.5 - 1, items["mask"].to(device, non_blocking=True).float()
+
+
+@dataclass
+class Trainee:
+    """The networks and optimisers of one stage."""
+
+    stage:         str
+    recipe:        Recipe
+    device:        torch.device
+    model:         nn.Module                     # VQGAN or AsymVQGAN
+    discriminator: nn.Module
+    perceptual:    LPIPS | None
+    precision:     str = "fp32"
+    optimizers:    dict = field(default_factory=dict)
+    generator:     nn.Module = None              # `model`, in DDP where there are several processes
+    critic:        nn.Module = None              # `discriminator`, likewise
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def build_vqgan(config, recipe, device, perceptual=None, precision="fp32"):
+    """A first stage to train, from a VQGANConfig. [AVQ Sec. 3.1]"""
+    model = VQGAN(config).to(device)
+    groups = [{"params": list(model.parameters()), "factor": 1.0}]
+    return _trainee("vqgan", model, groups, recipe, device, perceptual, precision)
+
+
+def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, precision="fp32"):
+    """An asymmetric decoder to train on a frozen first stage. [AVQ Sec. 3.2]
+
+    Where the recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns at a
+    tenth of the rate; the branch always starts anew.
+    """
+    decoder = AsymDecoder.from_preset(first_stage.config, preset, blend)
+    started = recipe.start_trunk and decoder.trunk_fits(first_stage.decoder)
+    if started:
+        decoder.load_trunk(first_stage.decoder)
+    model = AsymVQGAN(first_stage, decoder).to(device)
+    groups = [{"params": decoder.trunk_parameters(), "factor": recipe.trunk_factor if started else 1.0},
+              {"params": decoder.branch_parameters(), "factor": 1.0}]
+    return _trainee("decoder", model, groups, recipe, device, perceptual, precision)
+
+
+def _trainee(stage, model, groups, recipe, device, perceptual, precision):
+    discriminator = PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers).to(device)
+    if device.type == "cuda":                    # there is no SyncBatchNorm for CPU
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    fused = device.type == "cuda"
+    optimizers = {
+        "generator": torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=fused),
+        "discriminator": torch.optim.Adam([{"params": list(discriminator.parameters()), "factor": 1.0}],
+                                          lr=recipe.lr, betas=recipe.betas, fused=fused),
+    }
+    model.train()
+    return Trainee(stage, recipe, device, model, discriminator, perceptual, precision, optimizers,
+                   generator=wrap(model, device), critic=wrap(discriminator, device))
+
+
+def set_learning_rates(trainee, step, steps, disc_start):
+    """Both optimisers' rates for `step`. The discriminator's schedule starts when it does."""
+    r = trainee.recipe
+    generator = learning_rate(step, steps, r.lr, r.warmup, r.min_lr)
+    critic = learning_rate(max(0, step - disc_start), max(1, steps - disc_start), r.lr, r.warmup, r.min_lr)
+    for name, rate in (("generator", generator), ("discriminator", critic)):
+        for group in trainee.optimizers[name].param_groups:
+            group["lr"] = max(rate * group["factor"], min(r.min_lr, rate))
+    return generator
+
+
+def vqgan_step(trainee, batch, gan_on, scale=1.0):
+    """Add one micro-batch's gradients of the first stage, scaled, to .grad; no optimiser moves. [AVQ Eq. 2] [AVQ Eq. 8]
+
+    gan_on: whether the discriminator has started; before, it costs nothing. Returns the terms of the losses, detached
+    scalars by name.
+    """
+    with trainee.autocast():
+        x_hat, extra = trainee.generator(batch.x, generator=batch.generators)
+    return _backward(trainee, batch.x, x_hat, extra, gan_on, scale)
+
+
+def decoder_step(trainee, batch, gan_on, scale=1.0):
+    """Add one micro-batch's gradients of the asymmetric decoder, scaled, to .grad. [AVQ Sec. 3.2] [AVQ Eq. 8]
+
+    The full image is encoded; only the branch sees the masked one. Arguments and result as vqgan_step's.
+    """
+    with trainee.autocast():
+        x_hat, extra = trainee.generator(batch.x, batch.mask, batch.rows, batch.generators)
+    return _backward(trainee, batch.x, x_hat, extra, gan_on, scale)
+
+
+def _backward(trainee, x, x_hat, extra, gan_on, scale):
+    """Back-propagate the combined image gradient once, with the latent's own loss where there is one; then D's loss.
+
+    Both players see the one x_hat: the generator is run once a step, before either of them moves.
+    """
+    r = trainee.recipe
+    gradient, terms = generator_gradient(
+        x_hat.detach().requires_grad_(), x, extra["last_features"],
+        trainee.model.decoder.conv_out.weight.shape, trainee.perceptual,
+        trainee.discriminator if gan_on else None, r.gan, r.rule)
+    outputs, gradients = [x_hat], [gradient * scale]
+    if "latent_loss" in extra:
+        outputs.append(extra["latent_loss"])
+        gradients.append(torch.full_like(extra["latent_loss"], r.latent_weight * scale))
+        terms["latent"] = extra["latent_loss"].detach()
+    torch.autograd.backward(outputs, gradients)
+    if gan_on:
+        terms |= discriminator_backward(trainee, x, x_hat.detach(), scale)
+    return terms
+
+
+def discriminator_backward(trainee, x, x_hat, scale=1.0):
+    """Add the discriminator's gradients to .grad. Real and generated images pass separately: BatchNorm. [AVQ Eq. 7]
+
+    x_hat: detached, the very images that the generator's step judged.
+    """
+    real, fake = trainee.critic(x), trainee.critic(x_hat)
+    loss = discriminator_loss(real, fake, trainee.recipe.gan)
+    (loss * scale).backward()
+    return {"disc": loss.detach(), "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+
+
+def optimizer_step(trainee, gan_on):
+    """Move the weights by the gradients in .grad, then clear these."""
+    for name, optimizer in trainee.optimizers.items():
+        if name == "generator" or gan_on:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def gradient_norm(trainee, gan_on):
+    """The norm of all gradients, a 0-d tensor: the cheapest way to see one that is not finite."""
+    names = ["generator", "discriminator"] if gan_on else ["generator"]
+    groups = [group for name in names for group in trainee.optimizers[name].param_groups]
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def global_terms(terms):
+    """The terms of one step as floats, means over micro-batches and over ranks; not finite where any rank's is not.
+
+    terms: one dict of 0-d tensors for each micro-batch.
+    """
+    names = sorted(terms[0])
+    values = torch.stack([torch.stack([t[name].float() for t in terms]).mean() for name in names])
+    return dict(zip(names, mean_over_ranks(values).tolist()))
+
+
+@torch.no_grad()
+def validate_vqgan(trainee, batches):
+    """{"val_pixel", "val_perceptual"} over held-out batches."""
+    trainee.model.eval()
+    totals = _Means()
+    for batch in batches:
+        with trainee.autocast():
+            x_hat = trainee.model.decode(trainee.model.encode(batch.x))
+        totals.add("val_pixel", pixel_loss(x_hat, batch.x), len(batch.x))
+        _perceptual(trainee, totals, x_hat, batch.x)
+    trainee.model.train()
+    return totals.means()
+
+
+@torch.no_grad()
+def validate_decoder(trainee, batches):
+    """{"val_pixel" (no mask), "val_pixel_masked", "val_pre_error", ...} over held-out batches."""
+    model = trainee.model
+    model.eval()
+    totals = _Means()
+    for batch in batches:
+        with trainee.autocast():
+            z = model.encode(batch.x)
+            plain, masked = model.decode(z), model.decode(z, image=batch.x, mask=batch.mask)
+        totals.add("val_pixel", pixel_loss(plain, batch.x), len(batch.x))
+        totals.add("val_pixel_masked", pixel_loss(masked, batch.x), len(batch.x))
+        totals.add("val_pre_error", pre_error(masked, batch.x, batch.mask).mean(), len(batch.x))
+        _perceptual(trainee, totals, plain, batch.x)
+    model.train()
+    return totals.means()
+
+
+def _perceptual(trainee, totals, x_hat, x):
+    if trainee.perceptual is not None:
+        totals.add("val_perceptual", trainee.perceptual(x_hat, x).mean(), len(x))
+
+
+class _Means:
+    """Means over images of values that come a batch at a time."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, name, value, count):
+        self.sums[name] = self.sums.get(name, 0.0) + value.item() * count
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def means(self):
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+@torch.no_grad()
+def sample_columns(trainee, batch):
+    """Columns of a picture people can judge a stage by: {caption: (B,3,H,W)}."""
+    model = trainee.model
+    model.eval()
+    with trainee.autocast():
+        z = model.encode(batch.x)
+        if trainee.stage == "vqgan":
+            columns = {"original": batch.x, "reconstruction": model.decode(z)}
+        else:
+            columns = {"original": batch.x, "masked": batch.x * (1 - batch.mask),
+                       "vanilla": model.first_stage.decode(z),
+                       "ours, with mask": model.decode(z, image=batch.x, mask=batch.mask),
+                       "ours, without": model.decode(z)}
+    model.train()
+    return columns
+
+
+def stage_weights(trainee):
+    """The state dict a checkpoint holds: taming's keys for vqgan, the authors' `decoder.*` for decoder."""
+    if trainee.stage == "vqgan":
+        return trainee.model.state_dict()
+    return {f"decoder.{name}": value for name, value in trainee.model.decoder.state_dict().items()}
+
+
+def load_stage_weights(trainee, weights):
+    """The inverse of stage_weights; strict."""
+    if trainee.stage == "vqgan":
+        trainee.model.load_state_dict(weights)
+    else:
+        trainee.model.decoder.load_state_dict({n.removeprefix("decoder."): v for n, v in weights.items()})
