@@ -1,0 +1,106 @@
+"""PAPERS.md and the code name each other: tags, deviations, tests."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(ROOT.glob("*.py"))
+TAG = re.compile(r"\[(?:AVQ|DDM) (?:Eq|Tab|Sec|App|Fig)\. [A-Z0-9][0-9.]*\]")
+TAG_BEGINS = re.compile(r"\[(?:AVQ|DDM)\b")
+
+
+def table(letter):
+    """The rows of PAPERS.md's table (letter): lists of cells."""
+    text = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## \({letter}\).*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def definitions(tree, lines, prefix=""):
+    """(name, first line, last line) of everything named in a module, with the comments above it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name, above = node.name, [d.lineno for d in node.decorator_list]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            name, above = getattr(target, "id", "?"), []
+        else:
+            continue
+        first = min([node.lineno, *above])
+        while first > 1 and lines[first - 2].lstrip().startswith("#"):
+            first -= 1
+        yield prefix + name, first, node.end_lineno
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node, lines, f"{prefix}{name}.")
+
+
+def tags_of(path):
+    """{(tag, "file.py:Name")}; "file.py" alone where the tag stands outside every definition."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    known = list(definitions(ast.parse("\n".join(lines)), lines))
+    found = set()
+    for number, line in enumerate(lines, 1):
+        holders = [(last - first, name) for name, first, last in known if first <= number <= last]
+        place = f"{path.name}:{min(holders)[1]}" if holders else path.name
+        found |= {(tag, place) for tag in TAG.findall(line)}
+    return found
+
+
+def mapped():
+    """{(tag, "file.py:Name")} of table (b)."""
+    return {(tag, place) for tags, places, *_ in table("b")
+            for tag in TAG.findall(tags) for place in re.findall(r"`([^`]+)`", places)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_every_tag_is_whole_on_one_line_and_of_the_one_form(path):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(TAG_BEGINS.findall(line)) == len(TAG.findall(line)), (
+            f"{path.name}:{number}: a tag is [AVQ Eq. 4], one reference each, on one line: {line}")
+
+
+def test_every_tag_in_the_code_is_in_the_map():
+    in_code = set().union(*(tags_of(path) for path in MODULES))
+    missing = sorted(in_code - mapped())
+    assert not missing, f"tags that PAPERS.md (b) does not map: {missing}"
+
+
+def test_every_row_of_the_map_names_a_definition_that_carries_its_tag():
+    in_code = set().union(*(tags_of(path) for path in MODULES))
+    stale = sorted(mapped() - in_code)
+    assert not stale, f"PAPERS.md (b) maps what the code does not say: {stale}"
+    assert all(TAG.findall(row[0]) and "`" in row[1] for row in table("b"))
+
+
+def test_every_deviation_marked_in_the_code_is_told():
+    told = [row[0] for row in table("c")]
+    assert len(told) == len(set(told))
+    for path in MODULES:
+        marked = set(re.findall(r"deviations? (D\d+)", path.read_text(encoding="utf-8")))
+        assert marked <= set(told), f"{path.name} marks {marked - set(told)}, not in PAPERS.md (c)"
+
+
+def test_every_deviation_names_tests_that_exist():
+    written = {node.name for path in (ROOT / "tests").glob("test_*.py")
+               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+               if isinstance(node, ast.FunctionDef)}
+    for row in table("c"):
+        named = re.findall(r"`(test_\w+)`", row[-1])
+        assert named or row[-1].startswith("none:"), f"{row[0]} names neither a test nor a reason"
+        assert set(named) <= written, f"{row[0]}: no such test: {set(named) - written}"
+
+
+def test_the_rows_of_each_table_have_as_many_cells_as_its_head():
+    assert {len(row) for row in table("a")} == {4}
+    assert {len(row) for row in table("b")} == {3}
+    assert {len(row) for row in table("c")} == {7}
+
+
+def test_the_files_that_the_table_of_symbols_points_to_exist():
+    for symbol, _, _, places in table("a"):
+        for place in re.findall(r"`(\w+\.py)`", places):
+            assert (ROOT / place).exists(), f"{symbol}: {place}"
