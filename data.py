@@ -12,6 +12,7 @@ ends a run that has too many. Not here: how masks are drawn (masks.py), images i
 divides on the device).
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -133,29 +134,23 @@ def open_dataset(name, root, split, size, seed=0, limit=None):
 
 def _split_files(root, split, layout):
     """(folder, names below it) of one split."""
-    if layout == "imagenet":
-        if not (root / split).is_dir():
-            raise UserError(f"--data imagenet: expected {root}/train/<class>/* and {root}/val/* "
-                            f"(flat or by class), but {root / split} is no folder; "
-                            "name the right place with --root or $IMAGENET")
-        return root / split, _some(root / split, list_images(root / split))
+    if layout == "imagenet" and not (root / split).is_dir():
+        raise UserError(f"--data imagenet: expected {root}/train/<class>/* and {root}/val/* (flat "
+                        f"or by class), but {root / split} is no folder; name the right place "
+                        "with --root or $IMAGENET")
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root / split, _some(root / split, list_images(root / split))
-    names = _some(root, list_images(root))
-    if len(names) == 1:
+    as_it_is = layout == "imagenet" or ((root / "train").is_dir() and (root / "val").is_dir())
+    folder = root / split if as_it_is else root
+    names = list_images(folder)
+    if not names:
+        raise UserError(f"{folder}: no pictures here ({' '.join(EXTENSIONS)}); check --root")
+    if len(names) == 1 and not as_it_is:
         if split == "train":
             print0(f"{root}: one picture; it serves for train and val alike")
-        return root, names
-    held_out = names[::20]
-    return root, held_out if split == "val" else [n for i, n in enumerate(names) if i % 20]
-
-
-def _some(folder, names):
-    if not names:
-        raise UserError(f"{folder}: no pictures found here ({' '.join(EXTENSIONS)}); check --root")
-    return names
+    elif not as_it_is:
+        names = names[::20] if split == "val" else [n for i, n in enumerate(names) if i % 20]
+    return folder, names
 
 
 def list_images(folder):
@@ -320,9 +315,6 @@ class _Decoding:
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, index):
         try:
             load_image(self.dataset.path(index))
@@ -420,8 +412,17 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
 
 def _loader(items, positions, collate, workers, pin=False):
     # Without a generator of its own a loader takes a number from the global stream of torch.
-    return DataLoader(items, batch_sampler=positions, collate_fn=collate, num_workers=workers,
-                      pin_memory=pin, worker_init_fn=_start_worker, generator=torch.Generator())
+    running = [iter(DataLoader(items, batch_sampler=positions, collate_fn=collate,
+                               num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
+                               generator=torch.Generator()))]
+    # Where the program ends first: multiprocessing would wait for workers that heed no SIGTERM.
+    atexit.register(running.clear)
+    try:
+        while (batch := next(running[0], None)) is not None:
+            yield batch
+    finally:
+        atexit.unregister(running.clear)
+        running.clear()
 
 
 def _start_worker(_):

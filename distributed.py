@@ -1,12 +1,20 @@
 """DistributedDataParallel that vanishes on one process.
 
-`python train.py` is one process and pays nothing; `torchrun --nproc_per_node=8 train.py` is eight, and the same lines
-of train.py run. Tensors on the device travel by NCCL, host numbers by gloo, so a decision about stopping never waits
-for the device. Nothing here knows about models or stages.
+`python train.py` is one process and pays nothing; `torchrun --nproc_per_node=8 train.py` is eight,
+and the same lines of train.py run. Tensors on the device travel by NCCL, host numbers by gloo, so a
+decision about stopping never waits for the device. How a program ends is here, too: a user's
+mistake, a signal, a failure that must not leave the other processes waiting. Nothing here knows
+about models or stages.
 """
 
+import errno
+import inspect
 import os
+import signal
 import sys
+import time
+import traceback
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -14,39 +22,47 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
 
 class UserError(Exception):
-    """A user's mistake: one line that names the file or flag and the mend; programs leave with exit status 2."""
+    """A user's mistake: one line that names the file or flag and the mend; exit status 2."""
 
 
 def setup(device="auto"):
     """Join the group that torchrun made, if any, and return this process's `torch.device`.
 
-    device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes.
+    device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes; under torchrun each
+    process of a machine takes the CUDA device of its own number.
     Raises UserError for a device this machine does not have.
     """
     device = _choose_device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # A rank that died is noticed by the others within this time even where the launcher is gone, too.
+        # A process that died is noticed within this time even where the launcher is gone, too.
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
 
 
 def _choose_device(name):
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        elif device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
-                        "use --device cpu or auto") from None
+                        "use --device cpu, or fewer processes than GPUs") from None
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--device mps works in one process only; start it without torchrun, "
+                        "or with --device cpu")
     return device
 
 
@@ -57,7 +73,8 @@ def close():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number; torchrun's word for it before `setup` and after `close`."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size():
@@ -71,7 +88,7 @@ def print0(*args, **kwargs):
 
 
 def mean_over_ranks(tensor):
-    """The mean of `tensor` over all processes; the tensor itself on one process. No gradient passes."""
+    """The mean of `tensor` over all processes; the tensor itself on one. No gradient passes."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -80,7 +97,7 @@ def mean_over_ranks(tensor):
 
 
 def any_rank(*flags):
-    """For each flag, whether it is set on any rank; agreed over gloo, so that nothing waits for the device."""
+    """For each flag, whether any rank has set it; agreed over gloo, so nothing waits for a GPU."""
     if world_size() == 1:
         return flags
     votes = torch.tensor([float(flag) for flag in flags])
@@ -89,7 +106,10 @@ def any_rank(*flags):
 
 
 def on_rank0(function):
-    """function() on rank 0, its result on every rank; a UserError there is one everywhere, so all leave alike."""
+    """function() on rank 0, its result, a small host value, on every rank.
+
+    A UserError there is one everywhere, so that all leave alike.
+    """
     if world_size() == 1:
         return function()
     answer = [None, None]
@@ -116,12 +136,18 @@ def gather_objects(value):
 def wrap(module, device):
     """`module` in DistributedDataParallel; itself on one process.
 
-    Buffers are not broadcast: the only ones are the discriminator's running statistics, which training never reads.
+    Buffers are not broadcast: the only ones are the discriminator's running statistics, which
+    training never reads.
     """
     if world_size() == 1:
         return module
+    # The strides of a 1x1 kernel have two spellings for one layout; DDP warns where they differ.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    DDP = nn.parallel.DistributedDataParallel
+    known = inspect.signature(DDP).parameters            # the flag's name changed in PyTorch 2.13
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    return DDP(module, device_ids=ids, **{flag: False})
 
 
 def no_sync(module, last):
@@ -130,12 +156,39 @@ def no_sync(module, last):
 
 
 def exit_on_user_error(main):
-    """Run a program's `main()`: a UserError is one line on stderr and exit status 2, anything else keeps its traceback."""
+    """Run a program's `main()` and leave with its exit status.
+
+    A UserError or a full disk is one line on stderr and status 2; SIGINT is 130 and SIGTERM 143;
+    anything else keeps its traceback and is status 1.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        sys.exit(main())
-    except UserError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
+        status = main()
         close()
+    except UserError as error:
+        status = _complain(error)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        status = _complain(f"{reason}; give a smaller --micro-batch, or --checkpointing")
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as error:
+        if getattr(error, "errno", None) not in FULL_DISK:
+            traceback.print_exc()
+            status = 1
+        else:
+            status = _complain(f"{error}; make room, then run the same command again")
+    if status and world_size() > 1:
+        sys.stdout.flush()
+        os._exit(status)            # to leave the group in good order is to wait for the others
+    sys.exit(status)
+
+
+def _complain(error):
+    # Where all processes make the same mistake, rank 0 says so and its launcher ends the others
+    # within this time; where only another one does, it speaks for itself.
+    if rank():
+        time.sleep(3)
+    who = f"rank {rank()}: " if rank() else ""
+    print(f"{who}error: {error}", file=sys.stderr, flush=True)
+    return 2

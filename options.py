@@ -1,120 +1,186 @@
 """The command line of train.py: flags, and the settings they resolve to.
 
-A flag that is not given takes its value from the recipe (stages.RECIPES) of the model at hand, so what a run will do
-depends on the data and the sizes only through the table that `--help` prints.
+    argv --parse--> argparse.Namespace --resolve--> settings, a plain dict, the run's config.json
+
+A flag that is not given takes its value from the recipe (stages.RECIPES) of the model at hand, so
+what a run will do depends on the data and the sizes only through the table that `--help` prints.
+What a run computes is in the settings; how it is run (HOW) may change from one call to the next.
 """
 
 import argparse
+import math
+import shlex
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from asym_decoder import ASYM_PRESETS
 from convert import load_first_stage
 from distributed import UserError
-from stages import RECIPES
+from stages import RECIPES, Recipe
 from vqgan import VQGAN_PRESETS
 
-# Flags that may change from one call of the same run to the next: they say how it is run, not what it computes.
-HOW = ("device", "workers", "save_every", "max_hours", "check_data", "restart", "stage", "out")
+# Flags that may change from one call of the same run to the next.
+HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "check_data", "restart",
+       "stage", "out"}
+# Flags that are in the settings as numbers of the recipes.
+IN_RECIPES = {"steps", "epochs", "batch_size", "lr", "gan", "rule", "disc_start"}
+
+ABOUT = """Train the papers' stages: a first stage (vqgan), then the asymmetric decoder (decoder) on
+it. With no flags: both, on embedded data, in minutes on a laptop, then the table of results. The
+same command again continues a run that was stopped."""
 
 
 def parse(argv=None):
     """Command line -> argparse.Namespace."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc_train__, epilog=recipe_table(), allow_abbrev=False,
+        prog="train.py", description=ABOUT, epilog=recipe_table(), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train").add_argument
     add("--data", choices=["signs", "imagenet", "folder"], default="signs",
-        help="signs: embedded, needs no files; folder: any photos, searched recursively (default: signs)")
-    add("--root", metavar="DIR", help="where the photos are (default for imagenet: $IMAGENET, else data/imagenet)")
-    add("--size", type=int, help="side of the square training images (default: 64 for signs, else 256)")
-    add("--stage", choices=["all", "vqgan", "decoder"], default="all", help="default: all, in order")
+        help="signs: embedded, needs no files; folder: any photos, searched recursively "
+             "(default: signs)")
+    add("--root", metavar="DIR",
+        help="where the photos are (default for imagenet: $IMAGENET, else data/imagenet)")
+    add("--size", type=int, metavar="PX",
+        help="side of the square training images (default: 64 for signs, else 256)")
+    add("--stage", choices=["all", "vqgan", "decoder"], default="all",
+        help="default: all, in order")
     add("--first-stage", choices=list(VQGAN_PRESETS), help="default: tiny for signs, else vq-f16")
     add("--preset", choices=list(ASYM_PRESETS),
-        help="the decoder's size relative to its first stage (default: tiny on a tiny first stage, else base)")
+        help="the decoder's size relative to its first stage (default: tiny on a tiny first "
+             "stage, else base)")
     add("--blend", choices=["add", "concat"], default="add",
         help="add: Eq. 4, the paper's choice; concat: Tables 7 and 8 (default: add)")
-    add("--vqgan", metavar="PATH", help="a trained first stage, a run folder or a file of ours, instead of training one")
-    add("--overfit", type=int, metavar="N", help="train and validate on the first N images only: a health check")
+    add("--vqgan", metavar="PATH",
+        help="a trained first stage, a run folder or a file of ours, instead of training one")
+    add("--overfit", type=int, metavar="N",
+        help="train and validate on the first N images only: a health check")
 
     add = parser.add_argument_group("how to train (default: the recipe's, below)").add_argument
-    add("--steps", type=int, help="optimiser steps of each stage")
-    add("--epochs", type=float, help="passes over the data of each stage, instead of --steps")
-    add("--batch-size", type=int, help="images a step, over all processes and micro-batches")
-    add("--lr", type=float, help="peak learning rate, absolute (the recipe's scales linearly with the batch size)")
+    add("--steps", type=int, metavar="N", help="optimiser steps of each stage")
+    add("--epochs", type=float, metavar="N",
+        help="passes over the data of each stage, instead of --steps")
+    add("--batch-size", type=int, metavar="N",
+        help="images a step, over all processes and micro-batches")
+    add("--lr", type=float,
+        help="peak learning rate, absolute (the recipe's scales linearly with the batch size)")
     add("--gan", choices=["hinge", "log"], help="log: Eq. 7")
-    add("--lambda", dest="rule", choices=["paper", "taming"], help="the adaptive weight: Eq. 9, or taming's")
-    add("--disc-start", type=float, help="below 1 a fraction of the steps, from 1 on a step")
-    add("--perceptual", choices=["vgg", "alex", "squeeze", "none"], help="LPIPS network (default: none for signs, else vgg)")
-    add("--weights", metavar="DIR", help="where LPIPS weights are kept (default: torch hub's cache)")
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--lambda", dest="rule", choices=["paper", "taming"],
+        help="the adaptive weight: Eq. 9, or taming's")
+    add("--disc-start", type=float, metavar="STEP",
+        help="when the discriminator starts: below 1 a fraction of the steps, from 1 on a step")
+    add("--perceptual", choices=["vgg", "alex", "squeeze", "none"],
+        help="LPIPS network (default: none for signs, else vgg)")
+    add("--weights", metavar="DIR",
+        help="where LPIPS weights are kept (default: torch hub's cache)")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
 
-    add = parser.add_argument_group("how to run").add_argument
-    add("--out", metavar="DIR", help="run folder (default: runs/DATA-PRESET)")
-    add("--device", default="auto", help="auto: CUDA, then MPS, then CPU (default: auto)")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; losses stay fp32 (default: fp32)")
-    add("--micro-batch", type=int, metavar="N", help="images a process takes at once (default: what fits)")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout (default: on)")
-    add("--compile", action="store_true", help="torch.compile the networks (default: off)")
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, more time (default: off)")
-    add("--workers", type=int, help="data processes for each training process (default: 1 for signs, else 4)")
-    add("--save-every", type=int, metavar="STEPS", help="default: 100 for tiny models, else 1000")
-    add("--max-hours", type=float, metavar="H", help="save and leave after this long; the same command continues")
-    add("--check-data", action="store_true", help="decode every file once, report the bad ones, and stop")
-    add("--restart", action="store_true", help="begin anew; an earlier run in --out is kept aside")
+    _add_how_to_run(parser.add_argument_group("how to run").add_argument)
     return parser.parse_args(argv)
 
 
-__doc_train__ = """Train the papers' stages: a first stage (vqgan), then the asymmetric decoder on it (decoder).
-With no flags: both, on embedded data, in minutes on a laptop, then the table of results.
-The same command again continues a run that was stopped."""
+def _add_how_to_run(add):
+    add("--out", metavar="DIR", help="run folder (default: runs/DATA-PRESET)")
+    add("--device", default="auto", help="auto: CUDA, then MPS, then CPU (default: auto)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32",
+        help="of the networks; code search, losses and lambda stay fp32 (default: fp32)")
+    add("--micro-batch", type=int, metavar="N",
+        help="images a process takes at once (default: all of its share, or what fits)")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=True,
+        help="memory layout (default: on)")
+    add("--compile", action="store_true", help="torch.compile the generator (default: off)")
+    add("--checkpointing", action="store_true",
+        help="recompute activations: less memory, more time (default: off)")
+    add("--workers", type=int, metavar="N",
+        help="data processes for each training process (default: 1 for signs, else 4)")
+    add("--save-every", type=int, metavar="STEPS", help="default: 100 for tiny models, else 1000")
+    add("--max-hours", type=float, metavar="H",
+        help="save and leave after this long; the same command continues (default: no limit)")
+    add("--check-data", action="store_true",
+        help="decode every file once, report the bad ones, and stop")
+    add("--restart", action="store_true", help="begin anew; an earlier run in --out is kept aside")
 
 
 def recipe_table():
     """RECIPES as text, for --help."""
-    lines = ["recipes (stages.py; lr holds at the recipe's batch size):"]
+    shared = asdict(Recipe())
+    lines = ["recipes (stages.py; lr holds at the recipe's batch_size):"]
     for stage, recipes in RECIPES.items():
         for name, recipe in recipes.items():
-            default = type(recipe)()
-            numbers = [f"{f.name} {getattr(recipe, f.name):.6g}" if isinstance(getattr(recipe, f.name), float)
-                       else f"{f.name} {getattr(recipe, f.name)}" for f in fields(recipe)
-                       if getattr(recipe, f.name) != getattr(default, f.name) or f.name in ("batch_size", "lr")]
-            lines.append(f"  {stage:8}{name:8}" + ", ".join(numbers))
-    shared = asdict(type(recipe)())
-    lines.append("  otherwise       " + ", ".join(f"{key} {value}" for key, value in shared.items()))
+            own = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+            own = {key: value for key, value in own.items()
+                   if value != shared[key] or key in ("batch_size", "lr")}
+            lines.append(_row(f"{stage} {name}", own))
+    never = {"batch_size", "lr", "steps", "epochs"}                 # each recipe states its own
+    lines.append(_row("otherwise", {k: v for k, v in shared.items() if k not in never}))
     return "\n".join(lines)
 
 
-def resolve(args):
-    """Namespace -> (settings: plain dict, the run's config.json; first stage that --vqgan named, or None).
+def _row(title, numbers):
+    items = [f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
+             for key, value in numbers.items()]
+    tied = ", ".join(item.replace(" ", "\0") for item in items)          # a name with its number
+    return textwrap.fill(tied, 98, initial_indent=f"  {title:16}",
+                         subsequent_indent=" " * 18).replace("\0", " ")
 
-    Raises UserError for flags that contradict one another.
+
+def resolve(args):
+    """Namespace -> (settings: plain dict, the run's config.json; first stage that --vqgan named).
+
+    The first stage is None without --vqgan. Sets args.out. Raises UserError for values out of
+    range and for flags that contradict one another.
     """
+    _check_ranges(args)
     signs = args.data == "signs"
     trained = load_first_stage(args.vqgan)[0] if args.vqgan else None
     plan, plan_name = _plan(args, trained, signs)
     preset = args.preset or ("tiny" if plan == VQGAN_PRESETS["tiny"] else "base")
-    settings = {key: value for key, value in vars(args).items() if key not in HOW}
+    names = {"vqgan": "tiny" if plan_name == "tiny" else plan.latent, "decoder": preset}
+    recipes = {stage: recipe_for(stage, name, args) for stage, name in names.items()}
+    factor, num_res_blocks = ASYM_PRESETS[preset]
+    settings = {key: value for key, value in vars(args).items() if key not in HOW | IN_RECIPES}
     settings |= {
         "root": str(Path(args.root).resolve()) if args.root else None,
         "vqgan": str(Path(args.vqgan).resolve()) if args.vqgan else None,
         "size": args.size or (64 if signs else 256),
         "perceptual": args.perceptual or ("none" if signs else "vgg"),
         "first_stage": asdict(plan), "first_stage_name": plan_name, "preset": preset,
-        "decoder": {"preset": preset, "blend": args.blend, "ch": round(ASYM_PRESETS[preset][0] * plan.ch),
-                    "num_res_blocks": ASYM_PRESETS[preset][1]},
-        "recipes": {"vqgan": asdict(recipe_for("vqgan", "tiny" if plan_name == "tiny" else plan.latent, args)),
-                    "decoder": asdict(recipe_for("decoder", preset, args))},
+        "decoder": {"preset": preset, "blend": args.blend, "ch": round(factor * plan.ch),
+                    "num_res_blocks": num_res_blocks},
+        "recipe_names": names,
+        "recipes": {stage: asdict(recipe) for stage, recipe in recipes.items()},
     }
-    if settings["size"] < plan.f or settings["size"] % plan.f:
-        raise UserError(f"--size {settings['size']} is not a multiple of the first stage's f={plan.f}")
+    _check_size(settings["size"], plan, recipes.values())
+    overfit = f"-overfit{args.overfit}" if args.overfit else ""
+    args.out = Path(args.out or f"runs/{args.data}-{preset}{overfit}")
+    return settings, trained
+
+
+def _check_ranges(args):
+    for name in ("steps", "epochs", "batch_size", "lr", "micro_batch", "overfit", "save_every",
+                 "max_hours", "size"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for name in ("workers", "seed", "disc_start"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
-    for name in ("steps", "epochs", "batch_size", "lr", "micro_batch", "overfit", "save_every", "max_hours"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive")
-    args.out = Path(args.out or f"runs/{args.data}-{preset}" + (f"-overfit{args.overfit}" if args.overfit else ""))
-    return settings, trained
+
+
+def _check_size(size, plan, recipes):
+    if size % plan.f:
+        below = size // plan.f * plan.f
+        near = " or ".join(str(n) for n in (below, below + plan.f) if n)
+        raise UserError(f"--size {size} is not a multiple of the first stage's f={plan.f}; "
+                        f"the nearest that are: {near}")
+    least = max(3 * 2**recipe.disc_layers for recipe in recipes)
+    if size < least:
+        raise UserError(f"--size {size} is too small for the discriminator's patches; "
+                        f"at least {least}")
 
 
 def _plan(args, trained, signs):
@@ -124,10 +190,10 @@ def _plan(args, trained, signs):
     names = [name for name, preset in VQGAN_PRESETS.items() if preset == trained.config]
     name = names[0] if names else "own"
     if args.first_stage and args.first_stage != name:
-        raise UserError(f"--first-stage {args.first_stage}: {args.vqgan} is {name}; leave the flag out, it is read "
-                        "from the file")
+        raise UserError(f"--first-stage {args.first_stage}: {args.vqgan} is {name}; leave the flag "
+                        "out, it is read from the file")
     if args.stage == "vqgan":
-        raise UserError("--stage vqgan trains a first stage, --vqgan brings one; give only one of them")
+        raise UserError("--stage vqgan trains a first stage, --vqgan brings one; give only one")
     return trained.config, name
 
 
@@ -136,7 +202,32 @@ def recipe_for(stage, name, args):
     recipe = RECIPES[stage][name]
     batch_size = args.batch_size or recipe.batch_size
     lr = args.lr if args.lr is not None else recipe.lr * batch_size / recipe.batch_size
-    given = {key: getattr(args, key) for key in ("gan", "rule", "disc_start") if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in ("gan", "rule", "disc_start")
+             if getattr(args, key) is not None}
     if args.steps is not None or args.epochs is not None:
         given |= {"steps": args.steps or 0, "epochs": args.epochs or 0}
     return replace(recipe, batch_size=batch_size, lr=lr, **given)
+
+
+def smaller_command(argv, settings, affordable):
+    """A command line on the same data that takes hours: `argv`'s, with smaller sizes.
+
+    affordable: how many steps of the settings' own sizes take some hours; where these are small
+    already, only the number of steps shrinks.
+    """
+    flags = {"--steps": affordable}
+    if not settings["vqgan"] and (settings["preset"] != "tiny" or settings["size"] > 128):
+        flags = {"--first-stage": "tiny", "--preset": "tiny", "--size": min(128, settings["size"]),
+                 "--steps": 5000}
+        if settings["perceptual"] == "vgg":
+            flags["--perceptual"] = "squeeze"
+    flags["--out"] = f"runs/{settings['data']}-small"
+    gone = {*flags, "--epochs", "--batch-size", "--micro-batch", "--lr", "--disc-start"}
+    kept, dropped = [], False
+    for word in argv:                     # each of these flags has a value, as "--x v" or "--x=v"
+        name = word.split("=")[0]
+        if not dropped and name not in gone:
+            kept.append(word)
+        dropped = name in gone and "=" not in word
+    words = [*kept, *(str(word) for pair in flags.items() for word in pair)]
+    return "python train.py " + shlex.join(words)

@@ -1,8 +1,11 @@
-"""What a run leaves on disk besides weights: its settings, its log, its progress line. See checkpoint.py for weights.
+"""What a run leaves on disk besides weights and pictures: its settings and its log.
 
-    RUN/config.json    the resolved settings; the same command again continues, another one is refused
-    RUN/command.txt    every command that worked on this run
+    RUN/config.json        the resolved settings: the same ones continue the run, others are refused
+    RUN/command.txt        every command that worked on this run
     RUN/STAGE/log.jsonl    one line a step, each step once, cut back to the checkpoint on resume
+
+The progress line and the signals that end a run early are here, too. Weights are in checkpoint.py,
+pictures in figures.py.
 """
 
 import json
@@ -16,16 +19,16 @@ from pathlib import Path
 
 import checkpoint
 from budget import duration
-from distributed import UserError, on_rank0, print0, rank
+from distributed import UserError, on_rank0, print0, rank, world_size
 
 
 @contextmanager
 def open_run(out, config, restart=False):
-    """Hold the run folder `out`, made or continued for `config` (plain values only), while the block runs.
+    """Hold the run folder `out`, made or continued for `config`, while the block runs.
 
-    restart: an existing run is set aside under the next free name, never deleted.
-    Raises UserError, on every rank, where another process writes there, where the folder holds a run with other
-    settings (listing them), or where it holds something that is no run.
+    config: plain values only. restart: an existing run is set aside under the next free name, never
+    deleted. Raises UserError, on every rank, where another process writes there, where the folder
+    holds a run with other settings (listing them), or where it holds something that is no run.
     """
     with ExitStack() as held:
         on_rank0(lambda: _open(Path(out), config, restart, held))
@@ -39,12 +42,20 @@ def _open(out, config, restart, held):
     held.enter_context(checkpoint.lock(out))
     settings = out / "config.json"
     if settings.exists():
-        _compare(out, json.loads(settings.read_text()), json.loads(json.dumps(config)))
+        # Before anything is saved, a mistake in the settings must not have to be kept.
+        if any(out.glob("*/*.pt")):
+            _compare(out, json.loads(settings.read_text()), json.loads(json.dumps(config)))
     elif any(path.name not in (".lock", "config.json.part") for path in out.iterdir()):
-        raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; choose another --out")
+        raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; "
+                        "choose another --out")
     write_text(settings, json.dumps(config, indent=2) + "\n")
     with open(out / "command.txt", "a") as file:
-        file.write("python " + shlex.join(sys.argv) + "\n")
+        file.write(shlex.join([*_launcher(), *sys.argv]) + "\n")
+
+
+def _launcher():
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["torchrun", f"--nproc_per_node={processes}"] if world_size() > 1 else ["python"]
 
 
 def set_aside(out):
@@ -58,8 +69,9 @@ def set_aside(out):
 def _compare(out, before, now):
     changed = _differences(before, now)
     if changed:
-        raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give the same ones to continue it, "
-                        "another --out for a new run, or --restart to begin anew (the old run is kept aside)")
+        raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give the same "
+                        "ones to continue it, another --out for a new run, or --restart to begin "
+                        "anew (the old run is kept aside)")
 
 
 def _differences(before, now, prefix=""):
@@ -76,7 +88,10 @@ def _differences(before, now, prefix=""):
 def write_text(path, text):
     """Write a whole file or none of it."""
     part = Path(f"{path}.part")
-    part.write_text(text)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
@@ -84,17 +99,22 @@ class Log:
     """log.jsonl: one JSON object for each step. Only rank 0 writes."""
 
     def __init__(self, path, step):
-        """Keep the lines of the first `step` steps, drop the later ones: they are about to be made again."""
+        """Keep the lines up to `step` steps; the later ones are about to be made again."""
         self.file = None
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-            write_text(path, "".join(line + "\n" for line in kept))
-            self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open for the length of the run)
+            lines = (line for line in _complete_lines(path) if json.loads(line)["step"] <= step)
+            write_text(path, "".join(line + "\n" for line in lines))
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record):
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def sync(self):
+        """Before a checkpoint: its log must not be behind it, even after a power cut."""
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def close(self):
         if self.file:
@@ -105,11 +125,11 @@ def _complete_lines(path):
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [line for line in lines[:-1] if line]        # what follows the last newline was cut off by a kill
+    return lines[:-1]                       # what follows the last newline was cut off by a kill
 
 
 class Progress:
-    """One updating line with rate and time left; plain lines, ten seconds apart, where there is no terminal."""
+    """One updating line with rate and time left; off a terminal, a plain line every ten seconds."""
 
     def __init__(self, name, first, steps, batch_size):
         self.name, self.first, self.steps, self.batch_size = name, first, steps, batch_size
@@ -123,10 +143,15 @@ class Progress:
             return
         self.shown = now
         rate = (step - self.first) / max(now - self.start, 1e-9)
-        values = "  ".join(f"{name} {terms[name]:.4g}" for name in ("pixel", "perceptual", "gan", "lambda") if name in terms)
-        line = (f"{self.name} {step}/{self.steps}  {values}  {rate * self.batch_size:.3g} images/s  "
-                f"{duration((self.steps - step) / rate)} left")
-        print(f"\r{line:<110}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        shown = [name for name in ("pixel", "perceptual", "gan", "lambda") if name in terms]
+        line = "  ".join([f"{self.name} {step}/{self.steps}",
+                          *(f"{name} {terms[name]:.4g}" for name in shown),
+                          f"{rate * self.batch_size:.3g} images/s",
+                          f"{duration((self.steps - step) / rate)} left"])
+        if self.terminal:
+            print(f"\r{line:<110}", end="", flush=True)
+        else:
+            print(line, flush=True)
 
     def close(self):
         if self.terminal and rank() == 0:
@@ -135,12 +160,13 @@ class Progress:
 
 @contextmanager
 def stop_signals():
-    """Yields a list that SIGTERM and SIGINT append themselves to: the loop saves and leaves at the end of its step."""
+    """Yields a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step."""
     received = []
 
     def note(number, frame):
         if not received:
-            print0(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+            text = f"\n{signal.Signals(number).name}: finishing this step, then saving\n"
+            os.write(2, text.encode() if rank() == 0 else b"")   # print may be busy just now
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

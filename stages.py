@@ -1,11 +1,12 @@
-"""What one training step of each stage is, and the papers' numbers. AVQ Sec. 3.2, Sec. 4 and Appendix A.
+"""What one training step of each stage is, and the papers' numbers. AVQ Sec. 3.2, 4, Appendix A.
 
-    vqgan     x --VQGAN--> x_hat                       Eq. 2 (or 11) + lambda Eq. 7      everything trains
-    decoder   x, mask --frozen VQGAN, AsymDecoder--> x_hat    Eq. 6 + lambda Eq. 7       only the decoder trains
+    vqgan     x --VQGAN--> x_hat                              Eq. 2 (or 11) + lambda Eq. 7
+    decoder   x, mask --frozen VQGAN, AsymDecoder--> x_hat    Eq. 6 + lambda Eq. 7
 
-A stage is four functions: build a `Trainee`, make its gradients for one (micro-)batch, validate it, and turn it into a
-state dict. The loop around them is in train.py; the losses are in losses.py. RECIPES holds every number of the papers'
-training, so notebooks and `train.py --help` read the same table.
+In the first stage everything trains, in the second only the decoder. A stage is four functions:
+build a `Trainee`, make its gradients for one (micro-)batch, validate it, and turn it into a state
+dict. The loop around them is in train.py; the losses are in losses.py. RECIPES holds every number
+of the papers' training, so notebooks and `train.py --help` read the same table.
 """
 
 import math
@@ -27,21 +28,21 @@ from losses import (
 from metrics import pre_error
 from vqgan import VQGAN
 
-STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random number's seed
+STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random seed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. Learning rates hold at `batch_size` and scale linearly with another one."""
+    """How a stage is trained. lr holds at `batch_size` and scales linearly with another one."""
 
     batch_size:    int   = 80          # global, over all processes
     lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
     betas:         tuple = (0.5, 0.9)  # Adam
     steps:         int   = 0           # length of the run; 0: by epochs
     epochs:        float = 0           # passes over the data at hand
-    warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of the run)
-    min_lr:        float = 0.0         # the cosine's end; 0: the learning rate is constant after the warm-up
-    trunk_factor:  float = 1.0         # on the trunk's learning rate where it starts from the first stage's decoder
+    warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of all)
+    min_lr:        float = 0.0         # the cosine's end; 0: constant after the warm-up
+    trunk_factor:  float = 1.0         # on the rate of a trunk that starts from the first stage's
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
     rule:          str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
@@ -51,32 +52,32 @@ class Recipe:
     latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
 
 
-# AVQ Sec. 4's "Implementation details", the authors' configuration where the paper is silent, and the first stages'
-# own; what neither states is marked "ours". [AVQ Sec. 4]
+# AVQ Sec. 4's "Implementation details", the authors' configuration where the paper is silent, and
+# the first stages' own; what neither states is marked "ours". [AVQ Sec. 4]
 RECIPES = {
     "vqgan": {
-        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, rule="taming",       # steps: ours
+        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, rule="taming",    # steps: ours
                      disc_start=250_001),
-        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, rule="taming",       # steps: ours
+        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, rule="taming",    # steps: ours
                      disc_start=50_001, latent_weight=1e-6),
-        "tiny": Recipe(batch_size=16, lr=1e-3, steps=700, warmup=50, min_lr=1e-4, rule="taming",   # ours
-                       disc_start=0.75, ndf=32, disc_layers=2),
+        "tiny": Recipe(batch_size=8, lr=2e-3, steps=1800, warmup=50, min_lr=1e-4,       # ours
+                       rule="taming", disc_start=0.8, ndf=32, disc_layers=2),
     },
     "decoder": {
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
                        start_trunk=True, trunk_factor=0.1),
         "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
-        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),   # as large: ours
-        "tiny": Recipe(batch_size=16, lr=2e-3, steps=700, warmup=50, min_lr=1e-5,            # ours
-                       start_trunk=True, trunk_factor=0.1, disc_start=0.75, ndf=32, disc_layers=2),
+        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),  # ours
+        "tiny": Recipe(batch_size=8, lr=6e-3, steps=2000, warmup=50, min_lr=1e-5,       # ours
+                       start_trunk=True, trunk_factor=0.3, disc_start=0.8, ndf=32, disc_layers=2),
     },
 }
 
 
 def learning_rate(step, steps, peak, warmup, min_lr):
-    """The learning rate of `step` (0-based) in a run of `steps`: linear from 1 %, then cosine to min_lr. [AVQ Sec. 4]
+    """The learning rate of `step` (0-based): linear from 1 %, then cosine to min_lr. [AVQ Sec. 4]
 
-    min_lr = 0 keeps the peak after the warm-up, as the first stages do.
+    steps: of the run. min_lr = 0 keeps the peak after the warm-up, as the first stages do.
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:
@@ -89,9 +90,9 @@ def learning_rate(step, steps, peak, warmup, min_lr):
 
 
 def image_generators(seed, stage, positions):
-    """One CPU generator for each image, a function of (seed, stage, its position in the run) alone."""
-    states = [np.random.SeedSequence((seed, STAGE_IDS[stage], p)).generate_state(1)[0] for p in positions]
-    return [torch.Generator().manual_seed(int(s)) for s in states]
+    """One CPU generator for each image, a function of (seed, stage, position in the run) alone."""
+    keys = [np.random.SeedSequence((seed, STAGE_IDS[stage], p)) for p in positions]
+    return [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys]
 
 
 @dataclass
@@ -138,43 +139,50 @@ class Trainee:
     optimizers:    dict = field(default_factory=dict)
     generator:     nn.Module = None              # `model`, in DDP where there are several processes
     critic:        nn.Module = None              # `discriminator`, likewise
+    parent:        str | None = None             # hash of the frozen first stage
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def build_vqgan(config, recipe, device, perceptual=None, precision="fp32"):
+def build_vqgan(config, recipe, device, perceptual=None, precision="fp32", channels_last=False):
     """A first stage to train, from a VQGANConfig. [AVQ Sec. 3.1]"""
     model = VQGAN(config).to(device)
     groups = [{"params": list(model.parameters()), "factor": 1.0}]
-    return _trainee("vqgan", model, groups, recipe, device, perceptual, precision)
+    return _trainee("vqgan", model, groups, recipe, device, perceptual, precision, channels_last)
 
 
-def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, precision="fp32"):
+def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, precision="fp32",
+                  channels_last=False):
     """An asymmetric decoder to train on a frozen first stage. [AVQ Sec. 3.2]
 
-    Where the recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns at a
-    tenth of the rate; the branch always starts anew.
+    Where the recipe says so and the sizes agree, the trunk starts from the first stage's decoder
+    and learns at a tenth of the rate; the branch always starts anew.
     """
     decoder = AsymDecoder.from_preset(first_stage.config, preset, blend)
     started = recipe.start_trunk and decoder.trunk_fits(first_stage.decoder)
     if started:
         decoder.load_trunk(first_stage.decoder)
     model = AsymVQGAN(first_stage, decoder).to(device)
-    groups = [{"params": decoder.trunk_parameters(), "factor": recipe.trunk_factor if started else 1.0},
+    trunk_factor = recipe.trunk_factor if started else 1.0
+    groups = [{"params": decoder.trunk_parameters(), "factor": trunk_factor},
               {"params": decoder.branch_parameters(), "factor": 1.0}]
-    return _trainee("decoder", model, groups, recipe, device, perceptual, precision)
+    return _trainee("decoder", model, groups, recipe, device, perceptual, precision, channels_last)
 
 
-def _trainee(stage, model, groups, recipe, device, perceptual, precision):
+def _trainee(stage, model, groups, recipe, device, perceptual, precision, channels_last):
     discriminator = PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers).to(device)
     if device.type == "cuda":                    # there is no SyncBatchNorm for CPU
         discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    if channels_last:                            # before DDP, whose buckets take the layout of now
+        model.to(memory_format=torch.channels_last)
+        discriminator.to(memory_format=torch.channels_last)
     fused = device.type == "cuda"
     optimizers = {
         "generator": torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=fused),
-        "discriminator": torch.optim.Adam([{"params": list(discriminator.parameters()), "factor": 1.0}],
-                                          lr=recipe.lr, betas=recipe.betas, fused=fused),
+        "discriminator": torch.optim.Adam(
+            [{"params": list(discriminator.parameters()), "factor": 1.0}],
+            lr=recipe.lr, betas=recipe.betas, fused=fused),
     }
     model.train()
     return Trainee(stage, recipe, device, model, discriminator, perceptual, precision, optimizers,
@@ -184,8 +192,9 @@ def _trainee(stage, model, groups, recipe, device, perceptual, precision):
 def set_learning_rates(trainee, step, steps, disc_start):
     """Both optimisers' rates for `step`. The discriminator's schedule starts when it does."""
     r = trainee.recipe
-    generator = learning_rate(step, steps, r.lr, r.warmup, r.min_lr)
-    critic = learning_rate(max(0, step - disc_start), max(1, steps - disc_start), r.lr, r.warmup, r.min_lr)
+    schedule = r.lr, r.warmup, r.min_lr
+    generator = learning_rate(step, steps, *schedule)
+    critic = learning_rate(max(0, step - disc_start), max(1, steps - disc_start), *schedule)
     for name, rate in (("generator", generator), ("discriminator", critic)):
         for group in trainee.optimizers[name].param_groups:
             group["lr"] = max(rate * group["factor"], min(r.min_lr, rate))
@@ -193,10 +202,10 @@ def set_learning_rates(trainee, step, steps, disc_start):
 
 
 def vqgan_step(trainee, batch, gan_on, scale=1.0):
-    """Add one micro-batch's gradients of the first stage, scaled, to .grad; no optimiser moves. [AVQ Eq. 2] [AVQ Eq. 8]
+    """Add one micro-batch's gradients of the first stage to .grad. [AVQ Eq. 2] [AVQ Eq. 8]
 
-    gan_on: whether the discriminator has started; before, it costs nothing. Returns the terms of the losses, detached
-    scalars by name.
+    No optimiser moves. gan_on: whether the discriminator has started; before, it costs nothing.
+    scale: this micro-batch's share of the step. Returns the losses' terms, detached, by name.
     """
     with trainee.autocast():
         x_hat, extra = trainee.generator(batch.x, generator=batch.generators)
@@ -204,9 +213,9 @@ def vqgan_step(trainee, batch, gan_on, scale=1.0):
 
 
 def decoder_step(trainee, batch, gan_on, scale=1.0):
-    """Add one micro-batch's gradients of the asymmetric decoder, scaled, to .grad. [AVQ Sec. 3.2] [AVQ Eq. 8]
+    """Add one micro-batch's gradients of the decoder to .grad. [AVQ Sec. 3.2] [AVQ Eq. 8]
 
-    The full image is encoded; only the branch sees the masked one. Arguments and result as vqgan_step's.
+    The full image is encoded; only the branch sees the masked one. Else as vqgan_step.
     """
     with trainee.autocast():
         x_hat, extra = trainee.generator(batch.x, batch.mask, batch.rows, batch.generators)
@@ -214,15 +223,14 @@ def decoder_step(trainee, batch, gan_on, scale=1.0):
 
 
 def _backward(trainee, x, x_hat, extra, gan_on, scale):
-    """Back-propagate the combined image gradient once, with the latent's own loss where there is one; then D's loss.
+    """Back-propagate the combined image gradient once, with the latent's own loss; then D's loss.
 
     Both players see the one x_hat: the generator is run once a step, before either of them moves.
     """
     r = trainee.recipe
     gradient, terms = generator_gradient(
-        x_hat.detach().requires_grad_(), x, extra["last_features"],
-        trainee.model.decoder.conv_out.weight.shape, trainee.perceptual,
-        trainee.discriminator if gan_on else None, r.gan, r.rule)
+        x_hat, x, extra["last_features"], trainee.model.decoder.conv_out.weight.shape,
+        trainee.perceptual, trainee.discriminator if gan_on else None, r.gan, r.rule)
     outputs, gradients = [x_hat], [gradient * scale]
     if "latent_loss" in extra:
         outputs.append(extra["latent_loss"])
@@ -235,14 +243,16 @@ def _backward(trainee, x, x_hat, extra, gan_on, scale):
 
 
 def discriminator_backward(trainee, x, x_hat, scale=1.0):
-    """Add the discriminator's gradients to .grad. Real and generated images pass separately: BatchNorm. [AVQ Eq. 7]
+    """Add the discriminator's gradients to .grad. [AVQ Eq. 7]
 
-    x_hat: detached, the very images that the generator's step judged.
+    Real and generated images pass separately, because of BatchNorm. x_hat: detached, the very
+    images that the generator's step judged.
     """
     real, fake = trainee.critic(x), trainee.critic(x_hat)
     loss = discriminator_loss(real, fake, trainee.recipe.gan)
     (loss * scale).backward()
-    return {"disc": loss.detach(), "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+    return {"disc": loss.detach(), "logits_real": real.detach().mean(),
+            "logits_fake": fake.detach().mean()}
 
 
 def optimizer_step(trainee, gan_on):
@@ -262,9 +272,10 @@ def gradient_norm(trainee, gan_on):
 
 
 def global_terms(terms):
-    """The terms of one step as floats, means over micro-batches and over ranks; not finite where any rank's is not.
+    """The terms of one step as floats, means over micro-batches and ranks.
 
-    terms: one dict of 0-d tensors for each micro-batch.
+    A term that is not finite on any rank is not finite in the mean. terms: one dict of 0-d tensors
+    for each micro-batch.
     """
     names = sorted(terms[0])
     values = torch.stack([torch.stack([t[name].float() for t in terms]).mean() for name in names])
@@ -341,7 +352,7 @@ def sample_columns(trainee, batch):
 
 
 def stage_weights(trainee):
-    """The state dict a checkpoint holds: taming's keys for vqgan, the authors' `decoder.*` for decoder."""
+    """The state dict of a checkpoint: taming's keys for vqgan, the authors' `decoder.*` else."""
     if trainee.stage == "vqgan":
         return trainee.model.state_dict()
     return {f"decoder.{name}": value for name, value in trainee.model.decoder.state_dict().items()}
@@ -352,4 +363,5 @@ def load_stage_weights(trainee, weights):
     if trainee.stage == "vqgan":
         trainee.model.load_state_dict(weights)
     else:
-        trainee.model.decoder.load_state_dict({n.removeprefix("decoder."): v for n, v in weights.items()})
+        trainee.model.decoder.load_state_dict(
+            {name.removeprefix("decoder."): value for name, value in weights.items()})

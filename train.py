@@ -1,24 +1,26 @@
-"""Train the first stage and the asymmetric decoder: flags, the table of stages, the one visible loop.
+"""Train the first stage and the asymmetric decoder: the table of stages, the one visible loop.
 
-    python train.py                                        embedded data, both stages, then the report
+    python train.py                                        embedded data, both stages, the report
     python train.py --data imagenet --root /data/imagenet  the paper's job
     torchrun --nproc_per_node=8 train.py ...               the same on eight GPUs
 
-What a step does is in stages.py; what the flags resolve to, in options.py. The state of a stage is its weights, its
-optimisers and the number of steps done: everything random is a function of the seed, the stage and an image's position
-in the run, so a run that was killed goes on to the same weights as one that was not.
+What a step does is in stages.py; flags and what they resolve to, in options.py. The state of a
+stage is its weights, its optimisers and the number of steps done: everything random is a function
+of the seed, the stage and an image's position in the run, so a run that was killed goes on to the
+same weights as one that was not.
 """
 
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from eval import evaluate_runs
 
 import checkpoint
 from budget import DAY, duration, free_memory, local_batch, micro_batch, trial
@@ -34,6 +36,7 @@ from data import (
 from distributed import (
     UserError,
     any_rank,
+    close,
     exit_on_user_error,
     gather_objects,
     no_sync,
@@ -43,11 +46,13 @@ from distributed import (
     setup,
     world_size,
 )
+from eval import evaluate_runs
 from figures import curves, image_grid
 from losses import LPIPS
-from options import parse, resolve
+from options import parse, resolve, smaller_command
 from run_folder import Log, Progress, open_run, stop_signals
 from stages import (
+    RECIPES,
     STAGE_IDS,
     Recipe,
     build_decoder,
@@ -75,8 +80,8 @@ VALIDATION_IMAGES, SAMPLE_IMAGES = 64, 6
 class Stage:
     """A row of the table of stages."""
 
-    step:     callable     # gradients of one micro-batch
-    validate: callable     # {"val_...": value}
+    step:     Callable     # gradients of one micro-batch
+    validate: Callable     # {"val_...": value}
     masks:    bool         # whether an item comes with a mask
 
 
@@ -86,152 +91,182 @@ STAGES = {
 }
 
 
+@dataclass
+class Run:
+    """What all stages of one call of this program share."""
+
+    settings:    dict               # what the flags resolved to, the run's config.json
+    out:         Path
+    device:      torch.device
+    workers:     int
+    micro_batch: int | None         # as asked for
+    save_every:  int                # steps
+    deadline:    float              # on time.monotonic's clock
+    signals:     list               # that asked this process to leave
+
+
 def main():
     args = parse()
     settings, first_stage = resolve(args)
     device = setup(args.device)
     train_set = open_dataset(args.data, args.root, "train", settings["size"], limit=args.overfit)
-    val_set = train_set if args.overfit else open_dataset(args.data, args.root, "val", settings["size"])
+    val_set = train_set if args.overfit else open_dataset(args.data, args.root, "val",
+                                                          settings["size"])
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     if args.check_data:
         return report_bad_files([train_set, val_set], workers)
-    print0(f"{train_set.describe()}\n{val_set.describe()}\n"
-           f"{world_size()} process(es) on {device.type}; writing to {args.out}")
+    settings["images"] = {"train": len(train_set), "val": len(val_set)}
     names = list(STAGES) if args.stage == "all" else [args.stage]
     if first_stage is not None:
         names = ["decoder"]
-    elif args.stage == "all" and args.data != "signs":
+    print0(f"{train_set.describe()}\n{val_set.describe()}\n{' and '.join(names)} at "
+           f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
+    if "vqgan" in names and args.data != "signs":
         print0("no --vqgan was given: the first stage is trained first, then the decoder on it")
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
     save_every = args.save_every or (100 if settings["preset"] == "tiny" else 1000)
-    run = Run(settings, args.out, device, workers, save_every, deadline)
     with open_run(args.out, settings, args.restart):
-        for name in names:
-            train_stage(name, run, train_set, val_set)
-        if "decoder" in names and not args.overfit:
-            on_rank0(partial(evaluate_runs, [args.out], device=device))
+        with stop_signals() as signals:
+            run = Run(settings, args.out, device, workers, args.micro_batch, save_every, deadline,
+                      signals)
+            for name in names:
+                train_stage(name, run, train_set, val_set)
+        close()                      # the others need not wait while rank 0 evaluates
+        if "decoder" in names and not args.overfit and rank() == 0:
+            make_report(run)
     return 0
 
 
 def report_bad_files(datasets, workers):
     """--check-data: decode everything once; exit status 1 where a file is bad."""
+    if rank():
+        return 0
     bad = [path for dataset in datasets for path in check_files(dataset, workers)]
-    print0("\n".join(bad) + f"\n{len(bad)} files cannot be decoded" if bad else "every file can be decoded")
+    print("\n".join([*bad, f"{len(bad)} files cannot be decoded"] if bad
+                    else ["every file can be decoded"]))
     return 1 if bad else 0
 
 
-@dataclass
-class Run:
-    """What all stages of one call of this program share."""
-
-    settings:   dict               # what the flags resolved to, the run's config.json
-    out:        Path
-    device:     torch.device
-    workers:    int
-    save_every: int                # steps
-    deadline:   float              # on time.monotonic's clock
+def make_report(run):
+    """The table over this run, unless the one that is there is younger than the weights."""
+    report, weights = run.out / "report.json", run.out / "decoder" / "last.pt"
+    if report.exists() and report.stat().st_mtime >= weights.stat().st_mtime:
+        print0(f"the report is there already: {run.out / 'report.md'}")
+    else:
+        evaluate_runs([run.out], device=run.device)
 
 
 def build(name, run):
-    """(Trainee, parent): the networks of a stage at their start, and the hash of the weights it stands on."""
+    """The networks and optimisers of a stage at its start: a Trainee."""
     settings, seed = run.settings, run.settings["seed"]
-    recipe = Recipe(**settings["recipes"][name])
-    net, device = settings["perceptual"], run.device
-    perceptual = None if net == "none" else LPIPS(net, settings["weights"]).to(device)
-    first_stage, parent = None, None
+    net, parent = settings["perceptual"], None
+    perceptual = None if net == "none" else LPIPS(net, settings["weights"]).to(run.device)
+    options = {"recipe": Recipe(**settings["recipes"][name]), "device": run.device,
+               "perceptual": perceptual, "precision": settings["precision"],
+               "channels_last": settings["channels_last"]}
     if name == "decoder":
         first_stage, parent = load_first_stage(settings["vqgan"] or run.out)
     torch.manual_seed(int(np.random.SeedSequence((seed, STAGE_IDS[name])).generate_state(1)[0]))
-    if name == "vqgan":
-        config = VQGANConfig(**settings["first_stage"])
-        trainee = build_vqgan(config, recipe, device, perceptual, settings["precision"])
-    else:
-        trainee = build_decoder(first_stage, settings["preset"], settings["blend"], recipe, device,
-                                perceptual, settings["precision"])
-    if settings["channels_last"]:
-        trainee.model.to(memory_format=torch.channels_last)
+    try:
+        if name == "vqgan":
+            trainee = build_vqgan(VQGANConfig(**settings["first_stage"]), **options)
+        else:
+            trainee = build_decoder(first_stage, settings["preset"], settings["blend"], **options)
+    except ValueError as error:
+        raise UserError(f"--preset {settings['preset']} does not fit "
+                        f"--first-stage {settings['first_stage_name']}: {error}") from None
     trainee.model.decoder.checkpointing = settings["checkpointing"]
-    if settings["compile"]:
-        trainee.model.compile()
-    return trainee, parent
+    trainee.parent = parent
+    return trainee
 
 
 def train_stage(name, run, train_set, val_set):
     """Train one stage from its last checkpoint, or from the start, to its end."""
-    trainee, parent = build(name, run)
-    recipe, folder = trainee.recipe, run.out / name
-    steps = recipe.steps or math.ceil(recipe.epochs * len(train_set) / recipe.batch_size)
-    disc_start = math.floor(recipe.disc_start * steps) if recipe.disc_start < 1 else int(recipe.disc_start)
-    state = on_rank0(partial(checkpoint.latest, folder))
-    done, extra = resume(trainee, state, parent, folder) if state else (0, {"best": None})
-    if extra.get("finished"):
-        print0(f"{name}: finished before, {done} steps")
+    folder, recipe = run.out / name, Recipe(**run.settings["recipes"][name])
+    steps = run_length(recipe, len(train_set))
+    disc_start = first_gan_step(recipe, steps)
+    trainee, done, extra = start_or_resume(name, run, folder)
+    if done == steps:
+        print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
     items = TrainingItems(train_set, run.settings["seed"], STAGE_IDS[name], STAGES[name].masks)
-    announce(name, run, trainee, items, steps, disc_start, done, extra)
-    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(), run.workers,
-                               pin=run.device.type == "cuda")
-    val = held_out(run, val_set, extra["micro_batch"])
-    log, progress = Log(folder / "log.jsonl", done), Progress(name, done, steps, recipe.batch_size)
-    bad_files = BadFiles(len(train_set))
+    announce(run, trainee, items, steps, disc_start, done, extra)
+    val = held_out(run, val_set, extra["micro_batch"]) if rank() == 0 else None
+    log = Log(folder / "log.jsonl", done)
+    if done < 0:                     # a stage begins with a checkpoint, so that trouble shows early
+        done = 0
+        keep(run, trainee, val, log, {"step": 0, "images": 0}, extra)
+    if run.settings["compile"]:      # after the trial: its one image is no shape to compile for
+        trainee.model.compile()
+    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
+                               run.workers, pin=run.device.type == "cuda")
+    bad_files, leave = BadFiles(len(train_set)), False
 
-    with stop_signals() as signals:
+    with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
             lr = set_learning_rates(trainee, step, steps, disc_start)
             gan_on = step >= disc_start
-            terms = accumulate_gradients(name, run, trainee, batch, gan_on, extra["micro_batch"])
-            stop_unless_finite(name, step, terms)
+            terms = accumulate_gradients(run, trainee, batch, gan_on, extra["micro_batch"])
+            stop_unless_finite(name, step + 1, terms)
             optimizer_step(trainee, gan_on)
 
             done = step + 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
-            leave, unreadable = any_rank(bool(signals) or time.monotonic() > run.deadline, bool(batch["bad"]))
+            leave, unreadable = any_rank(bool(run.signals) or time.monotonic() > run.deadline,
+                                         bool(batch["bad"]))
             if unreadable:
                 skip_bad_files(bad_files, batch["bad"])
-            saving = leave or done % run.save_every == 0 or done == steps
-            if saving:
-                record |= validate(name, run, trainee, val, done)
-            log.write(record)             # before the checkpoint: a log is cut back on resume, never filled up
-            if saving:
+            if leave or done % run.save_every == 0 or done == steps:
                 extra["finished"] = done == steps
-                on_rank0(partial(save, name, run, trainee, parent, record, extra))
-            if leave and done < steps:
-                say_goodbye(name, done, signals)
-    log.close()
-    progress.close()
+                keep(run, trainee, val, log, record, extra)
+            else:
+                log.write(record)
+            if leave:
+                break
     on_rank0(partial(curves, folder / "log.jsonl", folder / "curves.png"))
-    print0(f"{name}: {done} steps done; {folder / 'last.pt'}, {folder / 'curves.png'}, {folder / 'samples'}")
+    if leave:
+        say_goodbye(name, done, run.signals)
+    if run.settings["overfit"]:
+        print0(f"{name}: {verdict(run.settings['overfit'], extra)}")
+    print0(f"{name}: {done} steps done; {folder / 'last.pt'}, {folder / 'curves.png'}, "
+           f"{folder / 'samples'}")
 
 
-def accumulate_gradients(name, run, trainee, batch, gan_on, size):
-    """One step's gradients, `size` images at a time. -> means of the losses' terms, over the global batch."""
+def run_length(recipe, images):
+    """Steps of a stage on a data set of so many images."""
+    return recipe.steps or math.ceil(recipe.epochs * images / recipe.batch_size)
+
+
+def first_gan_step(recipe, steps):
+    """The 0-based step at which the discriminator starts."""
+    start = recipe.disc_start
+    return math.floor(start * steps) if start < 1 else int(start)
+
+
+def accumulate_gradients(run, trainee, batch, gan_on, size):
+    """One step's gradients, `size` images at a time. -> the losses' terms over the global batch."""
     parts = [{key: value[i:i + size] for key, value in batch.items() if key != "bad"}
              for i in range(0, len(batch["position"]), size)]
     terms = []
     for part in parts:
         last = part is parts[-1]
-        part = training_batch(part, run.settings["seed"], name, run.device, run.settings["channels_last"])
+        part = training_batch(part, run.settings["seed"], trainee.stage, run.device,
+                              run.settings["channels_last"])
         with no_sync(trainee.generator, last), no_sync(trainee.critic, last):
-            terms.append(STAGES[name].step(trainee, part, gan_on, scale=1 / len(parts)))
+            step = STAGES[trainee.stage].step
+            terms.append(step(trainee, part, gan_on, scale=1 / len(parts)))
     norm = gradient_norm(trainee, gan_on)
     return global_terms([part | {"grad_norm": norm} for part in terms])
 
 
 def stop_unless_finite(name, step, terms):
-    """Raise UserError, on every rank, if a loss or a gradient of any rank is not finite; nothing has moved yet."""
+    """Raise UserError, on every rank, where any rank's number is not finite: nothing is saved."""
     broken = [term for term, value in terms.items() if not math.isfinite(value)]
     if broken:
-        raise UserError(f"{name} step {step + 1}: {', '.join(broken)} not finite; the last checkpoint is good, the "
-                        "weights that led here are not saved. Try a lower --lr, or --precision fp32")
-
-
-def validate(name, run, trainee, val, step):
-    """Held-out values for the log, and a sample grid; on rank 0, while the others wait."""
-    def work():
-        image_grid(sample_columns(trainee, val[0]), run.out / name / "samples" / f"step_{step:07d}.png")
-        return STAGES[name].validate(trainee, val)
-    return on_rank0(work)
+        raise UserError(f"{name} step {step}: {', '.join(broken)} not finite; the last checkpoint "
+                        "is good, the weights that led here are not saved. Begin anew with a lower "
+                        "--lr (--restart), or with --precision fp32")
 
 
 def held_out(run, val_set, size):
@@ -241,64 +276,136 @@ def held_out(run, val_set, size):
             for batch in validation_batches(val_set, VALIDATION_IMAGES, size)]
 
 
-def save(name, run, trainee, parent, record, extra):
-    """last.pt, and best.pt where the held-out pixel error (for the decoder: with mask plus without) is the lowest."""
+def keep(run, trainee, val, log, record, extra):
+    """Validate, log the step, save a sample grid and the state; the other ranks wait for rank 0."""
+    def work():
+        folder, step = run.out / trainee.stage, record["step"]
+        record.update(STAGES[trainee.stage].validate(trainee, val))
+        stop_unless_finite(trainee.stage, step, record)
+        few = replace(val[0], x=val[0].x[:SAMPLE_IMAGES], mask=val[0].mask[:SAMPLE_IMAGES])
+        image_grid(sample_columns(trainee, few), folder / "samples" / f"step_{step:07d}.png")
+        log.write(record)             # before the checkpoint: a log is cut back, never filled up
+        log.sync()
+        save(folder, run.settings, trainee, record, extra)
+    on_rank0(work)
+
+
+def save(folder, settings, trainee, record, extra):
+    """last.pt; and best.pt where the held-out L1 (the decoder's: with mask plus without) is lowest.
+
+    extra: what a resumed stage must know besides; the scores are noted in it.
+    """
     score = sum(value for key, value in record.items() if key.startswith("val_pixel"))
-    better = extra["best"] is None or score < extra["best"]
+    extra["score"] = score
+    extra.setdefault("first_score", score)
+    better = score < extra.get("best", math.inf)
     extra["best"] = score if better else extra["best"]
-    state = {"format": checkpoint.FORMAT, "stage": name, "config": run.settings,
-             "model": stage_weights(trainee), "ema": None,
-             "optimizers": {key: optimizer.state_dict() for key, optimizer in trainee.optimizers.items()},
-             "images": record["images"], "step": record["step"], "parent": parent,
+    optimizers = {key: optimizer.state_dict() for key, optimizer in trainee.optimizers.items()}
+    state = {"format": checkpoint.FORMAT, "stage": trainee.stage, "config": settings,
+             "model": stage_weights(trainee), "ema": None, "optimizers": optimizers,
+             "images": record["images"], "step": record["step"], "parent": trainee.parent,
              "extra": {**extra, "discriminator": trainee.discriminator.state_dict()}}
-    checkpoint.save(run.out / name / "last.pt", state)
-    if better:
-        checkpoint.save(run.out / name / "best.pt", state, keep_previous=False)
+    if better:              # first: a kill in between repeats the steps after last.pt, and this one
+        checkpoint.save(folder / "best.pt", state, keep_previous=False)
+    checkpoint.save(folder / "last.pt", state)
 
 
-def resume(trainee, state, parent, folder):
-    """Load a stage's state into the trainee -> (steps done, extra). UserError where what it stands on has changed."""
-    if state["parent"] != parent:
-        raise UserError(f"{folder} was trained on another first stage than the one there is now; bring the old one "
-                        "back, or give --restart to train on the new one")
+def start_or_resume(name, run, folder):
+    """(Trainee, steps done, extra); -1 steps where nothing was ever saved.
+
+    Every process reads the checkpoint for itself. Raises UserError where they do not find the same
+    one, and where what the stage stands on has changed.
+    """
+    state = checkpoint.latest(folder)
+    found = gather_objects(state["step"] if state else -1)
+    if len(set(found)) > 1:
+        raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
+                        " --out must be on a file system that all machines share")
+    trainee = build(name, run)
+    if state is None:
+        return trainee, -1, {"finished": False}
+    if state["parent"] != trainee.parent:
+        where = run.settings["vqgan"] or run.out
+        raise UserError(f"{folder} was trained on another first stage than {where} holds now; "
+                        "bring the old one back, or train a decoder on the new one: "
+                        f"--stage decoder --vqgan {where} --out NEW_RUN")
     load_stage_weights(trainee, state["model"])
     for key, optimizer in trainee.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][key])
-    extra = dict(state["extra"])
+        kept = state["optimizers"][key]
+        for group in kept["param_groups"]:            # another device may be in use now
+            group["fused"] = optimizer.param_groups[0]["fused"]
+        optimizer.load_state_dict(kept)
+    extra = state["extra"]
     trainee.discriminator.load_state_dict(extra.pop("discriminator"))
-    return state["step"], extra
+    return trainee, state["step"], extra
 
 
-def announce(name, run, trainee, items, steps, disc_start, done, extra):
-    """Say what the stage will do, how long that takes here, and with how many images at once; keep the latter."""
-    r, device = trainee.recipe, run.device
-    one = {key: value if key == "bad" else value[:1] for key, value in next(training_batches(items, 0, 1, 1)).items()}
-    batch = training_batch(one, run.settings["seed"], name, device, run.settings["channels_last"])
+def announce(run, trainee, items, steps, disc_start, done, extra):
+    """Say what the stage will do, how long that takes here, and with how many images at once.
+
+    The latter is noted in `extra`; a resumed stage keeps it where its processes allow that.
+    """
+    name, r, done = trainee.stage, trainee.recipe, max(0, done)
+    one = {key: value if key == "bad" else value[:1]
+           for key, value in next(training_batches(items, 0, 1, 1)).items()}
+    batch = training_batch(one, run.settings["seed"], name, run.device,
+                           run.settings["channels_last"])
     image_bytes, seconds = trial(trainee, STAGES[name].step, batch)
-    local = local_batch(r.batch_size, world_size())
-    kept = extra.get("micro_batch")          # a resumed run goes on as it began, where its processes allow that
-    extra["micro_batch"] = kept if kept and local % kept == 0 else on_rank0(
-        lambda: micro_batch(local, run.settings["micro_batch"], image_bytes, free_memory(device)))
-    count = sum(p.numel() for group in trainee.optimizers["generator"].param_groups for p in group["params"])
+    local, kept = local_batch(r.batch_size, world_size()), extra.get("micro_batch")
+    if run.micro_batch is None and kept and local % kept == 0:
+        size = kept
+    else:
+        size = on_rank0(lambda: micro_batch(local, run.micro_batch, image_bytes,
+                                            free_memory(trainee)))
+    extra["micro_batch"] = size
+    groups = trainee.optimizers["generator"].param_groups
+    count = sum(p.numel() for group in groups for p in group["params"])
     print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images"
-           + (f", from step {done}" if done else "")
-           + f"; lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps, discriminator from step {disc_start}; "
-           f"{extra['micro_batch']} images at a time in each process ({image_bytes / 2**20:.0f} MiB an image)")
-    total = seconds * (steps - done) * local
+           + (f", from step {done}" if done else "") + f"; lr {r.lr:.3g}, warm-up "
+           f"{min(r.warmup, steps // 10)} steps, discriminator from step {disc_start}; {size} "
+           f"images at a time in each process ({image_bytes / 2**20:.0f} MiB an image)")
+    warn(run, name, steps, disc_start, len(items.dataset))
+    say_how_long(run, name, seconds * local, steps - done)
+
+
+def warn(run, name, steps, disc_start, images):
+    """What a reader of the results must know about this stage."""
+    recipe = RECIPES[name][run.settings["recipe_names"][name]]
+    ours = steps * run.settings["recipes"][name]["batch_size"]
+    if ours < run_length(recipe, images) * recipe.batch_size:
+        print0(f"{name}: a short run, not the reported one of {run_length(recipe, images)} steps "
+               f"of {recipe.batch_size} images")
+    if disc_start >= steps:
+        print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
+               "no GAN loss in this run")
+    if world_size() > 1 and run.device.type == "cpu":
+        print0(f"{name}: the discriminator's BatchNorm statistics are per process (PyTorch "
+               "synchronises them on CUDA only)")
+
+
+def say_how_long(run, name, seconds, steps):
+    """The estimate; where it is days, the command for something smaller on the same data."""
+    total = math.ceil(seconds * steps)
     print0(f"{name}: at most about {duration(total)} on this device, by one image's step")
     if total > DAY:
-        print0(f"{name}: that is long. A run for hours: --first-stage tiny --preset tiny --size 128 --epochs 40")
-    if disc_start >= steps:
-        print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): no GAN loss in this run")
-    if world_size() > 1 and device.type == "cpu":
-        print0(f"{name}: the discriminator's BatchNorm statistics are per process (PyTorch synchronises them on CUDA only)")
+        affordable = max(1, int(2 * 3600 / seconds))
+        print0(f"{name}: that is long; it goes on, and can be stopped and continued. For a run of "
+               f"hours:\n  {smaller_command(sys.argv[1:], run.settings, affordable)}")
 
 
 def skip_bad_files(bad_files, paths):
-    """Log files that could not be decoded, once over all ranks; UserError where they are too many."""
+    """Log files that could not be decoded, once over all ranks; UserError where too many."""
     for path in bad_files.update(set().union(*gather_objects(paths))):
         print0(f"skipped, cannot be decoded: {path}", file=sys.stderr)
     bad_files.check()
+
+
+def verdict(images, extra):
+    """What --overfit N has shown: whether the networks can learn a few images by heart."""
+    first, last = extra["first_score"], extra["score"]
+    healthy = "healthy" if last < 0.5 * first else "not healthy: below half of it was expected"
+    return (f"held-out = train L1 on {images} images: {first:.4f} at the start, {last:.4f} at the "
+            f"end; {healthy}")
 
 
 def say_goodbye(name, done, signals):

@@ -1,0 +1,135 @@
+import json
+import shlex
+
+import pytest
+from tiny_runs import write_first_stage
+
+import options
+from distributed import UserError
+from options import parse, resolve, smaller_command
+from stages import RECIPES
+
+
+def settings(*words):
+    return resolve(parse(list(words)))[0]
+
+
+def test_no_flags_mean_the_embedded_data_and_tiny_models():
+    args = parse([])
+    found, first_stage = resolve(args)
+    assert first_stage is None
+    assert (found["data"], found["size"], found["preset"], found["perceptual"]) == (
+        "signs", 64, "tiny", "none")
+    assert found["recipes"]["vqgan"]["steps"] == RECIPES["vqgan"]["tiny"].steps
+    assert str(args.out) == "runs/signs-tiny"
+    json.dumps(found, allow_nan=False)
+
+
+def test_imagenet_means_the_papers_plan():
+    found = settings("--data", "imagenet")
+    assert (found["size"], found["first_stage_name"], found["preset"], found["perceptual"]) == (
+        256, "vq-f16", "base", "vgg")
+    assert found["recipes"]["decoder"]["lr"] == 3.6e-4
+    assert found["recipes"]["vqgan"]["disc_start"] == 250_001
+    assert settings("--data", "imagenet", "--first-stage", "kl-f8")["recipes"]["vqgan"][
+        "latent_weight"] == 1e-6
+    assert settings("--data", "folder", "--preset", "large")["decoder"]["ch"] == 192
+
+
+def test_the_recipes_lr_scales_with_the_batch_and_a_given_one_is_absolute():
+    base = ("--data", "imagenet", "--batch-size", "40")
+    assert settings(*base)["recipes"]["decoder"]["lr"] == pytest.approx(1.8e-4)
+    assert settings(*base)["recipes"]["vqgan"]["lr"] == pytest.approx(4.5e-6 * 40)
+    assert settings(*base, "--lr", "0.5")["recipes"]["decoder"]["lr"] == 0.5
+
+
+def test_flags_replace_the_recipes_numbers():
+    found = settings("--gan", "log", "--lambda", "taming", "--disc-start", "0.5", "--epochs", "2")
+    for recipe in found["recipes"].values():
+        assert (recipe["gan"], recipe["rule"], recipe["disc_start"]) == ("log", "taming", 0.5)
+        assert (recipe["steps"], recipe["epochs"]) == (0, 2)
+
+
+def test_how_a_run_is_run_is_not_among_its_settings():
+    assert settings() == settings("--device", "cpu", "--workers", "3", "--save-every", "7",
+                                  "--max-hours", "1", "--micro-batch", "2", "--stage", "vqgan",
+                                  "--out", "elsewhere", "--restart")
+    steps = str(RECIPES["vqgan"]["tiny"].steps)
+    assert settings("--stage", "vqgan", "--steps", steps)["recipes"]["vqgan"] == \
+        settings()["recipes"]["vqgan"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--size 60 --first-stage vq-f8", "--size 60 .* the nearest that are: 56 or 64"),
+    ("--data imagenet --size 16", "--size 16 is too small"),
+    ("--steps 5 --epochs 1", "give one"),
+    ("--steps 0", "--steps 0: must be positive"),
+    ("--batch-size -4", "--batch-size -4: must be positive"),
+    ("--lr nan", "--lr nan: must be positive"),
+    ("--lr inf", "--lr inf: must be positive"),
+    ("--size 0", "--size 0: must be positive"),
+    ("--seed -1", "--seed -1: must not be negative"),
+    ("--workers -1", "--workers -1: must not be negative"),
+    ("--disc-start -0.5", "--disc-start -0.5: must not be negative"),
+    ("--vqgan nowhere", "nowhere: no such run folder"),
+])
+def test_a_mistake_names_the_flag_and_the_mend(words, message):
+    with pytest.raises(UserError, match=message):
+        settings(*words.split())
+
+
+def test_flags_are_not_guessed_from_their_beginnings(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--batch", "4"])
+    assert left.value.code == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+def test_a_given_first_stage_brings_its_plan(tmp_path):
+    write_first_stage(tmp_path / "run")
+    found, first_stage = resolve(parse(["--vqgan", str(tmp_path / "run"), "--size", "32"]))
+    assert found["first_stage_name"] == "own"
+    assert found["first_stage"]["ch"] == first_stage.config.ch == 8
+    assert found["vqgan"] == str((tmp_path / "run").resolve())
+    for flag, value in (("--first-stage", "vq-f8"), ("--stage", "vqgan")):
+        with pytest.raises(UserError, match=flag):
+            settings("--vqgan", str(tmp_path / "run"), flag, value)
+
+
+def test_help_tells_every_default_and_every_recipe_in_100_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for stage, recipes in RECIPES.items():
+        for name in recipes:
+            assert f"{stage} {name}" in text
+    for number in ("0.00036", "0.00072", "warmup 5000", "250001", "50001", "betas (0.5, 0.9)",
+                   "latent_weight 1e-06", "min_lr 1e-06", "trunk_factor 0.1"):
+        assert number in text, number
+    for flag in vars(parse([])):
+        assert f"--{'lambda' if flag == 'rule' else flag.replace('_', '-')}" in text
+
+
+def test_the_smaller_command_keeps_the_data_and_replaces_the_sizes():
+    words = ["--data", "folder", "--root", "my photos", "--epochs=30", "--batch-size", "64",
+             "--channels-last", "--seed", "3"]
+    command = smaller_command(words, settings(*words), affordable=77)
+    assert command.startswith("python train.py ")
+    found = settings(*shlex.split(command)[2:])
+    assert found["root"].endswith("my photos")
+    assert (found["first_stage_name"], found["preset"], found["size"], found["seed"]) == (
+        "tiny", "tiny", 128, 3)
+    assert found["recipes"]["decoder"]["steps"] == 5000
+
+
+def test_where_the_sizes_are_small_already_the_run_gets_shorter():
+    words = ["--steps", "10000000", "--lr", "0.1"]
+    command = smaller_command(words, settings(*words), affordable=77)
+    assert settings(*shlex.split(command)[2:])["recipes"]["vqgan"]["steps"] == 77
+
+
+def test_every_flag_is_a_setting_or_a_way_of_running():
+    flags = set(vars(parse([])))
+    assert flags - options.HOW - options.IN_RECIPES <= settings().keys()

@@ -1,0 +1,321 @@
+import copy
+import json
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from train_process import SMALL
+
+import stages
+from losses import adaptive_weight, discriminator_loss, generator_gan_loss, pixel_loss
+from stages import RECIPES, Batch, Recipe, learning_rate
+from vqgan import VQGAN, VQGANConfig
+
+CPU = torch.device("cpu")
+CONFIG = VQGANConfig(**SMALL)
+SMALL_RECIPE = replace(RECIPES["decoder"]["tiny"], ndf=8)
+
+
+def batch(n=4, size=32, full=(False, True, False, False)):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(n, 3, size, size, generator=generator) * 2 - 1
+    mask = torch.ones(n, 1, size, size)
+    rows = [i for i in range(n) if not full[i]]
+    mask[rows, :, :, : size // 2] = 0
+    return Batch(x, mask, torch.tensor(rows, dtype=torch.int64),
+                 stages.image_generators(0, "decoder", range(n)))
+
+
+def part(whole, low, high):
+    rows = whole.rows[(whole.rows >= low) & (whole.rows < high)] - low
+    return Batch(whole.x[low:high], whole.mask[low:high], rows,
+                 stages.image_generators(0, "decoder", range(low, high)))
+
+
+def decoder(blend="add", latent="vq", recipe=SMALL_RECIPE, **options):
+    torch.manual_seed(3)
+    first_stage = VQGAN(replace(CONFIG, latent=latent))
+    return stages.build_decoder(first_stage, "tiny", blend, recipe, CPU, **options)
+
+
+def vqgan(latent="vq", recipe=SMALL_RECIPE, **options):
+    torch.manual_seed(3)
+    return stages.build_vqgan(replace(CONFIG, latent=latent), recipe, CPU, **options)
+
+
+@contextmanager
+def float64():
+    """All numbers in float64, so that what differs, differs by more than rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_close(one, two, relative=1e-6):
+    assert one.keys() == two.keys()
+    for name in one:
+        worst = (one[name] - two[name]).abs().max().item()
+        assert worst <= max(1e-8, relative * two[name].abs().max().item()), name
+
+
+# -- the papers' numbers ---------------------------------------------------------------------------
+
+def test_the_decoders_recipes_are_the_papers():
+    base, large = RECIPES["decoder"]["base"], RECIPES["decoder"]["large"]
+    assert (base.lr, base.batch_size, large.lr, large.batch_size) == (3.6e-4, 80, 7.2e-4, 320)
+    for recipe in (base, large):
+        assert (recipe.betas, recipe.warmup, recipe.min_lr) == ((0.5, 0.9), 5000, 1e-6)
+        assert (recipe.epochs, recipe.gan, recipe.rule) == (12, "hinge", "paper")
+    assert (base.start_trunk, base.trunk_factor) == (True, 0.1)
+    assert not large.start_trunk
+
+
+def test_the_first_stages_recipes_are_tamings():
+    vq, kl = RECIPES["vqgan"]["vq"], RECIPES["vqgan"]["kl"]
+    for recipe in (vq, kl):
+        assert recipe.lr == pytest.approx(4.5e-6 * recipe.batch_size)
+        assert (recipe.min_lr, recipe.warmup, recipe.rule) == (0, 0, "taming")
+    assert (vq.disc_start, kl.disc_start, kl.latent_weight) == (250_001, 50_001, 1e-6)
+
+
+def test_a_recipe_survives_json():
+    recipe = Recipe(**json.loads(json.dumps(asdict(RECIPES["vqgan"]["vq"]))))
+    assert replace(recipe, betas=tuple(recipe.betas)) == RECIPES["vqgan"]["vq"]
+
+
+def test_the_learning_rate_warms_up_from_one_percent_and_falls_as_a_cosine():
+    rates = [learning_rate(step, 1000, 1.0, 100, 0.1) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[50] == pytest.approx(0.505)
+    assert max(rates) == rates[100] == 1
+    assert rates[550] == pytest.approx(0.55)                     # half way down
+    assert rates[-1] == pytest.approx(0.1, abs=1e-4)
+    assert learning_rate(99, 100, 1.0, 5000, 0.0) == 1           # a tenth of a short run at most
+    assert learning_rate(9, 100, 1.0, 5000, 0.0) == pytest.approx(0.901)
+
+
+def test_the_trunk_learns_at_a_tenth_and_never_below_the_minimum():
+    trainee = decoder(recipe=replace(SMALL_RECIPE, lr=1e-3, warmup=0, min_lr=1e-5,
+                                     trunk_factor=0.1))
+    trunk, branch = trainee.optimizers["generator"].param_groups
+    stages.set_learning_rates(trainee, 0, 100, 50)
+    assert (trunk["lr"], branch["lr"]) == pytest.approx((1e-4, 1e-3))
+    stages.set_learning_rates(trainee, 100, 100, 50)
+    assert (trunk["lr"], branch["lr"]) == pytest.approx((1e-5, 1e-5))
+    scratch = decoder(recipe=replace(SMALL_RECIPE, start_trunk=False))
+    assert scratch.optimizers["generator"].param_groups[0]["factor"] == 1
+
+
+def test_the_discriminators_schedule_begins_when_it_does():
+    trainee = vqgan(recipe=replace(SMALL_RECIPE, lr=1e-3, warmup=0, min_lr=1e-5))
+    stages.set_learning_rates(trainee, 50, 100, 50)
+    assert trainee.optimizers["discriminator"].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_a_base_trunk_starts_from_the_first_stage_and_a_large_one_anew():
+    first_stage = VQGAN(CONFIG)
+    started = stages.build_decoder(first_stage, "tiny", "add", SMALL_RECIPE, CPU).model.decoder
+    for name, value in first_stage.decoder.state_dict().items():
+        assert torch.equal(started.state_dict()[name], value), name
+    large = replace(SMALL_RECIPE, start_trunk=False)
+    anew = stages.build_decoder(first_stage, "tiny", "add", large, CPU).model.decoder
+    assert not torch.equal(anew.conv_in.weight, first_stage.decoder.conv_in.weight)
+
+
+# -- one step --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["vqgan", "decoder"])
+def test_a_step_gives_the_textbooks_gradients(stage):
+    trainee = vqgan(latent="kl") if stage == "vqgan" else decoder()
+    trainee.recipe = replace(trainee.recipe, rule="paper", latent_weight=0.01)
+    slow, data = copy.deepcopy(trainee), batch()
+    step = stages.vqgan_step if stage == "vqgan" else stages.decoder_step
+    terms = step(trainee, data, gan_on=True)
+
+    data.generators = stages.image_generators(0, "decoder", range(4))
+    if stage == "vqgan":
+        x_hat, extra = slow.model(data.x, generator=data.generators)
+    else:
+        x_hat, extra = slow.model(data.x, data.mask, data.rows, data.generators)
+    pixel, gan = pixel_loss(x_hat, data.x), generator_gan_loss(slow.discriminator(x_hat))
+    last = slow.model.decoder.conv_out.weight
+    weight = adaptive_weight(torch.autograd.grad(pixel, last, retain_graph=True)[0],
+                             torch.autograd.grad(gan, last, retain_graph=True)[0])
+    loss = pixel + weight * gan + 0.01 * extra.get("latent_loss", 0)
+    weights = {n: p for n, p in slow.model.named_parameters() if p.requires_grad}
+    expected = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
+    assert_close(gradients(trainee.model), expected, 1e-4)
+    assert terms["lambda"].item() == pytest.approx(weight.item(), rel=1e-4)
+
+    slow.discriminator.zero_grad()
+    discriminator_loss(slow.discriminator(data.x), slow.discriminator(x_hat.detach())).backward()
+    assert_close(gradients(trainee.discriminator), gradients(slow.discriminator), 1e-4)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "decoder"])
+@pytest.mark.parametrize("latent", ["vq", "kl"])
+def test_micro_batches_add_up_to_the_whole_batchs_gradient(stage, latent):
+    with float64():
+        trainee = vqgan(latent) if stage == "vqgan" else decoder(latent=latent)
+        step = stages.vqgan_step if stage == "vqgan" else stages.decoder_step
+        whole = batch()
+        step(trainee, whole, gan_on=False)
+        expected = gradients(trainee.model)
+        trainee.model.zero_grad()
+        for low in (0, 2):
+            step(trainee, part(whole, low, low + 2), gan_on=False, scale=0.5)
+    assert_close(gradients(trainee.model), expected, 1e-6)
+
+
+def test_before_its_start_the_discriminator_is_not_touched():
+    trainee = vqgan()
+    trainee.discriminator.register_forward_hook(lambda *_: pytest.fail("the discriminator ran"))
+    before = copy.deepcopy(trainee.discriminator.state_dict())
+    stages.vqgan_step(trainee, batch(), gan_on=False)
+    stages.optimizer_step(trainee, gan_on=False)
+    for name, value in trainee.discriminator.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not trainee.optimizers["discriminator"].state
+
+
+@pytest.mark.parametrize("blend", ["add", "concat"])
+def test_training_the_decoder_leaves_the_first_stage_bit_identical(blend):
+    trainee = decoder(blend)
+    first_stage = copy.deepcopy(trainee.model.first_stage.state_dict())
+    before = copy.deepcopy(trainee.model.decoder.state_dict())
+    for step in range(3):
+        stages.set_learning_rates(trainee, step, 3, 1)
+        stages.decoder_step(trainee, batch(), gan_on=step >= 1)
+        stages.optimizer_step(trainee, gan_on=step >= 1)
+    for name, value in trainee.model.first_stage.state_dict().items():
+        assert torch.equal(value, first_stage[name]), name
+    after = trainee.model.decoder.state_dict()
+    assert not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
+    assert not torch.equal(after["encoder.layers.0.weight"], before["encoder.layers.0.weight"])
+
+
+def test_a_batch_of_full_masks_gives_the_branch_zeros_not_nothing():
+    trainee = decoder()
+    stages.decoder_step(trainee, batch(full=(True,) * 4), gan_on=False)
+    for p in trainee.model.decoder.branch_parameters():
+        assert p.grad is not None
+        assert not p.grad.any()
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "decoder"])
+def test_a_kl_latents_noise_belongs_to_the_image_not_to_the_batch(stage):
+    whole = stages.image_generators(0, stage, range(5, 9))
+    one = stages.image_generators(0, stage, [7])
+    assert torch.equal(torch.randn(3, generator=whole[2]), torch.randn(3, generator=one[0]))
+    other = stages.image_generators(1, stage, [7])
+    assert not torch.equal(torch.randn(3, generator=other[0]), torch.randn(3, generator=whole[3]))
+
+
+def test_channels_last_changes_the_layout_of_both_players_but_not_the_gradients():
+    plain, last = decoder(), decoder(channels_last=True)
+    assert last.discriminator.main[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert last.model.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    stages.decoder_step(plain, batch(), gan_on=True)
+    data = batch()
+    data.x = data.x.to(memory_format=torch.channels_last)
+    stages.decoder_step(last, data, gan_on=True)
+    assert_close(gradients(last.model), gradients(plain.model), 1e-4)
+
+
+def test_bf16_networks_learn_with_float32_losses_and_weights():
+    trainee = decoder(precision="bf16")
+    losses = []
+    for _ in range(15):
+        terms = stages.decoder_step(trainee, batch(), gan_on=False)
+        stages.optimizer_step(trainee, gan_on=False)
+        losses.append(terms["pixel"])
+    assert losses[0].dtype == torch.float32
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.dtype == torch.float32 for p in trainee.model.parameters())
+
+
+@pytest.mark.parametrize(("stage", "backend"), [
+    ("decoder", "aot_eager"),
+    pytest.param("vqgan", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("decoder", "inductor", marks=pytest.mark.slow),
+    pytest.param("vqgan", "inductor", marks=pytest.mark.slow)])
+def test_a_compiled_generator_has_the_same_gradients(stage, backend):
+    build, step = {"vqgan": (vqgan, stages.vqgan_step),
+                   "decoder": (decoder, stages.decoder_step)}[stage]
+    eager, compiled = build(), build()
+    torch._dynamo.reset()
+    compiled.model.compile(backend=backend)
+    for full in [(False, True, False, False), (False, False, False, False)]:
+        for trainee in (eager, compiled):
+            trainee.model.zero_grad()
+            step(trainee, batch(full=full), gan_on=True)
+        assert_close(gradients(compiled.model), gradients(eager.model), 1e-3)
+    assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+
+def test_sync_batchnorm_has_the_keys_of_batchnorm():
+    plain = vqgan().discriminator
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    synced.load_state_dict(plain.state_dict())
+    assert synced.state_dict().keys() == plain.state_dict().keys()
+
+
+# -- values and pictures ---------------------------------------------------------------------------
+
+def test_a_term_that_is_not_finite_shows_in_the_means():
+    terms = [{"pixel": torch.tensor(1.0), "gan": torch.tensor(float("nan"))},
+             {"pixel": torch.tensor(3.0), "gan": torch.tensor(1.0)}]
+    means = stages.global_terms(terms)
+    assert means["pixel"] == 2
+    assert np.isnan(means["gan"])
+
+
+def test_the_gradient_norm_is_that_of_the_players_that_move():
+    trainee = vqgan()
+    stages.vqgan_step(trainee, batch(), gan_on=True)
+    both = [*gradients(trainee.model).values(), *gradients(trainee.discriminator).values()]
+    expected = torch.cat([g.flatten() for g in both]).norm()
+    torch.testing.assert_close(stages.gradient_norm(trainee, gan_on=True), expected)
+    alone = torch.cat([g.flatten() for g in gradients(trainee.model).values()]).norm()
+    torch.testing.assert_close(stages.gradient_norm(trainee, gan_on=False), alone)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "decoder"])
+def test_validation_means_do_not_depend_on_the_batches_and_training_mode_returns(stage):
+    trainee = vqgan() if stage == "vqgan" else decoder()
+    validate = stages.validate_vqgan if stage == "vqgan" else stages.validate_decoder
+    data = batch(full=(False,) * 4)
+    parts = [Batch(data.x[i:j], data.mask[i:j], None, None) for i, j in ((0, 3), (3, 4))]
+    one, two = validate(trainee, [replace(data, rows=None)]), validate(trainee, parts)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name] == pytest.approx(two[name], rel=1e-5)
+    assert trainee.model.training
+
+
+def test_weights_go_into_a_checkpoint_and_back_under_the_authors_names():
+    trainee, other = decoder(), decoder(recipe=replace(SMALL_RECIPE, start_trunk=False))
+    weights = stages.stage_weights(trainee)
+    assert "decoder.encoder.layers.0.weight" in weights
+    stages.load_stage_weights(other, weights)
+    for a, b in zip(stages.stage_weights(other).values(), weights.values()):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        stages.load_stage_weights(other, dict(list(weights.items())[1:]))
+
+
+def test_uint8_images_become_minus_one_to_one():
+    items = {"image": torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 2, 2),
+             "mask": torch.ones(1, 1, 2, 2, dtype=torch.uint8), "full": [True], "position": [3]}
+    made = stages.training_batch(items, 0, "decoder", CPU)
+    assert made.x.unique().tolist() == [-1, 1]
+    assert made.mask.dtype == torch.float32
+    assert made.rows.tolist() == []

@@ -1,0 +1,426 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from train_process import (
+    ARGS,
+    KILLED,
+    Started,
+    assert_same_run,
+    call,
+    die_inside,
+    draw_curves,
+    free_port,
+    log_lines,
+    rank_env,
+    train,
+)
+
+import checkpoint
+import train as program
+from options import parse, resolve
+
+STAGES = ["vqgan", "decoder"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed, both stages and report: (folder, what it printed, seconds)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    call(print)                                        # the server is there before the clock runs
+    start = time.monotonic()
+    status, text = train(out, prepare=draw_curves)
+    assert status == 0, text
+    return out, text, time.monotonic() - start
+
+
+def before(stage, whole, out):
+    """`out` as it was when the undisturbed run began `stage`."""
+    later = STAGES[STAGES.index(stage):]
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("report*", *later))
+
+
+def finish(out, *more):
+    status, text = train(out, *more)
+    assert status == 0, text
+    return text
+
+
+# -- one run ---------------------------------------------------------------------------------------
+
+def test_a_run_leaves_the_files_that_the_readme_names(whole):
+    out, text, _ = whole
+    for stage in STAGES:
+        names = {path.name for path in (out / stage).iterdir()}
+        assert names == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png", "samples"}
+        assert len(list((out / stage / "samples").iterdir())) == 4            # steps 0, 2, 4, 6
+        assert [line["step"] for line in log_lines(out / stage)] == list(range(7))
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipes"]["decoder"]["steps"] == 6
+    assert config["images"] == {"train": 50_000, "val": 1_000}
+    assert "--steps 6" in (out / "command.txt").read_text()
+    assert {"report.md", "report.json", "report.png"} <= {path.name for path in out.iterdir()}
+    assert f"writing to {out}" in text
+    assert "a short run, not the reported one" in text
+
+
+def test_a_checkpoint_holds_what_the_design_says(whole):
+    state = checkpoint.load(whole[0] / "decoder" / "last.pt")
+    assert set(state) == {"format", "stage", "config", "model", "ema", "optimizers", "images",
+                          "step", "parent", "extra"}
+    assert (state["stage"], state["step"], state["images"]) == ("decoder", 6, 24)
+    assert all(name.startswith("decoder.") for name in state["model"])
+    first = checkpoint.load(whole[0] / "vqgan" / "last.pt")
+    assert state["parent"] == checkpoint.weights_hash(first["model"])
+    assert "encoder.conv_in.weight" in first["model"]
+
+
+def test_the_discriminator_starts_at_its_step_and_not_before(whole):
+    lines = log_lines(whole[0] / "decoder")
+    assert ["gan" in line for line in lines] == [False] * 4 + [True] * 3      # from the 4th step on
+    assert all(line["lambda"] > 0 for line in lines[4:])
+
+
+def test_a_finished_run_says_so_and_leaves_everything_alone(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    report = (out / "report.json").stat().st_mtime_ns
+    text = finish(out)
+    assert "vqgan: finished before, 6 steps" in text
+    assert "the report is there already" in text
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == times
+    assert (out / "report.json").stat().st_mtime_ns == report
+    (out / "report.json").unlink()
+    assert "report.json" in finish(out)
+    assert (out / "report.json").exists()
+
+
+# -- kills -----------------------------------------------------------------------------------------
+
+def kill_and_continue(stage, folder, out, kills, longest, *more):
+    """Kill `kills` times within `longest` seconds, finish, and compare; how many kills hit."""
+    before(stage, folder, out)
+    moments, hits = random.Random(f"{stage} {kills}"), 0
+    for _ in range(kills):
+        started = Started(out, "--stage", stage, *more)
+        time.sleep(moments.uniform(0, longest))
+        started.process.kill()
+        status, text = started.end()
+        assert status in (KILLED, 0), text
+        hits += status == KILLED
+    finish(out, "--stage", stage, *more)
+    assert_same_run(folder, out, stage)
+    return hits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_kills_at_random_moments_change_no_bit(stage, whole, tmp_path):
+    # A stage takes about a third of the whole run.
+    assert kill_and_continue(stage, whole[0], tmp_path / "run", 3, 0.3 * whole[2]) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_kills_at_random_moments_change_no_bit(stage, tmp_path):
+    start = time.monotonic()
+    finish(tmp_path / "long", "--steps", "200")
+    seconds = time.monotonic() - start
+    hits = kill_and_continue(stage, tmp_path / "long", tmp_path / "run", 20, 0.04 * seconds,
+                             "--steps", "200")
+    assert hits == 20
+
+
+@pytest.mark.slow
+def test_kills_change_no_bit_of_a_concat_decoder(whole, tmp_path):
+    concat = tmp_path / "concat" / "run"
+    concat.parent.mkdir()
+    more = ("--vqgan", str(whole[0]), "--blend", "concat")
+    finish(concat, *more)
+    assert kill_and_continue("decoder", concat, tmp_path / "run", 5, 0.3 * whole[2], *more) >= 1
+
+
+@pytest.mark.parametrize(("call", "count"), [
+    ("save", 1), ("save", 4), ("save", 5), ("replace", 5), ("link", 2)])
+def test_a_kill_inside_a_save_changes_no_bit(call, count, whole, tmp_path):
+    out = tmp_path / "run"
+    before("decoder", whole[0], out)
+    status, text = train(out, "--stage", "decoder", prepare=partial(die_inside, call, count))
+    assert status == KILLED, text
+    finish(out, "--stage", "decoder")
+    assert_same_run(whole[0], out, "decoder")
+
+
+def test_a_truncated_last_falls_back_to_previous_and_ends_the_same(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    last = out / "decoder" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    text = finish(out)
+    assert "continuing from" in text
+    assert "from step 4" in text
+    assert_same_run(whole[0], out, "decoder")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave_and_the_same_command_continues(number, status, whole, tmp_path):
+    out = tmp_path / "run"
+    before("vqgan", whole[0], out)
+    started = Started(out, "--stage", "vqgan", "--save-every", "100")
+    log = out / "vqgan" / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    os.kill(started.process.pid, number)
+    found, text = started.end()
+    assert found == status, text
+    step = checkpoint.load(out / "vqgan" / "last.pt")["step"]
+    assert step >= 2
+    assert f"saved at step {step}" in text
+    if step < 6:
+        finish(out, "--stage", "vqgan")
+        weights = [checkpoint.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+def test_other_settings_are_refused_with_a_list_and_restart_keeps_the_old_run(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    status, text = train(out, "--lr", "0.5", "--blend", "concat")
+    assert status == 2
+    assert "Traceback" not in text
+    assert "recipes.decoder.lr was" in text
+    assert "blend was add, is concat" in text
+    assert "--restart" in text
+    assert checkpoint.load(out / "decoder" / "last.pt")["step"] == 6
+    text = finish(out, "--lr", "0.01", "--stage", "vqgan", "--restart")
+    assert f"kept as {out}.old1" in text
+    assert checkpoint.load(tmp_path / "run.old1" / "decoder" / "last.pt")["step"] == 6
+    assert not (out / "decoder").exists()
+
+
+def test_a_mistake_before_the_first_checkpoint_does_not_fix_the_settings(tmp_path):
+    out = tmp_path / "run"
+    status, text = train(out, "--perceptual", "alex", "--weights", str(tmp_path),
+                         prepare=no_network)
+    assert status == 2, text
+    assert "alexnet" in text
+    finish(out, "--stage", "vqgan", "--steps", "1")
+
+
+def no_network():
+    import losses
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    losses.torch.hub.download_url_to_file = refuse
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path):
+    out = tmp_path / "run"
+    first = Started(out, "--stage", "vqgan", "--steps", "1000")
+    while not (out / "vqgan" / "last.pt").exists():
+        time.sleep(0.02)
+    status, text = train(out, "--stage", "vqgan", "--steps", "1000")
+    first.process.kill()
+    assert status == 2
+    assert "is in use by process" in text
+
+
+def test_another_first_stage_under_a_decoder_is_refused(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    state = checkpoint.load(out / "vqgan" / "last.pt")
+    state["model"]["encoder.conv_in.weight"] += 1
+    checkpoint.save(out / "vqgan" / "last.pt", state)
+    status, text = train(out, "--stage", "decoder")
+    assert status == 2
+    assert "another first stage" in text
+    assert "--out NEW_RUN" in text
+
+
+def test_a_decoder_without_a_first_stage_is_refused_by_name(tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "decoder")
+    assert status == 2
+    assert "vqgan/last.pt" in text
+    assert "Traceback" not in text
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_stops_with_term_and_step_and_keeps_the_checkpoint(tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", "--lr", "1e30")
+    assert status == 2
+    assert "Traceback" not in text
+    error = text[text.index("error: "):]
+    assert "vqgan step 2: " in error
+    assert "pixel" in error.split("not finite")[0]
+    state = checkpoint.load(tmp_path / "run" / "vqgan" / "last.pt")
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert state["step"] == 0
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
+    out = tmp_path / "run"
+    status, text = train(out, "--stage", "vqgan", prepare=partial(fill_the_disk, 3))
+    assert status == 2, text
+    assert "Traceback" not in text
+    assert "make room" in text
+    assert checkpoint.load(out / "vqgan" / "last.pt")["step"] == 0
+    finish(out, "--stage", "vqgan")
+
+
+def fill_the_disk(count):
+    original, left = torch.save, [count]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    torch.save = full
+
+
+def test_max_hours_saves_and_leaves_in_good_order(whole, tmp_path):
+    out = tmp_path / "run"
+    before("vqgan", whole[0], out)
+    status, text = train(out, "--max-hours", "1e-9")
+    assert status == 0
+    assert "saved at step 1" in text
+    assert not (out / "report.json").exists()
+    finish(out, "--stage", "vqgan")
+    weights = [checkpoint.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# -- variants --------------------------------------------------------------------------------------
+
+def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tmp_path):
+    more = ("--vqgan", str(whole[0]), "--overfit", "2", "--lr", "0.01", "--steps", "40",
+            "--disc-start", "50", "--save-every", "100")
+    text = finish(tmp_path / "run", *more)
+    assert "held-out = train L1 on 2 images" in text
+    lines = log_lines(tmp_path / "run" / "decoder")
+    assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]
+    assert "no GAN loss in this run" in text
+    assert not (tmp_path / "run" / "vqgan").exists()
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_without_the_trial_step_the_weights_are_the_same(whole, tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", prepare=no_trial)
+    assert status == 0, text
+    assert_same_run(whole[0], tmp_path / "run", "vqgan")
+
+
+def no_trial():
+    program.trial = lambda *args: (1, 1.0)
+
+
+def test_workers_change_no_bit(whole, tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", "--workers", "2")
+    assert status == 0, text
+    assert_same_run(whole[0], tmp_path / "run", "vqgan")
+
+
+def test_micro_batches_give_the_same_weights_but_for_rounding(whole, tmp_path):
+    more = ("--stage", "vqgan", "--disc-start", "50")
+    finish(tmp_path / "one", *more)
+    finish(tmp_path / "two", *more, "--micro-batch", "2")
+    one, two = (checkpoint.load(tmp_path / name / "vqgan" / "last.pt") for name in ("one", "two"))
+    assert two["extra"]["micro_batch"] == 2
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_days_are_announced_with_a_command_that_works(tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", "--steps", "100000000",
+                         "--max-hours", "1e-9")
+    assert status == 0
+    assert "days on this device" in text
+    command = next(line for line in text.splitlines() if line.startswith("  python train.py"))
+    words = command.split()[2:]
+    assert words.count("--steps") == 1
+    settings, _ = resolve(parse(words))
+    assert 0 < settings["recipes"]["vqgan"]["steps"] < 100_000_000
+
+
+def test_check_data_names_the_bad_file(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    more = ("--data", "folder", "--root", str(tmp_path), "--check-data")
+    status, text = train(tmp_path / "run", *more)
+    assert status == 1
+    assert "broken.jpg" in text
+    assert not (tmp_path / "run").exists()
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+def ranks(out, *more, world=2, **options):
+    """[(status, text)] of train.py as torchrun would start it."""
+    port = free_port()
+    started = [Started(out, *more, env=rank_env(rank, world, port), **options)
+               for rank in range(world)]
+    return [one.end() for one in started]
+
+
+def test_two_processes_write_one_run_and_one_process_continues_it(whole, tmp_path):
+    out = tmp_path / "run"
+    results = ranks(out, "--max-hours", "1e-9")
+    assert [status for status, _ in results] == [0, 0], results
+    assert "2 x cpu" in results[0][1]
+    assert "statistics are per process" in results[0][1]
+    assert results[1][1] == ""                                         # only rank 0 speaks
+    assert checkpoint.load(out / "vqgan" / "last.pt")["step"] == 1
+    finish(out)
+    assert [line["step"] for line in log_lines(out / "vqgan")] == list(range(7))
+    ours = log_lines(out / "vqgan")
+    for a, b in zip(log_lines(whole[0] / "vqgan")[:4], ours):
+        assert a["images"] == b["images"]
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+    text = (out / "command.txt").read_text().splitlines()
+    assert text[0].startswith("torchrun --nproc_per_node=2 train.py")
+
+
+def test_a_failure_on_one_rank_shows_its_traceback_and_ends_all(tmp_path):
+    start = time.monotonic()
+    results = ranks(tmp_path / "run", "--steps", "1000", prepare=fail_on_rank1)
+    assert time.monotonic() - start < 30
+    assert all(status not in (0, None) for status, _ in results)
+    assert "ZeroDivisionError: on purpose" in results[1][1]
+
+
+def fail_on_rank1():
+    original = program.optimizer_step
+
+    def step(*args):
+        if program.rank() == 1:
+            raise ZeroDivisionError("on purpose")
+        return original(*args)
+
+    program.optimizer_step = step
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *ARGS, "--out", str(tmp_path / "run")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "run" / "report.json").exists()
