@@ -1,0 +1,583 @@
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers_names import to_diffusers
+from torch import nn
+
+from asym_decoder import (
+    ASYM_PRESETS,
+    AsymDecoder,
+    AsymVQGAN,
+    ConditionBranch,
+    mask_guided_blend,
+)
+from pconv import PartialConv2d
+from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+
+CONFIG = VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(), z_channels=6,
+                     embed_dim=4, K=32, norm_groups=4)
+KL_F8 = VQGAN_PRESETS["kl-f8"]
+BLENDS = pytest.mark.parametrize("blend", ["add", "concat"])
+SIZE = (16, 24)
+
+
+def images(B=2, size=SIZE, dtype=torch.float32):
+    return torch.rand(B, 3, *size, dtype=dtype) * 2 - 1
+
+
+def masks(B=2, size=SIZE, dtype=torch.float32):
+    """Rectangles at odd places, none full, none empty."""
+    mask = torch.zeros(B, 1, *size, dtype=dtype)
+    for b in range(B):
+        mask[b, :, 3 + b:size[0] - 4, 5:size[1] - 6 - b] = 1
+    return mask
+
+
+def latents(B=2, size=SIZE, channels=6, dtype=torch.float32):
+    return torch.randn(B, channels, size[0] // 4, size[1] // 4, dtype=dtype)
+
+
+def model(blend="add", config=CONFIG):
+    return AsymVQGAN(VQGAN(config), AsymDecoder(config, config.ch, 1, blend)).eval()
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+# ---------------------------------------------------------------- sizes and layers
+
+
+@pytest.mark.parametrize(("preset", "add", "concat"), [
+    ("base", 60_276_227, 1_740_544), ("large", 160_136_835, 3_913_344),
+    ("large2", 371_966_467, 6_954_496)])
+def test_the_papers_sizes_on_the_kl_f8_plan(preset, add, concat):
+    with torch.device("meta"):
+        plain = AsymDecoder.from_preset(KL_F8, preset)
+        fused = AsymDecoder.from_preset(KL_F8, preset, "concat")
+    assert count(plain.parameters()) == add
+    assert count(fused.parameters()) == add + concat
+    assert count(fused.fuse.parameters()) == concat
+    for decoder in (plain, fused):
+        whole = count(decoder.trunk_parameters()) + count(decoder.branch_parameters())
+        assert whole == count(decoder.parameters())
+
+
+def test_base_is_the_first_stages_decoder_and_a_branch():
+    with torch.device("meta"):
+        base = AsymDecoder.from_preset(KL_F8, "base")
+        vanilla = VQGAN(KL_F8).decoder
+    assert count(base.trunk_parameters()) == count(vanilla.parameters()) == 49_490_179
+    assert count(base.branch_parameters()) == 10_786_048
+    assert base.trunk_fits(vanilla)
+
+
+@BLENDS
+def test_the_layers_are_those_of_table_7(blend):
+    with torch.device("meta"):
+        decoder = AsymDecoder.from_preset(KL_F8, "base", blend)
+    widths = [128, 256, 512, 512, 512]
+    layers = list(decoder.encoder.layers)
+    assert [(c.in_channels, c.out_channels) for c in layers] == list(zip([3, *widths], widths))
+    assert [c.kernel_size[0] for c in layers] == [3, 3, 4, 4, 4]
+    assert [c.stride[0] for c in layers] == [1, 1, 2, 2, 2]
+    assert [len(level.block) for level in decoder.up] == [3, 3, 3, 3]
+    if blend == "add":                                   # no other pair is built
+        assert not any(isinstance(c, PartialConv2d) for c in layers)
+        assert not hasattr(decoder, "fuse")
+    else:
+        assert all(isinstance(c, PartialConv2d) for c in layers)
+        assert [c.in_channels for c in decoder.fuse] == [257, 513, 1025, 1025, 1025]
+        assert [c.out_channels for c in decoder.fuse] == widths
+
+
+def test_the_branch_has_the_authors_names():
+    names = set(AsymDecoder(CONFIG, 8, 1).state_dict())
+    assert {f"encoder.layers.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")} == \
+        {name for name in names if name.startswith("encoder.")}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="tiny, base, large, large2"):
+        AsymDecoder.from_preset(CONFIG, "huge")
+    with pytest.raises(ValueError, match='"add" or "concat"'):
+        AsymDecoder(CONFIG, 8, 1, blend="multiply")
+
+
+@pytest.mark.parametrize("preset", ASYM_PRESETS)
+def test_presets_scale_the_first_stages_widths_and_depth(preset):
+    with torch.device("meta"):
+        decoder = AsymDecoder.from_preset(CONFIG, preset)
+    factor, num_res_blocks = ASYM_PRESETS[preset]
+    assert decoder.conv_out.in_channels == 8 * factor
+    assert [len(level.block) for level in decoder.up] == [num_res_blocks + 1] * 3
+
+
+# ---------------------------------------------------------------- the branch and the blends
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_features_are_taken_before_the_relu_and_halve_from_the_third_on(partial):
+    branch = ConditionBranch([4, 6, 8, 10], partial)
+    image, mask = images(), masks()
+    features = branch(image, mask)
+    assert [tuple(f.shape[1:]) for f in features] == [(4, 16, 24), (6, 16, 24), (8, 8, 12),
+                                                      (10, 4, 6)]
+    h, valid = image * (1 - mask), 1 - mask
+    for layer, feature in zip(branch.layers, features):
+        if partial:
+            h, valid = layer(h, valid)
+        else:
+            h = F.conv2d(h, layer.weight, layer.bias, layer.stride, padding=1)
+        torch.testing.assert_close(feature, h)
+        assert (feature < 0).any()
+        h = h.clamp(min=0)
+
+
+@BLENDS
+def test_features_do_not_depend_on_the_pixels_to_be_generated(blend):
+    decoder, image, mask = AsymDecoder(CONFIG, 8, 1, blend), images(), masks()
+    changed = torch.where(mask == 1, 100 * torch.randn_like(image), image)
+    for a, b in zip(decoder.encoder(image, mask), decoder.encoder(changed, mask)):
+        assert torch.equal(a, b)
+
+
+def test_partial_features_vanish_where_nothing_is_known_near():
+    branch, size = ConditionBranch([4, 4], partial=True), (16, 16)
+    mask = torch.zeros(1, 1, *size)
+    mask[..., 4:12, 4:12] = 1
+    first, second = branch(images(1, size), mask)
+    assert (first[..., 5:11, 5:11] == 0).all()           # the first layer sees one pixel inwards
+    assert (first[..., 4, 4:12] != 0).any()
+    assert (second[..., 6:10, 6:10] == 0).all()
+
+
+def test_the_blend_is_equation_4():
+    f_dec, f_enc = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
+    mask = (torch.rand(2, 1, 4, 4) > 0.5).float()
+    chosen = mask_guided_blend(f_dec, f_enc, mask)
+    assert torch.equal(chosen, torch.where(mask.bool(), f_dec, f_enc))
+
+
+def slow_forward(decoder, z, image, mask):
+    """Tables 7 and 8, row by row, for three levels."""
+    f = decoder.encoder(image, mask)
+    at = [F.interpolate(mask, size=feature.shape[2:], mode="nearest") for feature in f]
+
+    def blend(index, h):
+        if decoder.blend == "add":
+            return h * at[index] + f[index] * (1 - at[index])
+        return decoder.fuse[index](torch.cat([h, f[index], at[index]], 1))
+
+    def blocks(level, h):
+        for block in level.block:
+            h = block(h)
+        return h
+
+    h = decoder.mid.block_2(decoder.mid.attn_1(decoder.mid.block_1(decoder.conv_in(z))))
+    h = decoder.up[2].upsample(blocks(decoder.up[2], blend(3, h)))
+    h = decoder.up[1].upsample(blocks(decoder.up[1], blend(2, h)))
+    h = blocks(decoder.up[0], blend(1, h))
+    h = blend(0, h)
+    return decoder.conv_out(F.silu(decoder.norm_out(h)))
+
+
+@BLENDS
+def test_the_forward_pass_is_the_tables_row_by_row(blend):
+    decoder, z, image, mask = AsymDecoder(CONFIG, 12, 2, blend), latents(), images(), masks()
+    torch.testing.assert_close(decoder(z, image, mask), slow_forward(decoder, z, image, mask))
+
+
+@BLENDS
+@pytest.mark.parametrize(("ch", "ch_mult"), [(8, (1, 1, 2, 4)), (8, (4, 2, 1)), (12, (1, 3)),
+                                             (8, (1, 1, 1, 1, 1, 2)), (8, (1,))], ids=str)
+def test_any_width_plan_and_number_of_levels_can_be_built_and_trained(blend, ch, ch_mult):
+    """Widths like (32,32,64,128), where a level's shape does not tell which level it is."""
+    config = dataclasses.replace(CONFIG, ch=ch, ch_mult=ch_mult)
+    decoder, f = AsymDecoder(config, ch, 1, blend), config.f
+    assert len(decoder.encoder.layers) == len(ch_mult) + 1
+    image, mask = images(1, (32, 64)), masks(1, (32, 64))
+    x_hat = decoder(torch.randn(1, 6, 32 // f, 64 // f), image, mask)
+    assert x_hat.shape == image.shape
+    x_hat.square().sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+
+
+def test_five_blends_for_the_papers_plan(monkeypatch):
+    config = dataclasses.replace(CONFIG, ch_mult=(1, 2, 4, 4))
+    shapes = []
+
+    def spy(f_dec, f_enc, mask):
+        assert f_dec.shape == f_enc.shape
+        assert mask.shape[2:] == f_dec.shape[2:]
+        shapes.append(tuple(f_dec.shape[1:]))
+        return f_dec
+
+    monkeypatch.setattr("asym_decoder.mask_guided_blend", spy)
+    AsymDecoder(config, 8, 1)(torch.randn(1, 6, 4, 4), images(1, (32, 32)), masks(1, (32, 32)))
+    assert shapes == [(32, 4, 4), (32, 8, 8), (32, 16, 16), (16, 32, 32), (8, 32, 32)]
+
+
+# ---------------------------------------------------------------- what the mask means
+
+
+@BLENDS
+def test_without_a_mask_and_under_a_full_mask_it_is_the_same_function(blend):
+    asym, z, image = model(blend), latents(channels=4), images()
+    full = torch.ones(2, 1, *SIZE)
+    plain = asym.decode(z)
+    assert torch.equal(asym.decode(z, image=image, mask=full), plain)
+    assert not torch.equal(asym.decode(z, image=image, mask=masks()), plain)
+
+
+@BLENDS
+def test_a_full_mask_makes_the_output_independent_of_the_image(blend):
+    decoder, z, full = AsymDecoder(CONFIG, 8, 1, blend), latents(), torch.ones(2, 1, *SIZE)
+    assert torch.equal(decoder(z, images(), full), decoder(z, 100 * images(), full))
+
+
+def test_an_empty_mask_makes_the_sum_independent_of_the_latent():
+    decoder, image, empty = AsymDecoder(CONFIG, 8, 1), images(), torch.zeros(2, 1, *SIZE)
+    known = decoder(latents(), image, empty)
+    assert torch.equal(decoder(100 * latents(), image, empty), known)
+    assert not torch.equal(decoder(latents(), images(), empty), known)
+
+
+def test_known_pixels_depend_on_the_latent_only_next_to_the_mask_or_through_the_last_norm():
+    decoder, image, mask = AsymDecoder(CONFIG, 8, 1), images(), masks()
+    far = F.max_pool2d(mask, 3, stride=1, padding=1).expand(-1, 3, -1, -1) == 0
+    ring = (mask == 0).expand(-1, 3, -1, -1) & ~far
+
+    def change():
+        return (decoder(latents(), image, mask) - decoder(latents(), image, mask)).abs()
+
+    assert change()[far].max() > 0                       # the norm's statistics
+    decoder.norm_out = nn.Identity()
+    assert change()[far].max() == 0
+    assert change()[ring].max() > 0                      # conv_out reaches one pixel
+    assert change()[(mask == 1).expand(-1, 3, -1, -1)].max() > 0
+
+
+def test_add_without_a_mask_is_the_vanilla_decoder():
+    vanilla, decoder, z = VQGAN(CONFIG).decoder, AsymDecoder(CONFIG, 8, 1), latents()
+    decoder.load_trunk(vanilla)
+    assert torch.equal(decoder(z), vanilla(z))
+
+
+def test_concat_without_a_mask_joins_features_of_zero_and_a_mask_of_one(monkeypatch):
+    decoder, z, full = AsymDecoder(CONFIG, 8, 1, "concat"), latents(), torch.ones(2, 1, *SIZE)
+    plain = decoder(z)
+    shapes = [f.shape for f in decoder.encoder(images(), masks())]
+    monkeypatch.setattr(decoder.encoder, "forward", lambda *_: [torch.zeros(s) for s in shapes])
+    torch.testing.assert_close(plain, slow_forward(decoder, z, images(), full))
+
+
+# ---------------------------------------------------------------- only the rows that need it
+
+
+def gradients(decoder, x_hat, target):
+    decoder.zero_grad()
+    (x_hat - target).square().sum().backward()
+    return {name: p.grad for name, p in decoder.named_parameters()}
+
+
+@BLENDS
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1], [2, 0], []], ids=str)
+def test_running_the_branch_on_the_rows_that_need_it_changes_nothing(blend, rows):
+    """In float64, because a convolution may round differently on another batch size."""
+    decoder = AsymDecoder(CONFIG, 8, 1, blend).double()
+    z, image, target = (t.double() for t in (latents(3), images(3), images(3)))
+    mask = masks(3, dtype=torch.float64)
+    for i in set(range(3)) - set(rows):
+        mask[i] = 1
+    indices = torch.tensor(rows, dtype=torch.int64)
+    ours, theirs = decoder(z, image, mask, indices), decoder(z, image, mask)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours, theirs = gradients(decoder, ours, target), gradients(decoder, theirs, target)
+    for name, grad in ours.items():
+        assert grad is not None, name
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@BLENDS
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_with_no_such_row_the_branch_gets_exact_zeros_not_none(blend, precision):
+    decoder = AsymDecoder(CONFIG, 8, 1, blend)
+    full, none = torch.ones(2, 1, *SIZE), torch.tensor([], dtype=torch.int64)
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        x_hat = decoder(latents(), images(), full, none)
+    gradients(decoder, x_hat, images())
+    for name, p in decoder.encoder.named_parameters():
+        assert p.grad is not None, name
+        assert (p.grad == 0).all(), name
+    assert all(p.grad.any() for p in decoder.norm_out.parameters())
+
+
+@BLENDS
+def test_the_branch_sees_only_the_rows_it_is_told(blend):
+    decoder, seen = AsymDecoder(CONFIG, 8, 1, blend), []
+    decoder.encoder.register_forward_hook(lambda _, args, __: seen.append(args))
+    mask, image = masks(4), images(4)
+    mask[[0, 3]] = 1
+    decoder(latents(4), image, mask, torch.tensor([2, 1]))
+    [(image_seen, mask_seen)] = seen
+    assert torch.equal(image_seen, image[[2, 1]])
+    assert torch.equal(mask_seen, mask[[2, 1]])
+
+
+# ---------------------------------------------------------------- gradients, the trunk, frozenness
+
+
+@BLENDS
+def test_every_parameter_gets_a_gradient_except_what_softmax_cannot_see(blend):
+    decoder = AsymDecoder(CONFIG, 8, 1, blend).double()
+    x_hat = decoder(latents(dtype=torch.float64), images(dtype=torch.float64),
+                    masks(dtype=torch.float64))
+    grads = gradients(decoder, x_hat, images(dtype=torch.float64))
+    largest = max(grad.abs().max() for grad in grads.values())
+    dead = {name for name, grad in grads.items() if grad.abs().max() <= 1e-7 * largest}
+    # k.bias adds q·bias to all scores of a query, and softmax does not see a common summand.
+    assert dead == {"mid.attn_1.k.bias"}
+
+
+def test_a_bias_before_a_norm_of_one_channel_a_group_has_no_gradient_and_nothing_else():
+    """The norm subtracts each channel's mean, so a channel's constant summand leaves no trace. What
+    a level adds to its stream does leave one here: the blend breaks the constancy."""
+    config = dataclasses.replace(CONFIG, norm_groups=8)                    # level 0 has 8 channels
+    decoder = AsymDecoder(config, 8, 1).double()
+    x_hat = decoder(latents(dtype=torch.float64), images(dtype=torch.float64),
+                    masks(dtype=torch.float64))
+    grads = gradients(decoder, x_hat, images(dtype=torch.float64))
+    largest = max(grad.abs().max() for grad in grads.values())
+    dead = {name for name, grad in grads.items() if grad.abs().max() <= 1e-7 * largest}
+    assert dead == {"mid.attn_1.k.bias", "up.0.block.0.conv1.bias", "up.0.block.1.conv1.bias"}
+
+
+def test_the_trunk_loads_the_first_stages_decoder_one_to_one():
+    vanilla, decoder = VQGAN(CONFIG).decoder, AsymDecoder(CONFIG, 8, 1)
+    branch = [p.clone() for p in decoder.branch_parameters()]
+    assert decoder.trunk_fits(vanilla)
+    decoder.load_trunk(vanilla)
+    loaded = decoder.state_dict()
+    for name, value in vanilla.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+    assert all(torch.equal(a, b) for a, b in zip(decoder.branch_parameters(), branch))
+
+
+@pytest.mark.parametrize(("ch", "num_res_blocks"), [(12, 1), (8, 2)])
+def test_another_size_does_not_take_the_first_stages_decoder(ch, num_res_blocks):
+    decoder = AsymDecoder(CONFIG, ch, num_res_blocks)
+    assert not decoder.trunk_fits(VQGAN(CONFIG).decoder)
+    with pytest.raises(ValueError, match="other sizes"):
+        decoder.load_trunk(VQGAN(CONFIG).decoder)
+
+
+@pytest.mark.parametrize(("blend", "latent"), [("add", "kl"), ("concat", "vq")])
+def test_training_moves_all_of_the_decoder_and_not_a_bit_of_the_first_stage(blend, latent):
+    asym = model(blend, dataclasses.replace(CONFIG, latent=latent)).train()
+    before = copy.deepcopy(asym.state_dict())
+    optimizer = torch.optim.Adam([p for p in asym.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):
+        x = images()
+        generators = [torch.Generator().manual_seed(10 * step + i) for i in range(2)]
+        x_hat, _ = asym(x, masks(), generator=generators)
+        optimizer.zero_grad()
+        (x_hat - x).abs().mean().backward()
+        optimizer.step()
+    after = asym.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert not [name for name in moved if name.startswith("first_stage.")]
+    still = {name for name in after if name.startswith("decoder.")} - moved
+    assert still <= {"decoder.mid.attn_1.k.bias"}
+
+
+def test_no_gradient_reaches_the_first_stage_by_any_way():
+    asym, x, mask = model(), images(), masks()
+    (asym(x, mask)[0] + asym.decode(asym.encode(x), image=x, mask=mask)).sum().backward()
+    for name, p in asym.first_stage.named_parameters():
+        assert not p.requires_grad, name
+        assert p.grad is None, name
+
+
+@BLENDS
+def test_a_training_pass_is_a_decoding_of_the_full_images_latent(blend):
+    asym, x, mask = model(blend), images(), masks()
+    x_hat, extra = asym(x, mask)
+    assert torch.equal(x_hat, asym.decode(asym.encode(x), image=x, mask=mask))
+    assert torch.equal(asym.decoder.conv_out(extra["last_features"]), x_hat)
+    assert not extra["last_features"].requires_grad
+
+
+def test_a_kl_latent_is_sampled_in_training_by_the_generators():
+    asym = model(config=dataclasses.replace(CONFIG, latent="kl"))
+    x, mask = images(), masks()
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(2)]
+
+    z = asym.encode(x, sample=True, generator=generators())
+    x_hat, _ = asym(x, mask, generator=generators())
+    assert torch.equal(x_hat, asym.decode(z, image=x, mask=mask))
+    assert not torch.equal(z, asym.encode(x))
+
+
+@BLENDS
+def test_checkpointing_changes_no_gradient(blend):
+    decoder, z, image, mask = AsymDecoder(CONFIG, 8, 1, blend), latents(), images(), masks()
+    target = images()
+    plain = gradients(decoder, decoder(z, image, mask), target)
+    decoder.checkpointing = True
+    for name, grad in gradients(decoder, decoder(z, image, mask), target).items():
+        assert torch.equal(grad, plain[name]), name
+
+
+@BLENDS
+def test_bf16_autocast_gives_a_float32_image_near_the_float32_one(blend):
+    asym, x, mask = model(blend), images(), masks()
+    z = asym.encode(x)
+    expected = asym.decode(z, image=x, mask=mask)
+    full = torch.ones_like(mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = asym.decode(z, image=x, mask=mask)
+        assert torch.equal(asym.decode(z, image=x, mask=full), asym.decode(z))
+        x_hat, _ = asym.train()(x, mask, torch.tensor([1]))
+    assert ours.dtype == x_hat.dtype == torch.float32
+    assert (ours - expected).norm() < 0.05 * expected.norm()
+    x_hat.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in asym.decoder.parameters())
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("z", "image", "mask", "message"), [
+    ((2, 4, 4, 6), (2, 3, 16, 24), None, "give both, or neither"),
+    ((2, 4, 4, 6), None, (2, 1, 16, 24), "give both, or neither"),
+    ((2, 6, 4, 6), None, None, r"a latent is \(B,4,h,w\)"),
+    ((4, 4, 6), None, None, r"a latent is \(B,4,h,w\)"),
+    ((2, 4, 4, 6), (2, 3, 18, 24), (2, 1, 18, 24), "18x24 is not a multiple of f=4"),
+    ((2, 4, 4, 6), (2, 3, 16, 20), (2, 1, 16, 20), "does not fit latent"),
+    ((2, 4, 4, 6), (1, 3, 16, 24), (1, 1, 16, 24), "does not fit latent"),
+    ((2, 4, 4, 6), (2, 1, 16, 24), (2, 1, 16, 24), r"\(B,3,H,W\)"),
+    ((2, 4, 4, 6), (2, 3, 16, 24), (2, 3, 16, 24), "one channel as large as the image"),
+    ((2, 4, 4, 6), (2, 3, 16, 24), (2, 1, 4, 6), "one channel as large as the image"),
+    ((2, 4, 4, 6), (2, 3, 16, 24), (2, 16, 24), "one channel as large as the image"),
+], ids=str)
+def test_what_does_not_fit_is_refused_in_training_too(train, z, image, mask, message):
+    asym = model().train(train)
+    image = None if image is None else torch.zeros(image)
+    mask = None if mask is None else torch.zeros(mask)
+    with pytest.raises(ValueError, match=message):
+        asym.decode(torch.zeros(z), image=image, mask=mask)
+
+
+def test_image_and_mask_are_given_by_name():
+    with pytest.raises(TypeError):
+        model().decode(latents(channels=4), images(), masks())
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 255.0, float("nan")])
+def test_a_mask_that_is_not_binary_is_refused_outside_training(value):
+    asym, z, image, mask = model(), latents(channels=4), images(), masks()
+    mask[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        asym.decode(z, image=image, mask=mask)
+    asym.train().decode(z, image=image, mask=mask)       # there it would wait for the device
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_a_binary_mask_of_any_type_will_do(dtype):
+    asym, z, image, mask = model(), latents(channels=4), images(), masks()
+    expected = asym.decode(z, image=image, mask=mask)
+    assert torch.equal(asym.decode(z, image=image, mask=mask.to(dtype)), expected)
+
+
+# ---------------------------------------------------------------- compiled, and beside a peer
+
+
+def compiled_equals_eager(blend, latent, backend, tolerance, checkpointing=False):
+    config = dataclasses.replace(CONFIG, ch_mult=(1, 2), latent=latent)
+    asym = model(blend, config).train()
+    asym.decoder.checkpointing = checkpointing
+    x = images()
+
+    def run(rows):
+        mask = masks()
+        for i in {0, 1} - set(rows):
+            mask[i] = 1
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        asym.zero_grad()
+        x_hat, _ = asym(x, mask, torch.tensor(rows, dtype=torch.int64), generators)
+        x_hat.square().mean().backward()
+        return [x_hat.detach(), *(p.grad for p in asym.decoder.parameters())]
+
+    schedule = [[0, 1], [], [1], [0], [0, 1], []]
+    eager = [run(rows) for rows in schedule]
+    torch._dynamo.reset()
+    asym.compile(backend=backend)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows, expected in zip(schedule, eager):
+            for a, b in zip(run(rows), expected):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("blend", "latent"), [("add", "kl"), ("concat", "vq")])
+def test_a_compiled_model_gives_the_same_gradients_for_any_number_of_rows(blend, latent):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled_equals_eager(blend, latent, "aot_eager", 1e-6)
+    assert not [str(w.message) for w in caught]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blend", "latent"), [("add", "kl"), ("concat", "vq")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inductor_gives_the_same_gradients(blend, latent, checkpointing):
+    compiled_equals_eager(blend, latent, "inductor", 1e-4, checkpointing)
+
+
+def beside_diffusers(config, preset, size):
+    """(ours, theirs): two functions of (z, image, mask) with the same random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    decoder = AsymDecoder.from_preset(config, preset)
+    ours = AsymVQGAN(VQGAN(config), decoder).eval()
+    levels = len(config.ch_mult)
+    theirs = diffusers.AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        down_block_out_channels=config.widths, layers_per_down_block=config.num_res_blocks,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        up_block_out_channels=[level.block[0].conv1.out_channels for level in decoder.up],
+        layers_per_up_block=ASYM_PRESETS[preset][1], latent_channels=config.z_channels,
+        norm_num_groups=config.norm_groups, sample_size=size).eval()
+    state = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    state |= {name: value for name, value in ours.first_stage.state_dict().items()
+              if not name.startswith("decoder.")}
+    theirs.load_state_dict(to_diffusers(state))
+    return (lambda z, image, mask: ours.decode(z, image=image, mask=mask),
+            lambda z, image, mask: theirs.decode(z, image=image, mask=mask).sample)
+
+
+# diffusers' branch has five layers and finds its features by their shapes: four levels, as here.
+PEER = VQGANConfig(latent="kl", ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, attn_levels=(),
+                   z_channels=4, embed_dim=4, norm_groups=4)
+
+
+@pytest.mark.parametrize(("config", "preset"), [
+    (PEER, "base"), (PEER, "large"), pytest.param(KL_F8, "base", marks=pytest.mark.slow),
+    pytest.param(KL_F8, "large", marks=pytest.mark.slow)],
+    ids=["small-base", "small-large", "kl-f8-base", "kl-f8-large"])
+def test_add_agrees_with_diffusers_under_every_kind_of_mask(config, preset):
+    ours, theirs = beside_diffusers(config, preset, 64)
+    z, image = torch.randn(2, 4, 8, 8), images(2, (64, 64))
+    mask = masks(2, (64, 64))
+    cases = {"mask": (image, mask), "none": (None, None), "full": (image, torch.ones_like(mask)),
+             "empty": (image, torch.zeros_like(mask))}
+    with torch.no_grad():
+        for name, (given, m) in cases.items():
+            torch.testing.assert_close(ours(z, given, m), theirs(z, given, m), rtol=0, atol=5e-5,
+                                       msg=lambda text, name=name: f"{name}: {text}")

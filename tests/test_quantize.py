@@ -1,0 +1,400 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import quantize
+from quantize import (
+    DiagonalGaussian,
+    VectorQuantizer,
+    codebook_usage,
+    nearest_code,
+    perplexity,
+)
+
+ROOT = Path(quantize.__file__).parent
+
+# ---------------------------------------------------------------- the nearest code
+
+
+def definition(z, codes):
+    """(index, decided) of Eq. 1 from float64 differences, the lowest index on ties; decided where
+    the two best distances differ by more than 1e-12 of the larger."""
+    indices, decided = [], []
+    for row in z.double():
+        distance = (codes.double() - row).square().sum(1)
+        indices.append(int((distance == distance.min()).nonzero()[0]))
+        if len(codes) > 1:
+            best, second = distance.topk(2, largest=False).values
+            decided.append(bool(second - best > 1e-12 * second))
+        else:
+            decided.append(True)
+    return torch.tensor(indices), torch.tensor(decided)
+
+
+def initial(N, K, d):
+    """As at the start of training: codes near 0, encoder outputs far from all of them."""
+    return torch.randn(N, d) + 3, (2 * torch.rand(K, d) - 1) / K
+
+
+def offset(N, K, d, by=1e4):
+    """All far from the origin, where |z|² and |e|² are alike in their first digits."""
+    return torch.randn(N, d) + by, torch.randn(K, d) + by
+
+
+def clusters(N, K, d, radius=1e-3):
+    """Codes in tight bunches, and outputs at these very codes, slightly moved."""
+    codes = torch.randn(8, d).repeat(K // 8, 1) + radius * torch.randn(K, d)
+    return codes[torch.randint(K, (N,))] + radius / 2 * torch.randn(N, d), codes
+
+
+def collapsed(N, K, d):
+    """All codes but two in a spot, outputs spread out: the field's dead codebook."""
+    codes = 0.3 + 1e-4 * torch.randn(K, d)
+    codes[-2:] = torch.randn(2, d)
+    return torch.randn(N, d), codes
+
+
+HARD = [
+    (initial, 64, 1024, 256), (initial, 256, 1024, 4), (initial, 24, 16384, 4),
+    (initial, 8, 16384, 256), (offset, 128, 512, 64), (offset, 128, 512, 4),
+    (clusters, 128, 512, 64), (clusters, 128, 512, 4), (collapsed, 128, 512, 16),
+    (initial, 64, 512, 1), (initial, 64, 2, 8),
+]
+
+
+@pytest.mark.parametrize(("data", "N", "K", "d"), HARD)
+def test_the_index_is_float64s_on_hard_data(data, N, K, d):
+    z, codes = data(N, K, d)
+    expected, decided = definition(z, codes)
+    assert decided.float().mean() > 0.9, "the case says too little"
+    assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "d"), [(1024, 256), (1024, 4), (16384, 4), (16384, 256)])
+def test_no_code_of_16384_is_wrong_at_initialisation(K, d):
+    z, codes = initial(16384, K, d)
+    direct = [torch.cdist(part.double(), codes.double(),
+                          compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+              for part in z.split(256)]
+    assert torch.equal(nearest_code(z, codes), torch.cat(direct))
+
+
+def test_float32_alone_would_be_wrong_on_the_hard_data():
+    """What makes the cases above hard: the usual expression fails on them."""
+    z, codes = initial(2048, 1024, 4)
+    expected, decided = definition(z, codes)
+    usual = (z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+    assert (usual != expected)[decided].any()
+    assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
+
+
+@pytest.mark.parametrize("data", [initial, offset])
+def test_float64_has_to_decide_few_rows(monkeypatch, data):
+    asked, slow = [0], quantize._nearest_in_float64
+    monkeypatch.setattr(quantize, "_nearest_in_float64",
+                        lambda z, codes: (asked.append(len(z)), slow(z, codes))[1])
+    nearest_code(*data(2000, 512, 64))
+    assert sum(asked) <= 20
+
+
+def test_of_equal_codes_the_lowest_index_is_taken():
+    base = torch.randn(50, 16)
+    order = torch.randperm(150)
+    codes = base.repeat(3, 1)[order]
+    expected, _ = definition(base, codes)
+    assert torch.equal(nearest_code(base, codes), expected)
+    assert (nearest_code(torch.randn(9, 16), torch.ones(40, 16)) == 0).all()
+
+
+def test_of_two_codes_at_the_same_distance_the_lowest_index_is_taken():
+    """Whole numbers, so that every distance is exact in any order of summation."""
+    codes = torch.randint(-2, 3, (400, 5)).float()
+    z = torch.randint(-2, 3, (300, 5)).float()
+    expected, decided = definition(z, codes)
+    assert not decided.all(), "no tie in the case"
+    assert torch.equal(nearest_code(z, codes), expected)
+
+
+def test_one_code_and_no_vectors_are_no_special_case():
+    assert nearest_code(torch.randn(5, 3), torch.randn(1, 3)).tolist() == [0] * 5
+    none = nearest_code(torch.randn(0, 3), torch.randn(7, 3))
+    assert none.shape == (0,)
+    assert none.dtype == torch.int64
+
+
+def test_the_chunk_size_changes_nothing():
+    z, codes = initial(200, 300, 8)
+    whole = nearest_code(z, codes)
+    for chunk in (1, 7, 199):
+        assert torch.equal(nearest_code(z, codes, chunk=chunk), whole)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float64, torch.float32),
+                                    (torch.bfloat16, torch.float32),
+                                    (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_any_float_type_is_compared_at_its_own_values(dtypes):
+    # Around 1e4 float32 would round the float64 values to steps of 1e-3.
+    z, codes = offset(100, 60, 6, by=1e4 if dtypes[0] == torch.float64 else 0)
+    z = (torch.randn(100, 6, dtype=torch.float64) * 1e-3 + z.double().mean()).to(dtypes[0])
+    codes = (torch.randn(60, 6, dtype=torch.float64) * 1e-3 + codes.double().mean()).to(dtypes[1])
+    expected, decided = definition(z, codes)
+    assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
+
+
+class Spy:
+    """torch.addmm that notes the state of the machine it is called under."""
+
+    def __init__(self, monkeypatch):
+        self.notes, self.addmm = [], torch.addmm
+        monkeypatch.setattr(torch, "addmm", self)
+
+    def __call__(self, *args, **kwargs):
+        scores = self.addmm(*args, **kwargs)
+        self.notes.append((scores.dtype, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
+                           torch.backends.cuda.matmul.fp32_precision,
+                           torch.backends.mkldnn.matmul.fp32_precision))
+        return scores
+
+
+@pytest.fixture
+def _keep_precision():
+    backends = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(backends, before):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("_keep_precision")
+@pytest.mark.parametrize("setting", ["medium", "high", "newer"])
+def test_scores_are_plain_float32_without_a_graph_whatever_the_surroundings(monkeypatch, setting):
+    z, codes = initial(64, 256, 32)
+    expected, _ = definition(z, codes)
+    if setting == "newer":                       # the setting that torch 2.9 added
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision(setting)
+    before = (torch.backends.cuda.matmul.fp32_precision,
+              torch.backends.mkldnn.matmul.fp32_precision)
+    spy = Spy(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        indices = nearest_code(z.requires_grad_(), codes.requires_grad_())
+        assert torch.is_autocast_enabled("cpu")
+    assert set(spy.notes) == {(torch.float32, False, False, "ieee", "ieee")}
+    assert before == (torch.backends.cuda.matmul.fp32_precision,
+                      torch.backends.mkldnn.matmul.fp32_precision)
+    assert torch.equal(indices, expected)
+
+
+def test_precision_is_restored_after_an_error():
+    before = torch.backends.cuda.matmul.fp32_precision
+    with pytest.raises(RuntimeError):
+        nearest_code(torch.randn(4, 3), torch.randn(4, 5))
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+PEAK = """
+import torch
+from quantize import nearest_code
+
+def high_water():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024                       # MiB
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+K, d = 16384, 256
+codes, z = torch.randn(K, d) + 3, torch.randn({N}, d) + 3
+if {duplicates}:
+    codes[K // 2:] = codes[:K // 2]                          # every row is decided in float64
+nearest_code(z[:64, :8].clone(), codes[:512, :8].clone())
+nearest_code(torch.zeros(1, 8), torch.zeros(512, 8))
+before = high_water()
+nearest_code(z, codes)
+print(high_water() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize(("N", "duplicates"), [
+    (2048, False), (128, True), pytest.param(16384, False, marks=pytest.mark.slow),
+    pytest.param(16384, True, marks=pytest.mark.slow)])
+def test_16384_codes_of_width_256_take_at_most_80_mib(N, duplicates):
+    """Of a process of its own, so that nothing is hidden in memory that was freed before."""
+    script = PEAK.format(N=N, duplicates=duplicates)
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                         check=True)
+    peak = float(run.stdout)
+    assert 16 < peak <= 80, f"{peak:.0f} MiB"
+
+
+# ---------------------------------------------------------------- the quantiser
+
+
+def terms_by_hand(quantizer, z_e, indices):
+    """The mean squared difference and its gradient by z_e and by the codebook, in loops."""
+    codes = quantizer.embedding.weight.detach()
+    value, by_z, by_codes = 0.0, torch.zeros_like(z_e), torch.zeros_like(codes)
+    B, _, h, w = z_e.shape
+    for b in range(B):
+        for i in range(h):
+            for j in range(w):
+                k = indices[b, i, j]
+                difference = z_e[b, :, i, j].detach() - codes[k]
+                value += float(difference.square().sum()) / z_e.numel()
+                by_z[b, :, i, j] = 2 * difference / z_e.numel()
+                by_codes[k] -= 2 * difference / z_e.numel()
+    return value, by_z, by_codes
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.6])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_beta_weighs_the_encoders_gradient_and_in_legacy_order_the_codebooks(beta, legacy):
+    quantizer = VectorQuantizer(12, 5, beta=beta, legacy_beta=legacy)
+    nn.init.normal_(quantizer.embedding.weight)
+    z_e = torch.randn(2, 5, 3, 4, requires_grad=True)
+    _, indices, loss = quantizer(z_e)
+    loss.backward()
+    value, by_z, by_codes = terms_by_hand(quantizer, z_e, indices)
+    assert loss.item() == pytest.approx((1 + beta) * value, rel=1e-5)
+    on_encoder, on_codebook = (1, beta) if legacy else (beta, 1)
+    torch.testing.assert_close(z_e.grad, on_encoder * by_z, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(quantizer.embedding.weight.grad, on_codebook * by_codes,
+                               rtol=1e-5, atol=1e-8)
+
+
+def test_the_ratio_of_gradients_is_beta_and_in_legacy_order_its_inverse():
+    ratios = []
+    for legacy in (False, True):
+        quantizer = VectorQuantizer(1, 4, legacy_beta=legacy)      # one code, one vector
+        z_e = torch.randn(1, 4, 1, 1, requires_grad=True)
+        quantizer(z_e)[2].backward()
+        ratios.append((z_e.grad.norm() / quantizer.embedding.weight.grad.norm()).item())
+    assert ratios == pytest.approx([0.25, 4.0])
+
+
+def test_gradients_pass_straight_through_to_the_encoder_and_not_to_the_codebook():
+    quantizer = VectorQuantizer(8, 3)
+    z_e = torch.randn(2, 3, 4, 4, requires_grad=True)
+    z_q, _, _ = quantizer(z_e)
+    direction = torch.randn_like(z_q)
+    (z_q * direction).sum().backward()
+    assert torch.equal(z_e.grad, direction)
+    assert quantizer.embedding.weight.grad is None
+
+
+def test_the_quantised_vectors_are_the_nearest_codes_bit_for_bit():
+    quantizer = VectorQuantizer(32, 3)
+    z_e = 1e4 * torch.randn(2, 3, 4, 5)          # z_e + (z_q - z_e) would lose every digit of z_q
+    z_q, indices, _ = quantizer(z_e)
+    expected, _ = definition(z_e.permute(0, 2, 3, 1).reshape(-1, 3), quantizer.embedding.weight)
+    assert torch.equal(indices, expected.view(2, 4, 5))
+    assert torch.equal(z_q, quantizer.lookup(indices))
+    for b, i, j in [(0, 0, 0), (1, 3, 4), (0, 2, 1)]:
+        assert torch.equal(z_q[b, :, i, j], quantizer.embedding.weight[indices[b, i, j]])
+
+
+def test_the_quantiser_is_float32_under_autocast():
+    quantizer = VectorQuantizer(64, 8)
+    z_e = torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer(z_e)
+    for a, b in zip(inside, quantizer(z_e)):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_codes_start_uniform_within_one_over_k():
+    weight = VectorQuantizer(500, 40).embedding.weight
+    assert weight.abs().max() <= 1 / 500
+    assert weight.std().item() == pytest.approx(1 / 500 / 3 ** 0.5, rel=0.02)
+
+
+def test_codes_start_in_another_range_if_told():
+    weight = VectorQuantizer(500, 40, code_range=0.3).embedding.weight
+    assert weight.abs().max() <= 0.3
+    assert weight.std().item() == pytest.approx(0.3 / 3 ** 0.5, rel=0.02)
+
+
+def test_usage_and_perplexity_in_closed_form():
+    even = torch.arange(8).repeat(5).view(2, 20)
+    assert codebook_usage(even, 32) == 0.25
+    assert perplexity(even, 32) == pytest.approx(8)
+    collapsed_to_one = torch.full((3, 4, 4), 7)
+    assert codebook_usage(collapsed_to_one, 10) == 0.1
+    assert perplexity(collapsed_to_one, 10) == pytest.approx(1)
+    uneven = torch.tensor([0, 0, 0, 1])          # entropy of (3/4, 1/4)
+    assert perplexity(uneven, 2) == pytest.approx(4 / 3 ** 0.75)
+
+
+# ---------------------------------------------------------------- the KL latent
+
+
+def test_kl_is_the_closed_form_summed_over_each_image():
+    gaussian = DiagonalGaussian(torch.randn(3, 8, 2, 5))
+    q = torch.distributions.Normal(gaussian.mean, (gaussian.logvar / 2).exp())
+    p = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(q, p).sum((1, 2, 3))
+    torch.testing.assert_close(gaussian.kl(), expected)
+    assert gaussian.kl().shape == (3,)
+    assert DiagonalGaussian(torch.zeros(1, 8, 2, 2)).kl().item() == 0
+
+
+def test_logvar_is_clamped_to_minus_30_and_20_and_has_no_gradient_beyond():
+    moments = torch.zeros(1, 2, 1, 4)
+    moments[0, 1, 0] = torch.tensor([-100.0, -30.0, 20.0, 1000.0])
+    moments.requires_grad_()
+    gaussian = DiagonalGaussian(moments)
+    assert gaussian.logvar.flatten().tolist() == [-30, -30, 20, 20]
+    gaussian.kl().sum().backward()
+    assert moments.grad.isfinite().all()
+    assert (moments.grad[0, 1, 0, [0, 3]] == 0).all()
+
+
+def test_the_mean_comes_first_and_mode_is_the_mean():
+    moments = torch.cat([torch.full((1, 3, 2, 2), 5.0), torch.full((1, 3, 2, 2), -1.0)], 1)
+    gaussian = DiagonalGaussian(moments)
+    assert (gaussian.mode() == 5).all()
+    assert (gaussian.logvar == -1).all()
+
+
+def test_a_sample_is_mean_plus_std_times_noise_and_has_that_gradient():
+    moments = torch.randn(2, 6, 3, 3, requires_grad=True)
+    gaussian = DiagonalGaussian(moments)
+    sample = gaussian.sample(torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    std = (gaussian.logvar / 2).exp()
+    torch.testing.assert_close(sample, gaussian.mean + std * noise)
+    sample.sum().backward()
+    torch.testing.assert_close(moments.grad[:, :3], torch.ones(2, 3, 3, 3))
+    torch.testing.assert_close(moments.grad[:, 3:], (0.5 * std * noise).detach())
+
+
+def test_one_generator_for_each_image_makes_its_noise_independent_of_the_batch():
+    moments = torch.randn(4, 6, 3, 5)
+
+    def sample(images):
+        generators = [torch.Generator().manual_seed(100 + i) for i in images]
+        return DiagonalGaussian(moments[images]).sample(generators)
+
+    whole = sample([0, 1, 2, 3])
+    assert torch.equal(sample([2, 0]), whole[[2, 0]])
+    assert torch.equal(sample([3]), whole[3:])
+
+
+def test_a_wrong_number_of_generators_is_an_error():
+    gaussian = DiagonalGaussian(torch.randn(4, 6, 3, 5))
+    with pytest.raises(ValueError, match="1 generators for 4 images"):
+        gaussian.sample([torch.Generator()])
+
+
+def test_the_gaussian_is_float32_even_of_bf16_moments():
+    gaussian = DiagonalGaussian(torch.randn(1, 4, 2, 2).bfloat16())
+    assert gaussian.sample().dtype == gaussian.kl().dtype == gaussian.mode().dtype == torch.float32

@@ -1,0 +1,418 @@
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from diffusers_names import to_diffusers
+from torch import nn
+
+from vqgan import (
+    VQGAN,
+    VQGAN_PRESETS,
+    AttnBlock,
+    Decoder,
+    Downsample,
+    Encoder,
+    ResBlock,
+    Upsample,
+    VQGANConfig,
+)
+
+# Attention inside a level, a level whose width stays and two that widen; two channels to a group
+# at the least.
+SMALL = VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,), z_channels=6,
+                    embed_dim=4, K=32, norm_groups=4)
+SMALL_KL = dataclasses.replace(SMALL, latent="kl")
+LATENTS = pytest.mark.parametrize("config", [SMALL, SMALL_KL], ids=["vq", "kl"])
+
+
+def image(B=2, H=16, W=24):
+    return torch.rand(B, 3, H, W) * 2 - 1
+
+
+def generators(B=2):
+    return [torch.Generator().manual_seed(i) for i in range(B)]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------- sizes, names, norms
+
+
+@pytest.mark.parametrize(("preset", "encoder", "decoder"), [
+    ("kl-f8", 34_163_592, 49_490_179),
+    ("vq-f8", 27_397_764, 40_253_955),
+    ("vq-f16", 29_298_176, 42_449_795),
+])
+def test_the_public_models_have_their_parameter_counts(preset, encoder, decoder):
+    with torch.device("meta"):
+        model = VQGAN(VQGAN_PRESETS[preset])
+    assert (count(model.encoder), count(model.decoder)) == (encoder, decoder)
+
+
+def test_kl_f8_is_stable_diffusions_first_stage_in_all():
+    with torch.device("meta"):
+        model = VQGAN(VQGAN_PRESETS["kl-f8"])
+    assert (count(model.quant_conv), count(model.post_quant_conv)) == (72, 20)
+    assert count(model) == 83_653_863
+    assert len(model.state_dict()) == 248
+
+
+def test_keys_are_those_of_the_public_checkpoints():
+    with torch.device("meta"):
+        names = {preset: {name: tuple(p.shape) for name, p in VQGAN(config).state_dict().items()}
+                 for preset, config in VQGAN_PRESETS.items()}
+    assert names["vq-f16"].items() >= {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.block.0.norm1.weight": (128,),
+        "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.4.attn.1.proj_out.bias": (512,),
+        "encoder.mid.block_1.conv1.weight": (512, 512, 3, 3),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "encoder.norm_out.bias": (512,),
+        "encoder.conv_out.weight": (256, 512, 3, 3),
+        "quant_conv.weight": (256, 256, 1, 1),
+        "quantize.embedding.weight": (1024, 256),
+        "post_quant_conv.bias": (256,),
+        "decoder.conv_in.weight": (512, 256, 3, 3),
+        "decoder.mid.block_2.norm2.weight": (512,),
+        "decoder.up.4.attn.2.k.weight": (512, 512, 1, 1),       # up[4] is the lowest resolution
+        "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.3.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+        "decoder.up.0.block.2.conv2.bias": (128,),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+    }.items()
+    assert names["kl-f8"]["encoder.conv_out.weight"] == (8, 512, 3, 3)       # mean and logvar
+    assert names["kl-f8"]["quant_conv.weight"] == (8, 8, 1, 1)
+    assert names["vq-f8"]["quantize.embedding.weight"] == (16384, 4)
+    for absent in ["encoder.down.4.downsample.conv.weight", "encoder.down.3.attn.0.q.weight",
+                   "decoder.up.0.upsample.conv.weight", "decoder.up.0.attn.0.q.weight",
+                   "encoder.down.1.block.0.nin_shortcut.weight"]:
+        assert absent not in names["vq-f16"]
+    assert not any(name.startswith("quantize") for name in names["kl-f8"])
+
+
+@pytest.mark.parametrize("preset", VQGAN_PRESETS)
+def test_every_group_norm_has_eps_1e_6_and_the_configs_groups(preset):
+    config = VQGAN_PRESETS[preset]
+    with torch.device("meta"):
+        model = VQGAN(config)
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert {(m.eps, m.num_groups) for m in norms} == {(1e-6, config.norm_groups)}
+
+
+@LATENTS
+def test_latents_are_f_times_smaller(config):
+    assert config.f == 4
+    model, x = VQGAN(config), image(H=16, W=24)
+    with torch.no_grad():
+        z = model.encode(x)
+        assert z.shape == (2, 4, 4, 6)
+        assert model.decode(z).shape == x.shape
+        x_hat, extra = model(x)
+    assert x_hat.shape == x.shape
+    assert extra["last_features"].shape == (2, 8, 16, 24)
+    assert extra["latent_loss"].shape == ()
+
+
+# ---------------------------------------------------------------- the blocks, against slow forms
+
+
+def test_a_res_block_is_its_formula():
+    block, x = ResBlock(8, 12, norm_groups=4), torch.randn(2, 8, 5, 6)
+
+    def norm(h, layer):                              # GroupNorm by hand
+        groups = h.reshape(len(h), 4, -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, unbiased=False, keepdim=True)
+        h = ((groups - mean) / (var + 1e-6).sqrt()).reshape(h.shape)
+        return h * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+
+    for layer in (block.norm1, block.norm2):
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    h = norm(x, block.norm1)
+    h = block.conv1(h * h.sigmoid())
+    h = norm(h, block.norm2)
+    h = block.conv2(h * h.sigmoid()) + block.nin_shortcut(x)
+    torch.testing.assert_close(block(x), h, rtol=1e-4, atol=1e-5)
+    assert not hasattr(ResBlock(8, 8, norm_groups=4), "nin_shortcut")
+
+
+def test_downsampling_pads_one_pixel_right_and_below_only():
+    down, x = Downsample(3), torch.randn(2, 3, 6, 8)
+    padded = torch.zeros(2, 3, 7, 9)
+    padded[:, :, :6, :8] = x
+    expected = torch.zeros(2, 3, 3, 4)
+    for i in range(3):
+        for j in range(4):
+            window = padded[:, None, :, 2 * i:2 * i + 3, 2 * j:2 * j + 3]
+            expected[:, :, i, j] = (window * down.conv.weight).sum((2, 3, 4)) + down.conv.bias
+    torch.testing.assert_close(down(x), expected)
+
+
+def test_upsampling_doubles_every_pixel_then_convolves():
+    up, x = Upsample(3), torch.randn(2, 3, 4, 5)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(up(x), up.conv(doubled))
+
+
+def test_attention_is_the_explicit_sum_over_positions():
+    block, x = AttnBlock(8, norm_groups=4), torch.randn(2, 8, 5, 6)
+    h = block.norm(x)
+    q, k, v = (conv(h).flatten(2) for conv in (block.q, block.k, block.v))
+    weight = torch.einsum("bcq,bck->bqk", q, k * 8 ** -0.5).softmax(-1)
+    expected = x + block.proj_out(torch.einsum("bqk,bck->bcq", weight, v).view_as(x))
+    direction = torch.randn_like(x)
+    ours, theirs = block(x), expected
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    names, parameters = zip(*block.named_parameters())
+    for name, a, b in zip(names, torch.autograd.grad((ours * direction).sum(), parameters),
+                          torch.autograd.grad((theirs * direction).sum(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_attention_sits_after_each_block_of_its_level_only():
+    encoder, decoder = Encoder(SMALL), Decoder(SMALL)
+    assert [len(level.attn) for level in encoder.down] == [0, 0, 1]
+    assert [len(level.attn) for level in decoder.up] == [0, 0, 2]
+    assert [len(level.block) for level in decoder.up] == [2, 2, 2]
+
+
+def test_channels_last_changes_no_value():
+    model, x = VQGAN(SMALL_KL), image()
+    expected = model.decode(model.encode(x))
+    model.to(memory_format=torch.channels_last)
+    ours = model.decode(model.encode(x.to(memory_format=torch.channels_last)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- encode, decode, forward
+
+
+def test_codes_decode_to_the_reconstruction_bit_for_bit():
+    model, x = VQGAN(SMALL).eval(), image()
+    indices = model.indices(x)
+    assert indices.shape == (2, 4, 6)
+    assert indices.dtype == torch.int64
+    assert torch.equal(model.decode_indices(indices), model.decode(model.encode(x)))
+    x_hat, extra = model(x)
+    assert torch.equal(extra["indices"], indices)
+    assert torch.equal(x_hat, model.decode_indices(indices))
+    assert torch.equal(model.encode(x), model.quantize(model.moments(x))[0])
+
+
+def test_a_kl_latent_is_its_mode_or_a_sample():
+    model, x = VQGAN(SMALL_KL), image()
+    gaussian = model.moments(x)
+    assert torch.equal(model.encode(x), gaussian.mean)
+    sample = model.encode(x, sample=True, generator=generators())
+    assert torch.equal(sample, gaussian.sample(generators()))
+    assert not torch.equal(sample, gaussian.mean)
+    x_hat, extra = model(x, generator=generators())
+    assert torch.equal(x_hat, model.decode(sample))
+    assert torch.equal(extra["latent_loss"], gaussian.kl().mean())
+    assert "indices" not in extra
+
+
+@LATENTS
+def test_last_features_are_what_the_last_layer_reads(config):
+    model = VQGAN(config)
+    x_hat, extra = model(image())
+    assert not extra["last_features"].requires_grad
+    assert torch.equal(model.decoder.conv_out(extra["last_features"]), x_hat)
+
+
+def test_a_kl_latent_has_no_codes():
+    model = VQGAN(SMALL_KL)
+    with pytest.raises(ValueError, match="no codebook"):
+        model.indices(image())
+    with pytest.raises(ValueError, match="no codebook"):
+        model.decode_indices(torch.zeros(1, 2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((2, 3, 18, 16), "18x16 is not a multiple of f=4"), ((2, 3, 16, 17), "16x17 is not a multiple"),
+    ((2, 1, 16, 16), r"\(B,3,H,W\)"), ((3, 16, 16), r"\(B,3,H,W\)")])
+def test_images_that_do_not_fit_are_refused(shape, message):
+    model = VQGAN(SMALL)
+    for use in (model, model.encode, model.moments, model.indices):
+        with pytest.raises(ValueError, match=message):
+            use(torch.zeros(shape))
+
+
+def test_the_quantiser_takes_its_settings_from_the_config():
+    config = dataclasses.replace(SMALL, beta=0.5, legacy_beta=True, code_range=2.0)
+    quantizer = VQGAN(config).quantize
+    assert (quantizer.K, quantizer.d, quantizer.beta) == (32, 4, 0.5)
+    assert quantizer.legacy_beta
+    assert 1 < quantizer.embedding.weight.abs().max() <= 2
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="latent must be"):
+        VQGAN(dataclasses.replace(SMALL, latent="gumbel"))
+    with pytest.raises(ValueError, match="multiples of norm_groups=4"):
+        Decoder(SMALL, ch=6)
+
+
+@LATENTS
+def test_bf16_autocast_gives_float32_latents_and_images_near_the_float32_ones(config):
+    model, x = VQGAN(config), image()
+    expected = model.decode(model.encode(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model.encode(x)
+        ours = model.decode(z)
+        x_hat, extra = model(x, generator=generators())
+    assert {t.dtype for t in (z, ours, x_hat, extra["latent_loss"])} == {torch.float32}
+    (x_hat.square().mean() + extra["latent_loss"]).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    if config.latent == "kl":             # codes may flip
+        assert (ours - expected).norm() < 0.05 * expected.norm()
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def without_gradient(model, loss):
+    """Names of the parameters whose gradient is at most 1e-7 of the largest entry of all."""
+    loss.backward()
+    largest = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
+    return {name for name, p in model.named_parameters()
+            if p.grad is None or p.grad.abs().max() <= 1e-7 * largest}
+
+
+def any_loss(x_hat):
+    """Depends on each output pixel in its own way."""
+    return (x_hat * torch.randn_like(x_hat)).sum() + x_hat.square().sum()
+
+
+def spread_codes(model):
+    if model.config.latent == "vq":       # so that several are in use and far from their outputs
+        nn.init.normal_(model.quantize.embedding.weight)
+
+
+@LATENTS
+def test_every_parameter_gets_a_gradient_except_what_softmax_cannot_see(config):
+    model = VQGAN(config)
+    spread_codes(model)
+    x_hat, extra = model(image(), generator=generators())
+    dead = without_gradient(model, any_loss(x_hat) + extra["latent_loss"])
+    # k.bias adds q·bias to all scores of a query, and softmax does not see a common summand.
+    assert all(name.endswith(("attn_1.k.bias", "attn.0.k.bias", "attn.1.k.bias")) for name in dead)
+
+
+def test_a_bias_before_a_norm_of_one_channel_a_group_has_no_gradient_and_nothing_else():
+    """In float64, where zero by identity is told from small. The norm subtracts each channel's
+    mean, so a channel's constant summand leaves no trace."""
+    config = dataclasses.replace(SMALL, norm_groups=8, attn_levels=())     # level 0 has 8
+    decoder = Decoder(config).double()
+    z = torch.randn(2, 6, 4, 6, dtype=torch.float64)
+    dead = without_gradient(decoder, any_loss(decoder(z)))
+    before_a_norm = {"up.0.block.0.conv1.bias", "up.0.block.1.conv1.bias"}
+    # All that is added to the residual stream of level 0 ends in norm_out, the last of the norms.
+    added_to_the_stream = {"up.0.block.0.conv2.bias", "up.0.block.1.conv2.bias",
+                           "up.0.block.0.nin_shortcut.bias"}
+    unseen_by_softmax = {"mid.attn_1.k.bias"}
+    assert dead == before_a_norm | added_to_the_stream | unseen_by_softmax
+
+
+def test_checkpointing_recomputes_every_level_and_changes_no_gradient():
+    decoder, z = Decoder(SMALL), torch.randn(2, 6, 4, 6)
+    runs = []
+    decoder.up[1].block[0].register_forward_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        decoder.zero_grad()
+        decoder(z).square().sum().backward()
+        return {name: p.grad for name, p in decoder.named_parameters()}
+
+    plain = gradients()
+    assert len(runs) == 1
+    decoder.checkpointing = True
+    for name, grad in gradients().items():
+        assert torch.equal(grad, plain[name]), name
+    assert len(runs) == 3
+    with torch.no_grad():
+        decoder(z)
+    assert len(runs) == 4
+
+
+# ---------------------------------------------------------------- compiled, and beside a peer
+
+
+def compiled_equals_eager(config, backend, tolerance):
+    model, x = VQGAN(config), image()
+    spread_codes(model)
+
+    def run():
+        model.zero_grad()
+        x_hat, extra = model(x, generator=generators())
+        (x_hat.square().mean() + extra["latent_loss"]).backward()
+        return [x_hat.detach(), *(p.grad for p in model.parameters())]
+
+    eager = run()
+    torch._dynamo.reset()
+    model.compile(backend=backend)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            for a, b in zip(run(), eager):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@LATENTS
+def test_a_compiled_model_gives_the_same_gradients_without_a_warning(config):
+    small = dataclasses.replace(config, ch_mult=(1, 2), attn_levels=())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled_equals_eager(small, "aot_eager", 1e-6)
+    assert not [str(w.message) for w in caught]
+
+
+@pytest.mark.slow
+@LATENTS
+def test_inductor_gives_the_same_gradients(config):
+    compiled_equals_eager(config, "inductor", 1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    dataclasses.replace(SMALL_KL, attn_levels=(), embed_dim=6),
+    pytest.param(VQGAN_PRESETS["kl-f8"], marks=pytest.mark.slow)], ids=["small", "kl-f8"])
+def test_a_kl_first_stage_agrees_with_diffusers(config):
+    diffusers = pytest.importorskip("diffusers")
+    model, x = VQGAN(config).eval(), image(1, 64, 64)
+    levels = len(config.ch_mult)
+    peer = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, block_out_channels=config.widths,
+        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels, norm_num_groups=config.norm_groups).eval()
+    peer.load_state_dict(to_diffusers(model.state_dict()))
+    with torch.no_grad():
+        z = model.encode(x)
+        torch.testing.assert_close(z, peer.encode(x).latent_dist.mode(), rtol=0, atol=5e-5)
+        torch.testing.assert_close(model.moments(x).logvar, peer.encode(x).latent_dist.logvar,
+                                   rtol=0, atol=5e-5)
+        torch.testing.assert_close(model.decode(z), peer.decode(z).sample, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("config", [
+    SMALL, pytest.param(VQGAN_PRESETS["vq-f8"], marks=pytest.mark.slow)], ids=["small", "vq-f8"])
+def test_a_vq_first_stage_with_attention_in_its_levels_agrees_with_diffusers(config):
+    diffusers = pytest.importorskip("diffusers")
+    model, x = VQGAN(config).eval(), image(1, 64, 64)
+    spread_codes(model)
+    plain = len(config.ch_mult) - 1
+    peer = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
+        block_out_channels=config.widths, layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels, num_vq_embeddings=config.K,
+        vq_embed_dim=config.embed_dim, norm_num_groups=config.norm_groups).eval()
+    peer.load_state_dict(to_diffusers(model.state_dict()))
+    with torch.no_grad():
+        z_e = model.moments(x)
+        torch.testing.assert_close(z_e, peer.encode(x).latents, rtol=0, atol=5e-5)
+        ours = model.decode(model.quantize(z_e)[0])
+        torch.testing.assert_close(ours, peer.decode(z_e).sample, rtol=0, atol=5e-5)
