@@ -94,7 +94,7 @@ def _add_how_to_run(add):
         help="recompute activations: less memory, more time (default: off)")
     add("--workers", type=int, metavar="N",
         help="data processes for each training process (default: 1 for signs, else 4)")
-    add("--save-every", type=int, metavar="STEPS", help="default: 100 for tiny models, else 1000")
+    add("--save-every", type=int, metavar="STEPS", help="default: 200 for tiny models, else 1000")
     add("--max-hours", type=float, metavar="H",
         help="save and leave after this long; the same command continues (default: no limit)")
     add("--check-data", action="store_true",

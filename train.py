@@ -124,7 +124,7 @@ def main():
     if "vqgan" in names and args.data != "signs":
         print0("no --vqgan was given: the first stage is trained first, then the decoder on it")
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
-    save_every = args.save_every or (100 if settings["preset"] == "tiny" else 1000)
+    save_every = args.save_every or (200 if settings["preset"] == "tiny" else 1000)
     with open_run(args.out, settings, args.restart):
         with stop_signals() as signals:
             run = Run(settings, args.out, device, workers, args.micro_batch, save_every, deadline,
