@@ -1,6 +1,6 @@
 """PartialConv2d against a plain convolution, forward and backward, on one thread.
 
-    python benchmarks/pconv.py [--system-malloc]
+    python benchmarks/pconv.py [--rounds 31] [--system-malloc]
 
 The forms run in turns and medians are compared, so that a slow moment of the machine falls on
 all alike. On Linux the process keeps freed memory meanwhile: whether a form's 8 MiB buffers are
@@ -8,6 +8,7 @@ fetched anew from the system depends on what ran before it, and outweighs the ar
 question. `--system-malloc` measures with that.
 """
 
+import argparse
 import ctypes
 import statistics
 import sys
@@ -20,8 +21,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pconv import PartialConv2d
 
-ROUNDS = 31
 CASES = {"k3 s1": (3, 1), "k4 s2": (4, 2)}                 # kernel, stride; padding 1
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=128, help="height and width of the features")
+    parser.add_argument("--rounds", type=int, default=31, help="runs of each form")
+    parser.add_argument("--system-malloc", action="store_true", help="do not keep freed memory")
+    return parser.parse_args(argv)
 
 
 def published(layer, x, valid):
@@ -51,15 +59,16 @@ def seconds(forward, x):
     return time.perf_counter() - start
 
 
-def main():
-    if sys.platform == "linux" and "--system-malloc" not in sys.argv:
+def main(argv=None):
+    args = arguments(argv)
+    if sys.platform == "linux" and not args.system_malloc:
         keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x = torch.randn(2, 64, 128, 128, requires_grad=True)
-    valid = (torch.rand(2, 1, 128, 128) > 0.4).float()
+    x = torch.randn(2, 64, args.size, args.size, requires_grad=True)
+    valid = (torch.rand(2, 1, args.size, args.size) > 0.4).float()
     print(f"torch {torch.__version__}, 1 thread, x {tuple(x.shape)}, "
-          f"median of {ROUNDS} interleaved runs\n")
+          f"median of {args.rounds} interleaved runs\n")
     print("| | plain Conv2d | PartialConv2d | published form |\n|---|---|---|---|")
     for name, (kernel, stride) in CASES.items():
         plain = nn.Conv2d(64, 64, kernel, stride, 1)
@@ -67,7 +76,7 @@ def main():
         forms = [plain,
                  lambda x, layer=partial: layer(x, valid)[0],
                  lambda x, layer=partial: published(layer, x, valid)]
-        runs = [[seconds(form, x) for form in forms] for _ in range(ROUNDS + 2)][2:]
+        runs = [[seconds(form, x) for form in forms] for _ in range(args.rounds + 2)][2:]
         medians = [statistics.median(column) for column in zip(*runs)]
         cells = [f"{t * 1e3:.1f} ms ({t / medians[0]:.2f}x)" for t in medians]
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -1,0 +1,114 @@
+"""One training step of each stage, small sizes: float32 and bf16, NCHW and channels_last.
+
+    python benchmarks/step.py [--device cuda] [--threads 2] [--batch-size 8] [--size 64]
+
+A step is forward, backward and the optimisers, on one batch of drawn signs that is already on the
+device; half of its masks are full. "+ D" is the same with the discriminator at work. There is no
+perceptual loss, as in the run on signs. All forms run in turns and medians are compared, so that a
+slow moment of the machine falls on all alike. Not here: loading (benchmarks/signs.py).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Signs, TrainingItems, training_batches
+from stages import (
+    RECIPES,
+    STAGE_IDS,
+    build_decoder,
+    build_vqgan,
+    decoder_step,
+    optimizer_step,
+    training_batch,
+    vqgan_step,
+)
+from vqgan import VQGAN, VQGAN_PRESETS
+
+FORMS = {                                # precision, channels_last
+    "fp32, NCHW": ("fp32", False),
+    "fp32, channels_last": ("fp32", True),
+    "bf16, channels_last": ("bf16", True),
+}
+STAGES = {"vqgan": vqgan_step, "decoder": decoder_step}
+LR = 1e-5                                # the numbers stay those of an untrained network
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=21, help="runs of each form")
+    return parser.parse_args(argv)
+
+
+def build(stage, precision, channels_last, device):
+    """A Trainee of the tiny plan, not yet trained."""
+    torch.manual_seed(0)
+    config = VQGAN_PRESETS["tiny"]
+    recipe = replace(RECIPES[stage]["tiny"], lr=LR)
+    options = {"precision": precision, "channels_last": channels_last}
+    if stage == "vqgan":
+        return build_vqgan(config, recipe, device, **options)
+    return build_decoder(VQGAN(config), "tiny", "add", recipe, device, **options)
+
+
+def half_full(size, batch_size):
+    """The first training batch of signs of which half the masks are full."""
+    items = TrainingItems(Signs("train", size), 0, STAGE_IDS["decoder"], masks=True)
+    batches = training_batches(items, 0, 1000, batch_size)
+    return next(batch for batch in batches if sum(batch["full"]) == batch_size // 2)
+
+
+def one_step(trainee, batch, gan_on):
+    STAGES[trainee.stage](trainee, batch, gan_on)
+    optimizer_step(trainee, gan_on)
+
+
+def cases(device, drawn):
+    """{(stage and players, form): one step of it}, to be run again and again."""
+    steps = {}
+    for form, (precision, channels_last) in FORMS.items():
+        for stage in STAGES:
+            trainee = build(stage, precision, channels_last, device)
+            batch = training_batch(drawn, 0, stage, device, channels_last)
+            for name, gan_on in ((stage, False), (f"{stage} + D", True)):
+                steps[name, form] = partial(one_step, trainee, batch, gan_on)
+    return steps
+
+
+def seconds(step, device):
+    """Wall time of one step."""
+    start = time.perf_counter()
+    step()
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter() - start
+
+
+def main(argv=None):
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    steps = cases(args.device, half_full(args.size, args.batch_size))
+    runs = [[seconds(step, args.device) for step in steps.values()]
+            for _ in range(args.rounds + 2)][2:]
+    medians = dict(zip(steps, map(statistics.median, zip(*runs))))
+    print(f"torch {torch.__version__}, {args.device}, CPU threads: {args.threads} "
+          f"({torch.backends.cpu.get_cpu_capability()}), {args.size} px, batch {args.batch_size}, "
+          f"median of {args.rounds} interleaved runs; images/s (ms an image)\n")
+    print("| step | " + " | ".join(FORMS) + " |\n|---" + "|---" * len(FORMS) + "|")
+    for name in dict.fromkeys(name for name, _ in steps):
+        each = [medians[name, form] / args.batch_size for form in FORMS]
+        print(f"| {name} | " + " | ".join(f"{1 / t:.0f} ({t * 1e3:.2f})" for t in each) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Every benchmark runs, at its smallest sizes, and prints a Markdown table. No time is asserted."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SMALLEST = {
+    "nearest_code": ["--rows", "64", "--cases", "16x4", "32x8", "--rounds", "1"],
+    "pconv": ["--size", "8", "--rounds", "1", "--system-malloc"],
+    "signs": ["--size", "32", "--pictures", "2", "--rounds", "1"],
+    "step": ["--size", "32", "--batch-size", "2", "--rounds", "1", "--threads", "1"],
+}
+
+
+def run(name, argv, monkeypatch):
+    """benchmarks/NAME.py as a program, in this process."""
+    monkeypatch.syspath_prepend(FOLDER)                      # as Python itself does with a script
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(argv)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_benchmark_has_its_smallest_sizes_here():
+    assert sorted(SMALLEST) == sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_prints_a_full_table(name, monkeypatch, capsys):
+    run(name, SMALLEST[name], monkeypatch)
+    head, blank, *table = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"torch {torch.__version__}")
+    assert blank == ""
+    assert len(table) >= 4
+    assert len({line.count("|") for line in table}) == 1
+    assert "nan" not in "".join(table)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_explains_itself(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(name, ["--help"], monkeypatch)
+    assert "--rounds" in capsys.readouterr().out
+
+
+def test_nearest_code_is_never_wrong_where_the_fields_expression_is(monkeypatch, capsys):
+    argv = ["--rows", "256", "--cases", "16384x256", "--rounds", "1"]
+    run("nearest_code", argv, monkeypatch)
+    ours, theirs = map(int, capsys.readouterr().out.splitlines()[-1].split("|")[-3:-1])
+    assert ours == 0
+    assert theirs > 0
