@@ -8,7 +8,7 @@ that no worker, process or batch size changes what is seen:
     position -> epoch, permuted index -> read -> image (3,H,W), mask (1,H,W), both uint8 -> batches
 
 Files that cannot be decoded are replaced by the next in sorted order; `BadFiles` counts them and
-ends a run that has too many. Not here: how masks are drawn (masks.py), images in [-1,1] (train.py
+ends a run that has too many. Not here: how masks are drawn (masks.py), images in [-1,1] (stages.py
 divides on the device).
 """
 
@@ -275,7 +275,7 @@ def square_crop(image, size, rng=None):
     if rng is not None:
         side = max(1, round(side * rng.uniform(0.5, 1.0)))
         left, top = rng.integers((width - side + 1, height - side + 1)).tolist()
-    # Hamming follows the authors' exact area filter at every factor; Box jumps at factors below 2.
+    # Hamming follows the authors' exact area filter throughout; Box jumps below 2.  deviation D23
     kind = Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC
     square = image.resize((size, size), kind, box=(left, top, left + side, top + side))
     return np.array(square)                                                         # (size,size,3)
@@ -344,11 +344,12 @@ class TrainingItems:
 
     An epoch is a permutation drawn from (seed, stage_id, epoch); crop and mask come from (seed,
     stage_id, position). Items: image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), position, bad
-    (paths). masks=False: all masks full.
+    (paths). p_full, kind: training_mask's; masks=False: all masks full.
     """
 
-    def __init__(self, dataset, seed, stage_id, masks):
-        self.dataset, self.key, self.p_full = dataset, (seed, stage_id), 0.5 if masks else 1.0
+    def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
+        self.dataset, self.key = dataset, (seed, stage_id)
+        self.kind, self.p_full = kind, p_full if masks else 1.0
         self._epoch, self._order = None, None
 
     def __getitem__(self, position):
@@ -358,7 +359,7 @@ class TrainingItems:
             self._epoch, self._order = epoch, rng.permutation(len(self.dataset))
         crop_rng = np.random.default_rng((_CROP_STREAM, *self.key, position))
         image, bad = self.dataset.read(int(self._order[place]), crop_rng)
-        mask, full = training_mask(self.dataset.size, self.key, position, p_full=self.p_full)
+        mask, full = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
         return {"image": _planes(image), "mask": torch.from_numpy(mask)[None], "full": full,
                 "position": position, "bad": bad}
 

@@ -9,8 +9,8 @@ with respect to the image:
                  └──► their gradients at conv_out.weight (from its input features) ──► lambda
 
 The last section finds the published weight files that LPIPS reads. Not here: the codebook loss
-(quantize.py), the KL term (Eq. 10-11: quantize.py, stages.py), when the discriminator starts and
-who steps when (stages.py).
+(quantize.py), the KL term (Eq. 10-11: quantize.py, stages.py), who steps in which order
+(stages.py) and when the discriminator starts (train.py).
 """
 
 import hashlib
@@ -30,7 +30,10 @@ from distributed import UserError, mean_over_ranks, print0
 
 
 def pixel_loss(x_hat, x):
-    """Mean absolute error over all pixels and channels of the batch, a 0-d tensor [AVQ App. A]."""
+    """Mean absolute error over all pixels and channels of the batch, a 0-d tensor [AVQ App. A].
+
+    Neither Eq. 2's squared error nor the released code's sum over each image.  deviation D4
+    """
     return (x_hat - x).abs().mean()
 
 
@@ -42,9 +45,9 @@ class LPIPS(nn.Module):
     a float32 state dict with the keys of both files, `features.*` and `lin{k}.model.1.weight`.
 
     Eq. 5 prints no normalisation of the features; phi^k here has unit length over its channels, as
-    in the LPIPS that the paper cites and measures with [42]. Frozen, always in eval mode, in
-    float32 also under autocast. Raises UserError for a missing, unreadable or foreign file,
-    ValueError for an unknown net.
+    in the LPIPS that the paper cites and measures with [42].  deviation D5
+    Frozen, always in eval mode, in float32 also under autocast. Raises UserError for a missing,
+    unreadable or foreign file, ValueError for an unknown net.
     """
 
     def __init__(self, net="vgg", weights=None):
@@ -207,7 +210,7 @@ def discriminator_loss(logits_real, logits_fake, gan="hinge"):
     """What the discriminator minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": taming's and the authors' code, with their factor 0.5: 1.0 for a discriminator that
-    answers 0, and 0 for one that is right by a margin of 1 everywhere.
+    answers 0, and 0 for one that is right by a margin of 1 everywhere. The default.  deviation D6
     "log": Eq. 7 with its sign turned, D = sigmoid(logit), no factor: 2 log 2 = 1.386 for one that
     answers 0. (taming halves this one, too; Adam does not see a constant factor.)
     """
@@ -240,7 +243,7 @@ def adaptive_weight(rec_grad, gan_grad, rule="paper"):
     rec_grad, gan_grad: gradients of the reconstruction and the GAN loss with respect to the last
     layer's weight. Eq. 9 divides gradients; their norms are meant.
     "paper": the ratio as printed. "taming": clamped to [0, 1e4] and times 0.8, as taming and the
-    authors' code.
+    authors' code.  deviation D7
     """
     weight = _wide(rec_grad).norm() / (_wide(gan_grad).norm() + 1e-4)
     if _check(rule, "lambda", ("paper", "taming")) == "taming":
@@ -331,21 +334,27 @@ PUBLISHED_FILES = {
                     "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
 }
 
+MAX_WAIT = 600           # seconds that the other processes of a machine wait for a download
+
 
 def find_weights(name, folder=None):
     """The path of the published file `name` (a row of PUBLISHED_FILES), downloaded if missing.
 
     folder: where it is or shall be; default torch hub's cache, which torchvision shares. On each
-    machine only local rank 0 downloads, and the others wait for the file. A file with another hash
-    is the user's choice: used, and said. Raises UserError that names file, address and folder when
-    there is no file and no way to get it.
+    machine only local rank 0 downloads, and the others wait for the file, MAX_WAIT seconds at most.
+    A file with another hash is the user's choice: used, and said. Raises UserError that names file,
+    address and folder when there is no file and no way to get it.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     address, sha256 = PUBLISHED_FILES[name]
     path = folder / name
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         _download(address + name, path, sha256)
-    while not path.exists():  # a failing rank 0 ends the others through the launcher
+    deadline = time.monotonic() + MAX_WAIT
+    while not path.exists():  # a failing rank 0 mostly ends the others through the launcher
+        if time.monotonic() > deadline:
+            raise UserError(f"{name} did not come to {folder} within {MAX_WAIT // 60} minutes: "
+                            f"get {address}{name} and put it there")
         time.sleep(0.5)
     _tell_if_changed(path, sha256)
     return path

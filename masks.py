@@ -7,7 +7,7 @@ function of its arguments: who draws it, and in which order, changes nothing.
 
     (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
 
-Not here: masks in the network (pconv.py, asym_decoder.py) and masks from files (inpaint.py).
+Not here: masks in the network (pconv.py, asym_decoder.py), and masks that a user draws.
 """
 
 from collections import namedtuple
@@ -65,6 +65,7 @@ def _generator(stream, seed, index):
 
 def _draw_strokes(draw, rng, strokes, side, scale):
     # LaMa's own reading of its "1-5 times" is 1 to 6: its generator adds one to the upper end.
+    # deviation D18
     for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
         x, y = rng.integers(side, size=2).tolist()
         for _ in range(rng.integers(1, 6)):
@@ -79,7 +80,10 @@ def _draw_strokes(draw, rng, strokes, side, scale):
 
 
 def _draw_segment(draw, start, end, width):
-    """A line with round ends; without them the mean area of thick masks falls from 0.40 to 0.33."""
+    """A line with round ends; without them the mean area of thick masks falls from 0.40 to 0.33.
+
+    LaMa's lines are OpenCV's.  deviation D18
+    """
     width = max(1, round(width))
     draw.line((start, end), fill=1, width=width)
     if width > 2:
@@ -112,6 +116,7 @@ def box_mask(size, top, left, height, width):
 def training_mask(size, seed, index, kind="thick", p_full=0.5):
     """The schedule: with probability `p_full` the full mask, else a random one. [AVQ Sec. 3.2]
 
+    The paper alternates; a coin for each sample does not depend on batches.  deviation D8
     Returns (mask uint8 (size,size), full): `full` says that all is to be generated, so the branch
     has nothing to see.
     """

@@ -6,7 +6,7 @@ range, denominator and rounding are fixed here, once:
     x_hat, x (B,3,H,W) in [-1,1] -> clamped, (x + 1) / 2, float64 on the CPU -> one number an image
 
 Images stay float all the way: 8-bit truncation alone adds 5e-6, the size of what is measured.
-Not here: means over images, other ranges, LPIPS (losses.py), FID (fid.py).
+Not here: means over images and other ranges (eval.py), LPIPS (losses.py), FID and its kin.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _unit(image):
 
 
 def pre_error(x_hat, x, mask):
-    """Mean squared error on known pixels, one value per image. [AVQ Tab. 2]  # deviation D17
+    """Mean squared error on known pixels, one value per image. [AVQ Tab. 2]  deviation D17
 
     x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated -> (B,) float64,
     sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it is 4 times that.

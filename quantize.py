@@ -98,7 +98,7 @@ class VectorQuantizer(nn.Module):
     legacy_beta: taming-transformers' order, beta on the codebook's term instead; the public weights
     were trained with it. The gradients differ.  deviation D3
     code_range: codes start uniform in ±code_range; None is taming's 1/K, which a short run leaves
-    with a few codes only.
+    with a few codes only.  deviation D26
     """
 
     def __init__(self, K, d, beta=0.25, legacy_beta=False, code_range=None):

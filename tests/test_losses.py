@@ -341,6 +341,17 @@ def test_only_local_rank_0_downloads_and_the_others_wait(published, monkeypatch,
     assert find_weights(name, folder).read_bytes() == b"weights"
 
 
+def test_who_waits_ten_minutes_in_vain_says_which_file_is_missing(published, monkeypatch):
+    name, folder, _ = published
+    now = [1000.0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(losses.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(losses.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    with pytest.raises(UserError, match=f"{name} did not come to {folder} within 10 minutes: get"):
+        find_weights(name, folder)
+    assert now[0] == pytest.approx(1600, abs=1)
+
+
 # ---------------------------------------------------------------- the discriminator
 
 

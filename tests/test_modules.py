@@ -1,0 +1,38 @@
+"""The modules as a whole: their imports, and the files that they point to."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(ROOT.glob("*.py"))
+SOURCES = MODULES + sorted(ROOT.glob("benchmarks/*.py"))
+
+
+def imports_of(path):
+    """The names of all modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_the_modules_imports_go_one_way():
+    names = {path.stem for path in MODULES}
+    graph = {path.stem: names & set(imports_of(path)) for path in MODULES}
+    assert graph["train"] >= {"stages", "data"}                  # the graph is not an empty one
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_module_points_to_exists(path):
+    named = set(re.findall(r"\b\w+(?:/\w+)*\.py\b", path.read_text(encoding="utf-8")))
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert not missing, f"{path.name} points to {missing}"
