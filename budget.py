@@ -5,13 +5,16 @@ are the same.
 """
 
 import copy
+import math
 import os
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from distributed import UserError
+from distributed import UserError, wait_for
 
 MARGIN = 0.8            # of the free memory is used
 DAY = 24 * 3600
@@ -33,30 +36,61 @@ def _free(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    if not hasattr(os, "sysconf"):
-        return 4 * 2**30                       # Windows tells it in another way: a careful guess
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // processes
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _free_on_host() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _free_on_host(root="/"):
+    """Linux: what programs may still take, or the container's limit allows; else a careful half."""
+    root = Path(root)
+    try:
+        memory = (root / "proc/meminfo").read_text()
+        available = 1024 * int(re.search(r"^MemAvailable: +(\d+) kB", memory, re.M)[1])
+        return min(available, *_free_in_cgroups(root))
+    except FileNotFoundError:
+        if not hasattr(os, "sysconf"):
+            return 4 * 2**30                   # Windows tells it in another way
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _free_in_cgroups(root):
+    """What each limited group (cgroup v2) around this process has left, then infinity.
+
+    Cached files that are not in use count as free, as they do in MemAvailable.
+    """
+    own = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.M)
+    mount = root / "sys/fs/cgroup"
+    inside = mount / own[1] if own else mount
+    for group in (inside, *inside.parents):
+        limit = group / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            yield int(most) - int((group / "memory.current").read_text()) + int(cached[1])
+    yield math.inf
 
 
 def trial(trainee, step, batch):
     """(bytes, seconds) that one image takes in `step`, measured with the discriminator on.
 
-    batch: a Batch of one image. The first of two steps warms up and leaves the gradients where they
-    are, so that the second one's memory is the image's own.
+    batch: a Batch of one image; half of it is masked, so that the decoder's branch has work. The
+    first of two steps warms up and leaves the gradients where they are, so that the second one's
+    memory is the image's own.
     """
+    mask = torch.zeros_like(batch.mask)
+    mask[..., :mask.shape[3] // 2] = 1
+    batch = replace(batch, mask=mask, rows=torch.zeros(1, dtype=torch.int64, device=mask.device))
     discriminator = copy.deepcopy(trainee.discriminator)       # keeps its running statistics
-    scratch = replace(trainee, generator=trainee.model, discriminator=discriminator,
-                      critic=discriminator)
+    scratch = replace(trainee, parallel_model=trainee.model, discriminator=discriminator,
+                      parallel_discriminator=discriminator)
     size = _saved_bytes(scratch, step, batch)
-    _wait(trainee.device)
+    wait_for(trainee.device)
     if trainee.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step(scratch, batch, gan_on=True)
-    _wait(trainee.device)
+    wait_for(trainee.device)
     seconds = time.perf_counter() - start
     if trainee.device.type == "cuda":
         size = torch.cuda.max_memory_allocated() - before
@@ -81,39 +115,33 @@ def _saved_bytes(scratch, step, batch):
     return int(1.5 * sum(saved.values()))
 
 
-def _wait(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def divisors(number):
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def local_batch(batch_size, world):
-    """Images a process takes in a step; raises UserError with the nearest sizes that divide."""
+def local_batch(batch_size, world, micro_batch=None):
+    """Images a process takes in a step.
+
+    micro_batch: as asked for. Raises UserError where `world` does not divide `batch_size` or
+    `micro_batch` not the share, naming the nearest that do.
+    """
     if batch_size % world:
         below, above = batch_size // world * world, (batch_size // world + 1) * world
         near = " or ".join(str(size) for size in (below, above) if size)
         raise UserError(f"--batch-size {batch_size} does not divide over {world} processes; "
                         f"the nearest that do: {near}")
-    return batch_size // world
+    local = batch_size // world
+    if micro_batch and local % micro_batch:
+        near = sorted(divisors(local), key=lambda d: abs(d - micro_batch))[:2]
+        raise UserError(f"--micro-batch {micro_batch} does not divide the {local} images of a "
+                        f"process; the nearest that do: {' or '.join(map(str, sorted(near)))}")
+    return local
 
 
-def micro_batch(local, asked, image_bytes, free):
-    """Images a process takes at once: what the user asked for, or the largest divisor that fits.
-
-    local: images of a process in a step. Raises UserError where `asked` does not divide it, naming
-    the nearest that do.
-    """
-    if asked is None:
-        fitting = [d for d in divisors(local) if d * image_bytes <= MARGIN * free]
-        return max(fitting, default=1)
-    if asked < 1 or local % asked:
-        near = sorted(divisors(local), key=lambda d: abs(d - asked))[:2]
-        raise UserError(f"--micro-batch {asked} does not divide the {local} images of a process; "
-                        f"the nearest that do: {' or '.join(map(str, sorted(near)))}")
-    return asked
+def fitting_micro_batch(local, image_bytes, free):
+    """The largest divisor of a process's `local` images that fits into `free` bytes, at least 1."""
+    fitting = [d for d in divisors(local) if d * image_bytes <= MARGIN * free]
+    return max(fitting, default=1)
 
 
 def duration(seconds):

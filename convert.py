@@ -53,13 +53,11 @@ def load(path, device="cpu"):
         model, parent = _asymmetric(state, source), state["parent"]
     else:
         model, parent = first_stage_from(state, source), checkpoint.weights_hash(state["model"])
-    model.to(device).eval().requires_grad_(False)
-    finished = bool(state["extra"].get("finished"))
-    return Loaded(model, state["stage"], state["config"], state["step"], finished, parent)
+    return _loaded(model.to(device), state, parent)
 
 
 def load_first_stage(path):
-    """(VQGAN, checkpoint.weights_hash of it): the first stage in a run folder or a stage file.
+    """The first stage in a run folder or a stage file: a Loaded, its model a VQGAN.
 
     In eval mode, without gradients, on the CPU. A finished refit goes before the vqgan that it came
     from. Raises UserError as load_model does, and for a decoder's file.
@@ -67,8 +65,13 @@ def load_first_stage(path):
     state, source = _read(path, FIRST_STAGES)
     if state["stage"] == "decoder":
         raise UserError(f"{source} is a decoder, not a first stage; give its run folder instead")
-    model = first_stage_from(state, source).eval().requires_grad_(False)
-    return model, checkpoint.weights_hash(state["model"])
+    return _loaded(first_stage_from(state, source), state, checkpoint.weights_hash(state["model"]))
+
+
+def _loaded(model, state, parent):
+    model.eval().requires_grad_(False)
+    finished = bool(state["extra"].get("finished"))
+    return Loaded(model, state["stage"], state["config"], state["step"], finished, parent)
 
 
 def first_stage_from(state, source="checkpoint"):
@@ -82,16 +85,16 @@ def _asymmetric(state, source):
     if not Path(where).exists():
         raise UserError(f"{source} stands on the first stage {where}, which is not there; bring it "
                         "back, or start from the folder where the decoder was trained")
-    first_stage, found = load_first_stage(where)
-    if found != state["parent"]:
+    first_stage = load_first_stage(where)
+    if first_stage.parent != state["parent"]:
         raise UserError(f"{source} was trained on other first-stage weights than {where} holds; "
                         "bring those back, or train a decoder on these: "
                         f"train.py --stage decoder --vqgan {where} --out NEW_RUN")
     size = state["config"]["decoder"]
     weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
     decoder = _filled(source, weights, lambda: AsymDecoder(
-        first_stage.config, size["ch"], size["num_res_blocks"], size["blend"]))
-    return AsymVQGAN(first_stage, decoder)
+        first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
+    return AsymVQGAN(first_stage.model, decoder)
 
 
 def _run_of(source):

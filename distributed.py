@@ -133,6 +133,12 @@ def gather_objects(value):
     return values
 
 
+def wait_for(device):
+    """Return when the device has done all that was asked of it; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def wrap(module, device):
     """`module` in DistributedDataParallel; itself on one process.
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +28,14 @@ import torch.nn.functional as F
 from asym_decoder import AsymVQGAN
 from convert import Loaded, load
 from data import BadFiles, open_dataset, validation_batches
-from distributed import UserError, exit_on_user_error, print0, setup
+from distributed import UserError, exit_on_user_error, print0, setup, wait_for
 from figures import image_grid, show_masked
 from losses import LPIPS, TRUNKS
 from masks import area_bucket
 from metrics import pre_error, psnr_known, seam
 from report import MEASURES, make_report, report_text
 from run_folder import Progress, write_text
+from stages import validation_batch
 
 EXAMPLES = 6                                     # rows of the pictures
 
@@ -101,6 +103,20 @@ def open_lpips(config, net, weights, device):
 # -- decoding and measuring ------------------------------------------------------------------------
 
 
+@contextmanager
+def all_of_float32():
+    """No TF32 while the block runs: CUDA's convolutions would round their factors to 10 bits."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
 @torch.inference_mode()
 def evaluate(runs, dataset, n, batch_size, device, lpips=None, examples=None):
     """What every decoder of `runs` does to the first `n` pictures: (Tally, BadFiles).
@@ -115,8 +131,8 @@ def evaluate(runs, dataset, n, batch_size, device, lpips=None, examples=None):
         for path in bad.update(batch["bad"]):
             print0(f"cannot be decoded, the next picture stands in for it: {path}")
         bad.check()
-        x = batch["image"].to(device).float() / 127.5 - 1                       # (B,3,H,W)
-        mask = batch["mask"].to(device).float()                                 # (B,1,H,W)
+        on_device = validation_batch(batch, device)
+        x, mask = on_device.x, on_device.mask                       # (B,3,H,W), (B,1,H,W)
         if step == 1:
             decode_all(runs, x[:1], mask[:1])    # the first call sets things up: not its true speed
         buckets = [area_bucket(m) for m in batch["mask"]]
@@ -149,16 +165,11 @@ def decode_all(runs, x, mask):
 
 
 def _timed(decode, z, **condition):
-    _wait(z.device)
+    wait_for(z.device)
     start = time.perf_counter()
     x_hat = decode(z, **condition)
-    _wait(z.device)
+    wait_for(z.device)
     return x_hat, time.perf_counter() - start
-
-
-def _wait(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def measure(x_hat, x, mask, lpips=None):
@@ -261,8 +272,7 @@ def evaluate_runs(paths, *, n=None, batch_size=None, device="cpu", lpips=None, w
     device = torch.device(device)
     runs = open_runs(paths, device)
     config = runs[0].loaded.config
-    dataset = open_dataset(config["data"], root or config["root"], "val", config["size"],
-                           config["seed"])
+    dataset = open_dataset(config["data"], root or config["root"], "val", config["size"])
     n = min(n or (500 if config["data"] == "signs" else 1000), len(dataset))
     batch_size = batch_size or max(1, min(16, 2**18 // config["size"]**2))
     network, net, reason = open_lpips(config, lpips, weights, device)
@@ -270,7 +280,8 @@ def evaluate_runs(paths, *, n=None, batch_size=None, device="cpu", lpips=None, w
     print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {dataset.describe()}; "
            f"the report goes to {out}")
     examples = Examples(EXAMPLES)
-    tally, bad = evaluate(runs, dataset, n, batch_size, device, network, examples)
+    with all_of_float32():
+        tally, bad = evaluate(runs, dataset, n, batch_size, device, network, examples)
     notes = {"lpips": reason} if reason else {}
     unfinished = [f"{run.name} (step {run.loaded.step})" for run in runs if not run.loaded.finished]
     if unfinished:

@@ -34,7 +34,7 @@ TITLES = {                                           # in the order of the panel
     "grad_norm": "gradient norm",
     "lr": "learning rate",
 }
-NO_CURVES = {"step", "images", "seconds"}
+NO_CURVES = {"step", "images"}
 TRAIN_COLOUR, VAL_COLOUR = "#3b6ea8", "#d1495b"
 MAX_POINTS = 400
 
@@ -122,7 +122,7 @@ def curves(log_path, png_path):
         return
     across = min(3, len(names))
     down = math.ceil(len(names) / across)
-    last = max(points[-1][0] for points in series.values())
+    last = max(1, *(points[-1][0] for points in series.values()))
     figure = Figure(figsize=(4.2 * across, 2.6 * down), layout="constrained")
     for position, name in enumerate(names, 1):
         axes = figure.add_subplot(down, across, position)

@@ -9,26 +9,39 @@ What a run computes is in the settings; how it is run (HOW) may change from one 
 
 import argparse
 import math
+import os
 import shlex
 import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from asym_decoder import ASYM_PRESETS
+import torch
+
+from asym_decoder import ASYM_PRESETS, AsymDecoder
 from convert import load_first_stage
 from distributed import UserError
-from stages import RECIPES, Recipe
+from stages import OURS, RECIPES, Recipe
 from vqgan import VQGAN_PRESETS
 
 # Flags that may change from one call of the same run to the next.
 HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "check_data", "restart",
-       "stage", "out"}
-# Flags that are in the settings as numbers of the recipes.
-IN_RECIPES = {"steps", "epochs", "batch_size", "lr", "gan", "rule", "disc_start"}
+       "stage", "out", "channels_last", "root", "weights"}
+# Flags that are in the settings as numbers of the recipes, or of the decoder.
+NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
+          "blend"}
+OVERFIT_STEPS = 500
 
 ABOUT = """Train the papers' stages: a first stage (vqgan), then the asymmetric decoder (decoder) on
 it. With no flags: both, on embedded data, in minutes on a laptop, then the table of results. The
 same command again continues a run that was stopped."""
+
+
+ALSO = """and:
+  lambda          paper: |grad pixel| / (|grad GAN| + 1e-4); taming: |grad (pixel + LPIPS)| in the
+                  numerator, at most 1e4, x 0.8; norms at the last layer's weight
+  losses          pixel L1, LPIPS weight 1; beta 0.25 on the commitment term
+  learning rate   warm-up from 1 % of it, over at most a tenth of the run; cosine to min_lr, if any
+  crops           squares of 0.5 to 1 of the short side, resized to --size; no flip"""
 
 
 def parse(argv=None):
@@ -55,7 +68,8 @@ def parse(argv=None):
     add("--vqgan", metavar="PATH",
         help="a trained first stage, a run folder or a file of ours, instead of training one")
     add("--overfit", type=int, metavar="N",
-        help="train and validate on the first N images only: a health check")
+        help="train and validate on the first N images only, by default for "
+             f"{OVERFIT_STEPS} steps a stage: a health check")
 
     add = parser.add_argument_group("how to train (default: the recipe's, below)").add_argument
     add("--steps", type=int, metavar="N", help="optimiser steps of each stage")
@@ -66,7 +80,7 @@ def parse(argv=None):
     add("--lr", type=float,
         help="peak learning rate, absolute (the recipe's scales linearly with the batch size)")
     add("--gan", choices=["hinge", "log"], help="log: Eq. 7")
-    add("--lambda", dest="rule", choices=["paper", "taming"],
+    add("--lambda", dest="lambda_rule", choices=["paper", "taming"],
         help="the adaptive weight: Eq. 9, or taming's")
     add("--disc-start", type=float, metavar="STEP",
         help="when the discriminator starts: below 1 a fraction of the steps, from 1 on a step")
@@ -81,15 +95,19 @@ def parse(argv=None):
 
 
 def _add_how_to_run(add):
-    add("--out", metavar="DIR", help="run folder (default: runs/DATA-PRESET)")
+    add("--out", metavar="DIR",
+        help="run folder (default: runs/DATA-PRESET, then -concat with --blend concat, then "
+             "-overfitN with --overfit N)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then CPU (default: auto)")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
-        help="of the networks; code search, losses and lambda stay fp32 (default: fp32)")
+        help="of encoder and decoder; code search, losses and lambda are in float32. On CUDA, "
+             "float32 convolutions use TF32, as is PyTorch's default; eval.py's do not "
+             "(default: fp32)")
     add("--micro-batch", type=int, metavar="N",
         help="images a process takes at once (default: all of its share, or what fits)")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=True,
-        help="memory layout (default: on)")
-    add("--compile", action="store_true", help="torch.compile the generator (default: off)")
+    add("--channels-last", action=argparse.BooleanOptionalAction,
+        help="memory layout (default: on, except on MPS)")
+    add("--compile", action="store_true", help="torch.compile the model (default: off)")
     add("--checkpointing", action="store_true",
         help="recompute activations: less memory, more time (default: off)")
     add("--workers", type=int, metavar="N",
@@ -103,7 +121,7 @@ def _add_how_to_run(add):
 
 
 def recipe_table():
-    """RECIPES as text, for --help."""
+    """RECIPES as text, for --help, and the numbers of training that are no field of a recipe."""
     shared = asdict(Recipe())
     lines = ["recipes (stages.py; lr holds at the recipe's batch_size):"]
     for stage, recipes in RECIPES.items():
@@ -111,15 +129,23 @@ def recipe_table():
             own = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
             own = {key: value for key, value in own.items()
                    if value != shared[key] or key in ("batch_size", "lr")}
-            lines.append(_row(f"{stage} {name}", own))
+            lines.append(_row(f"{stage} {name}", own, OURS.get((stage, name), ())))
     never = {"batch_size", "lr", "steps", "epochs"}                 # each recipe states its own
     lines.append(_row("otherwise", {k: v for k, v in shared.items() if k not in never}))
-    return "\n".join(lines)
+    plans = [f"  {name:7} f {plan.f}, ch {plan.ch}, ch_mult {plan.ch_mult}, num_res_blocks "
+             f"{plan.num_res_blocks}, " + (f"K {plan.K}, d {plan.embed_dim}"
+                                           if plan.latent == "vq" else f"KL, d {plan.embed_dim}")
+             for name, plan in VQGAN_PRESETS.items()]
+    return "\n".join([*lines, "first stages (vqgan.py; tiny is ours):", *plans, ALSO])
 
 
-def _row(title, numbers):
+def _row(title, numbers, ours=()):
     items = [f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
              for key, value in numbers.items()]
+    if ours == "all":
+        items[0] = f"(ours) {items[0]}"
+    else:
+        items = [f"{item} (ours)" if key in ours else item for key, item in zip(numbers, items)]
     tied = ", ".join(item.replace(" ", "\0") for item in items)          # a name with its number
     return textwrap.fill(tied, 98, initial_indent=f"  {title:16}",
                          subsequent_indent=" " * 18).replace("\0", " ")
@@ -133,28 +159,39 @@ def resolve(args):
     """
     _check_ranges(args)
     signs = args.data == "signs"
-    trained = load_first_stage(args.vqgan)[0] if args.vqgan else None
+    trained = load_first_stage(args.vqgan).model if args.vqgan else None
     plan, plan_name = _plan(args, trained, signs)
     preset = args.preset or ("tiny" if plan == VQGAN_PRESETS["tiny"] else "base")
+    _check_preset(preset, args.blend, plan, plan_name)
     names = {"vqgan": "tiny" if plan_name == "tiny" else plan.latent, "decoder": preset}
     recipes = {stage: recipe_for(stage, name, args) for stage, name in names.items()}
     factor, num_res_blocks = ASYM_PRESETS[preset]
-    settings = {key: value for key, value in vars(args).items() if key not in HOW | IN_RECIPES}
+    settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
     settings |= {
-        "root": str(Path(args.root).resolve()) if args.root else None,
-        "vqgan": str(Path(args.vqgan).resolve()) if args.vqgan else None,
+        "root": _absolute(args.root or _imagenet(args.data)),
+        "weights": _absolute(args.weights),
+        "vqgan": _absolute(args.vqgan),
         "size": args.size or (64 if signs else 256),
         "perceptual": args.perceptual or ("none" if signs else "vgg"),
-        "first_stage": asdict(plan), "first_stage_name": plan_name, "preset": preset,
+        "first_stage": asdict(plan), "first_stage_name": plan_name,
         "decoder": {"preset": preset, "blend": args.blend, "ch": round(factor * plan.ch),
                     "num_res_blocks": num_res_blocks},
         "recipe_names": names,
         "recipes": {stage: asdict(recipe) for stage, recipe in recipes.items()},
     }
     _check_size(settings["size"], plan, recipes.values())
+    concat = "-concat" if args.blend == "concat" else ""
     overfit = f"-overfit{args.overfit}" if args.overfit else ""
-    args.out = Path(args.out or f"runs/{args.data}-{preset}{overfit}")
+    args.out = Path(args.out or f"runs/{args.data}-{preset}{concat}{overfit}")
     return settings, trained
+
+
+def _imagenet(data):
+    return os.environ.get("IMAGENET") or "data/imagenet" if data == "imagenet" else None
+
+
+def _absolute(path):
+    return str(Path(path).expanduser().resolve()) if path else None
 
 
 def _check_ranges(args):
@@ -169,6 +206,15 @@ def _check_ranges(args):
             raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
+
+
+def _check_preset(preset, blend, plan, plan_name):
+    try:
+        with torch.device("meta"):
+            AsymDecoder.from_preset(plan, preset, blend)
+    except ValueError as error:
+        raise UserError(f"--preset {preset} does not fit --first-stage {plan_name}: "
+                        f"{error}") from None
 
 
 def _check_size(size, plan, recipes):
@@ -202,10 +248,12 @@ def recipe_for(stage, name, args):
     recipe = RECIPES[stage][name]
     batch_size = args.batch_size or recipe.batch_size
     lr = args.lr if args.lr is not None else recipe.lr * batch_size / recipe.batch_size
-    given = {key: getattr(args, key) for key in ("gan", "rule", "disc_start")
+    given = {key: getattr(args, key) for key in ("gan", "lambda_rule", "disc_start")
              if getattr(args, key) is not None}
     if args.steps is not None or args.epochs is not None:
         given |= {"steps": args.steps or 0, "epochs": args.epochs or 0}
+    elif args.overfit:
+        given |= {"steps": OVERFIT_STEPS, "epochs": 0}
     return replace(recipe, batch_size=batch_size, lr=lr, **given)
 
 
@@ -216,7 +264,8 @@ def smaller_command(argv, settings, affordable):
     already, only the number of steps shrinks.
     """
     flags = {"--steps": affordable}
-    if not settings["vqgan"] and (settings["preset"] != "tiny" or settings["size"] > 128):
+    tiny = settings["decoder"]["preset"] == "tiny"
+    if not settings["vqgan"] and (not tiny or settings["size"] > 128):
         flags = {"--first-stage": "tiny", "--preset": "tiny", "--size": min(128, settings["size"]),
                  "--steps": 5000}
         if settings["perceptual"] == "vgg":

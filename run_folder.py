@@ -9,6 +9,7 @@ pictures in figures.py.
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,21 +22,24 @@ import checkpoint
 from budget import duration
 from distributed import UserError, on_rank0, print0, rank, world_size
 
+PATIENCE = 3            # seconds from one signal to the next that is meant as another
+
 
 @contextmanager
-def open_run(out, config, restart=False):
+def open_run(out, config, restart=False, may_change=frozenset()):
     """Hold the run folder `out`, made or continued for `config`, while the block runs.
 
     config: plain values only. restart: an existing run is set aside under the next free name, never
-    deleted. Raises UserError, on every rank, where another process writes there, where the folder
-    holds a run with other settings (listing them), or where it holds something that is no run.
+    deleted. may_change: keys of `config` that need not be as they were. Raises UserError, on every
+    rank, where another process writes there, where the folder holds a run with other settings
+    (listing them), or where it holds something that is no run.
     """
     with ExitStack() as held:
-        on_rank0(lambda: _open(Path(out), config, restart, held))
+        on_rank0(lambda: _open(Path(out), config, restart, may_change, held))
         yield
 
 
-def _open(out, config, restart, held):
+def _open(out, config, restart, may_change, held):
     if restart and out.exists():
         with checkpoint.lock(out):
             print0(f"the earlier run is kept as {set_aside(out)}")
@@ -44,7 +48,9 @@ def _open(out, config, restart, held):
     if settings.exists():
         # Before anything is saved, a mistake in the settings must not have to be kept.
         if any(out.glob("*/*.pt")):
-            _compare(out, json.loads(settings.read_text()), json.loads(json.dumps(config)))
+            before, now = json.loads(settings.read_text()), json.loads(json.dumps(config))
+            _compare(out, *({key: value for key, value in known.items() if key not in may_change}
+                            for known in (before, now)))
     elif any(path.name not in (".lock", "config.json.part") for path in out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; "
                         "choose another --out")
@@ -160,13 +166,22 @@ class Progress:
 
 @contextmanager
 def stop_signals():
-    """Yields a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step."""
-    received = []
+    """Yields a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
+
+    A later Ctrl-C is a KeyboardInterrupt. Launchers repeat a signal within milliseconds: those
+    repetitions are not meant so.
+    """
+    received, first = [], math.inf
 
     def note(number, frame):
+        nonlocal first
         if not received:
-            text = f"\n{signal.Signals(number).name}: finishing this step, then saving\n"
+            first = time.monotonic()
+            text = (f"\n{signal.Signals(number).name}: finishing this step, then saving; Ctrl-C "
+                    f"after {PATIENCE} s leaves at once\n")
             os.write(2, text.encode() if rank() == 0 else b"")   # print may be busy just now
+        elif number == signal.SIGINT and time.monotonic() - first > PATIENCE:
+            raise KeyboardInterrupt
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

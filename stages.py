@@ -33,7 +33,10 @@ STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. lr holds at `batch_size` and scales linearly with another one."""
+    """How a stage is trained. lr holds at `batch_size` and scales linearly with another one.
+
+    deviation D11 (disc_start), deviation D25 (lr)
+    """
 
     batch_size:    int   = 80          # global, over all processes
     lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
@@ -45,38 +48,56 @@ class Recipe:
     trunk_factor:  float = 1.0         # on the rate of a trunk that starts from the first stage's
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
-    rule:          str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
+    lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
     disc_start:    float = 0.29        # below 1 a fraction of the steps, from 1 on a step
     ndf:           int   = 64          # the discriminator's width
     disc_layers:   int   = 3           # and its strided layers
     latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
+    p_full:        float = 0.5         # share of full masks among the decoder's
+    mask_kind:     str   = "thick"     # of the others, masks.MASK_KINDS
 
 
 # AVQ Sec. 4's "Implementation details", the authors' configuration where the paper is silent, and
-# the first stages' own; what neither states is marked "ours". [AVQ Sec. 4]
+# the first stages' own; what none of them states is in OURS.
+# [AVQ Sec. 4]  deviation D10, deviation D21
 RECIPES = {
     "vqgan": {
-        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, rule="taming",    # steps: ours
+        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, lambda_rule="taming",
                      disc_start=250_001),
-        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, rule="taming",    # steps: ours
+        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, lambda_rule="taming",
                      disc_start=50_001, latent_weight=1e-6),
-        "tiny": Recipe(batch_size=8, lr=2e-3, steps=1800, warmup=50, min_lr=1e-4,       # ours
-                       rule="taming", disc_start=0.8, ndf=32, disc_layers=2),
+        "tiny": Recipe(batch_size=8, lr=2e-3, steps=1800, warmup=50, min_lr=1e-4,
+                       lambda_rule="taming", disc_start=0.8, ndf=32, disc_layers=2),
     },
     "decoder": {
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
                        start_trunk=True, trunk_factor=0.1),
         "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
-        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),  # ours
-        "tiny": Recipe(batch_size=8, lr=6e-3, steps=2000, warmup=50, min_lr=1e-5,       # ours
+        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
+        "tiny": Recipe(batch_size=8, lr=6e-3, steps=2000, warmup=50, min_lr=1e-5,
                        start_trunk=True, trunk_factor=0.3, disc_start=0.8, ndf=32, disc_layers=2),
     },
 }
+# Our own numbers: single fields, or all that a recipe states.
+OURS = {("vqgan", "vq"): {"steps"}, ("vqgan", "kl"): {"steps"}, ("vqgan", "tiny"): "all",
+        ("decoder", "large2"): "all", ("decoder", "tiny"): "all"}
+
+
+def run_length(recipe, images):
+    """Steps of a stage on a data set of so many images."""
+    return recipe.steps or math.ceil(recipe.epochs * images / recipe.batch_size)
+
+
+def first_gan_step(recipe, steps):
+    """The 0-based step at which the discriminator starts."""
+    start = recipe.disc_start
+    return math.floor(start * steps) if start < 1 else int(start)
 
 
 def learning_rate(step, steps, peak, warmup, min_lr):
     """The learning rate of `step` (0-based): linear from 1 %, then cosine to min_lr. [AVQ Sec. 4]
 
+    deviation D27
     steps: of the run. min_lr = 0 keeps the peak after the warm-up, as the first stages do.
     """
     warmup = min(warmup, steps // 10)
@@ -115,7 +136,8 @@ def training_batch(items, seed, stage, device, channels_last=False):
 
 def validation_batch(items, device, channels_last=False):
     """A validation loader's dict -> Batch, for the modes of the latents and all masks partial."""
-    return Batch(*_pixels(items, device, channels_last), rows=None, generators=None)
+    x, mask = _pixels(items, device, channels_last)
+    return Batch(x, mask, rows=None, generators=None)
 
 
 def _pixels(items, device, channels_last):
@@ -129,17 +151,17 @@ def _pixels(items, device, channels_last):
 class Trainee:
     """The networks and optimisers of one stage."""
 
-    stage:         str
-    recipe:        Recipe
-    device:        torch.device
-    model:         nn.Module                     # VQGAN or AsymVQGAN
-    discriminator: nn.Module
-    perceptual:    LPIPS | None
-    precision:     str = "fp32"
-    optimizers:    dict = field(default_factory=dict)
-    generator:     nn.Module = None              # `model`, in DDP where there are several processes
-    critic:        nn.Module = None              # `discriminator`, likewise
-    parent:        str | None = None             # hash of the frozen first stage
+    stage:                  str
+    recipe:                 Recipe
+    device:                 torch.device
+    model:                  nn.Module            # VQGAN or AsymVQGAN
+    discriminator:          nn.Module
+    perceptual:             LPIPS | None
+    precision:              str = "fp32"
+    optimizers:             dict = field(default_factory=dict)
+    parallel_model:         nn.Module = None     # `model`, in DDP where processes are several
+    parallel_discriminator: nn.Module = None     # `discriminator`, likewise
+    parent:                 str | None = None    # hash of the frozen first stage
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -157,7 +179,7 @@ def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, p
     """An asymmetric decoder to train on a frozen first stage. [AVQ Sec. 3.2]
 
     Where the recipe says so and the sizes agree, the trunk starts from the first stage's decoder
-    and learns at a tenth of the rate; the branch always starts anew.
+    and learns at `trunk_factor` times the rate; the branch always starts anew.  deviation D10
     """
     decoder = AsymDecoder.from_preset(first_stage.config, preset, blend)
     started = recipe.start_trunk and decoder.trunk_fits(first_stage.decoder)
@@ -172,7 +194,7 @@ def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, p
 
 def _trainee(stage, model, groups, recipe, device, perceptual, precision, channels_last):
     discriminator = PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers).to(device)
-    if device.type == "cuda":                    # there is no SyncBatchNorm for CPU
+    if device.type == "cuda":                    # there is none for CPU  deviation D19
         discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
     if channels_last:                            # before DDP, whose buckets take the layout of now
         model.to(memory_format=torch.channels_last)
@@ -186,19 +208,20 @@ def _trainee(stage, model, groups, recipe, device, perceptual, precision, channe
     }
     model.train()
     return Trainee(stage, recipe, device, model, discriminator, perceptual, precision, optimizers,
-                   generator=wrap(model, device), critic=wrap(discriminator, device))
+                   wrap(model, device), wrap(discriminator, device))
 
 
 def set_learning_rates(trainee, step, steps, disc_start):
     """Both optimisers' rates for `step`. The discriminator's schedule starts when it does."""
     r = trainee.recipe
     schedule = r.lr, r.warmup, r.min_lr
-    generator = learning_rate(step, steps, *schedule)
-    critic = learning_rate(max(0, step - disc_start), max(1, steps - disc_start), *schedule)
-    for name, rate in (("generator", generator), ("discriminator", critic)):
+    rates = {"generator": learning_rate(step, steps, *schedule),
+             "discriminator": learning_rate(max(0, step - disc_start), max(1, steps - disc_start),
+                                            *schedule)}
+    for name, rate in rates.items():
         for group in trainee.optimizers[name].param_groups:
             group["lr"] = max(rate * group["factor"], min(r.min_lr, rate))
-    return generator
+    return rates["generator"]
 
 
 def vqgan_step(trainee, batch, gan_on, scale=1.0):
@@ -208,7 +231,7 @@ def vqgan_step(trainee, batch, gan_on, scale=1.0):
     scale: this micro-batch's share of the step. Returns the losses' terms, detached, by name.
     """
     with trainee.autocast():
-        x_hat, extra = trainee.generator(batch.x, generator=batch.generators)
+        x_hat, extra = trainee.parallel_model(batch.x, generator=batch.generators)
     return _backward(trainee, batch.x, x_hat, extra, gan_on, scale)
 
 
@@ -218,19 +241,20 @@ def decoder_step(trainee, batch, gan_on, scale=1.0):
     The full image is encoded; only the branch sees the masked one. Else as vqgan_step.
     """
     with trainee.autocast():
-        x_hat, extra = trainee.generator(batch.x, batch.mask, batch.rows, batch.generators)
+        x_hat, extra = trainee.parallel_model(batch.x, batch.mask, batch.rows, batch.generators)
     return _backward(trainee, batch.x, x_hat, extra, gan_on, scale)
 
 
 def _backward(trainee, x, x_hat, extra, gan_on, scale):
     """Back-propagate the combined image gradient once, with the latent's own loss; then D's loss.
 
-    Both players see the one x_hat: the generator is run once a step, before either of them moves.
+    Both players see the one x_hat: the model runs once a step, before either of them moves.
+    deviation D12
     """
     r = trainee.recipe
     gradient, terms = generator_gradient(
         x_hat, x, extra["last_features"], trainee.model.decoder.conv_out.weight.shape,
-        trainee.perceptual, trainee.discriminator if gan_on else None, r.gan, r.rule)
+        trainee.perceptual, trainee.discriminator if gan_on else None, r.gan, r.lambda_rule)
     outputs, gradients = [x_hat], [gradient * scale]
     if "latent_loss" in extra:
         outputs.append(extra["latent_loss"])
@@ -248,7 +272,7 @@ def discriminator_backward(trainee, x, x_hat, scale=1.0):
     Real and generated images pass separately, because of BatchNorm. x_hat: detached, the very
     images that the generator's step judged.
     """
-    real, fake = trainee.critic(x), trainee.critic(x_hat)
+    real, fake = trainee.parallel_discriminator(x), trainee.parallel_discriminator(x_hat)
     loss = discriminator_loss(real, fake, trainee.recipe.gan)
     (loss * scale).backward()
     return {"disc": loss.detach(), "logits_real": real.detach().mean(),
@@ -334,34 +358,42 @@ class _Means:
 
 
 @torch.no_grad()
-def sample_columns(trainee, batch):
-    """Columns of a picture people can judge a stage by: {caption: (B,3,H,W)}."""
+def vqgan_columns(trainee, batch):
+    """Columns of a picture people can judge a first stage by: {caption: (B,3,H,W)}."""
+    model = trainee.model
+    model.eval()
+    with trainee.autocast():
+        columns = {"original": batch.x, "reconstruction": model.decode(model.encode(batch.x))}
+    model.train()
+    return columns
+
+
+@torch.no_grad()
+def decoder_columns(trainee, batch):
+    """Columns of a picture people can judge a decoder by: {caption: (B,3,H,W)}."""
     model = trainee.model
     model.eval()
     with trainee.autocast():
         z = model.encode(batch.x)
-        if trainee.stage == "vqgan":
-            columns = {"original": batch.x, "reconstruction": model.decode(z)}
-        else:
-            columns = {"original": batch.x, "masked": batch.x * (1 - batch.mask),
-                       "vanilla": model.first_stage.decode(z),
-                       "ours, with mask": model.decode(z, image=batch.x, mask=batch.mask),
-                       "ours, without": model.decode(z)}
+        columns = {"original": batch.x, "masked": batch.x * (1 - batch.mask),
+                   "vanilla": model.first_stage.decode(z),
+                   "ours, with mask": model.decode(z, image=batch.x, mask=batch.mask),
+                   "ours, without": model.decode(z)}
     model.train()
     return columns
 
 
 def stage_weights(trainee):
     """The state dict of a checkpoint: taming's keys for vqgan, the authors' `decoder.*` else."""
-    if trainee.stage == "vqgan":
-        return trainee.model.state_dict()
-    return {f"decoder.{name}": value for name, value in trainee.model.decoder.state_dict().items()}
+    return {name: value for name, value in trainee.model.state_dict().items()
+            if not _is_frozen(name)}
 
 
 def load_stage_weights(trainee, weights):
     """The inverse of stage_weights; strict."""
-    if trainee.stage == "vqgan":
-        trainee.model.load_state_dict(weights)
-    else:
-        trainee.model.decoder.load_state_dict(
-            {name.removeprefix("decoder."): value for name, value in weights.items()})
+    frozen = {name: value for name, value in trainee.model.state_dict().items() if _is_frozen(name)}
+    trainee.model.load_state_dict(frozen | weights)
+
+
+def _is_frozen(name):
+    return name.startswith("first_stage.")

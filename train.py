@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import checkpoint
-from budget import DAY, duration, free_memory, local_batch, micro_batch, trial
+from budget import DAY, duration, fitting_micro_batch, free_memory, local_batch, trial
 from convert import load_first_stage
 from data import (
     BadFiles,
@@ -49,7 +48,7 @@ from distributed import (
 from eval import evaluate_runs
 from figures import curves, image_grid
 from losses import LPIPS
-from options import parse, resolve, smaller_command
+from options import HOW, parse, resolve, smaller_command
 from run_folder import Log, Progress, open_run, stop_signals
 from stages import (
     RECIPES,
@@ -57,18 +56,21 @@ from stages import (
     Recipe,
     build_decoder,
     build_vqgan,
+    decoder_columns,
     decoder_step,
+    first_gan_step,
     global_terms,
     gradient_norm,
     load_stage_weights,
     optimizer_step,
-    sample_columns,
+    run_length,
     set_learning_rates,
     stage_weights,
     training_batch,
     validate_decoder,
     validate_vqgan,
     validation_batch,
+    vqgan_columns,
     vqgan_step,
 )
 from vqgan import VQGANConfig
@@ -76,65 +78,98 @@ from vqgan import VQGANConfig
 VALIDATION_IMAGES, SAMPLE_IMAGES = 64, 6
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A row of the table of stages."""
-
-    step:     Callable     # gradients of one micro-batch
-    validate: Callable     # {"val_...": value}
-    masks:    bool         # whether an item comes with a mask
-
-
-STAGES = {
-    "vqgan": Stage(vqgan_step, validate_vqgan, masks=False),
-    "decoder": Stage(decoder_step, validate_decoder, masks=True),
-}
-
-
 @dataclass
 class Run:
     """What all stages of one call of this program share."""
 
-    settings:    dict               # what the flags resolved to, the run's config.json
-    out:         Path
-    device:      torch.device
-    workers:     int
-    micro_batch: int | None         # as asked for
-    save_every:  int                # steps
-    deadline:    float              # on time.monotonic's clock
-    signals:     list               # that asked this process to leave
+    settings:      dict             # what the flags resolved to, the run's config.json
+    out:           Path
+    device:        torch.device
+    channels_last: bool
+    workers:       int
+    micro_batch:   int | None       # as asked for
+    save_every:    int              # steps
+    deadline:      float            # on time.monotonic's clock
+    signals:       list             # that asked this process to leave
+
+
+def begin_vqgan(run, options):
+    return build_vqgan(VQGANConfig(**run.settings["first_stage"]), **options)
+
+
+def begin_decoder(run, options):
+    where = run.settings["vqgan"] or run.out
+    first_stage = load_first_stage(where)
+    if not first_stage.finished:
+        print0(f"decoder: warning: the first stage in {where} is not finished (step "
+               f"{first_stage.step}), and a decoder is bound to these very weights: finish it "
+               "first, with the command that began it")
+    size = run.settings["decoder"]
+    trainee = build_decoder(first_stage.model, size["preset"], size["blend"], **options)
+    trainee.parent = first_stage.parent
+    return trainee
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages."""
+
+    begin:    Callable     # (run, options of stages.build_*) -> Trainee
+    step:     Callable     # gradients of one micro-batch
+    validate: Callable     # {"val_...": value}
+    columns:  Callable     # {caption: pictures}
+    masks:    bool         # whether an item comes with a mask
+
+
+STAGES = {
+    "vqgan": Stage(begin_vqgan, vqgan_step, validate_vqgan, vqgan_columns, masks=False),
+    "decoder": Stage(begin_decoder, decoder_step, validate_decoder, decoder_columns, masks=True),
+}
 
 
 def main():
     args = parse()
     settings, first_stage = resolve(args)
     device = setup(args.device)
-    train_set = open_dataset(args.data, args.root, "train", settings["size"], limit=args.overfit)
-    val_set = train_set if args.overfit else open_dataset(args.data, args.root, "val",
-                                                          settings["size"])
+    names = list(STAGES) if args.stage == "all" else [args.stage]
+    if first_stage is not None:
+        names = ["decoder"]
+    for name in names:               # a mistake in a later stage shows now
+        local_batch(settings["recipes"][name]["batch_size"], world_size(), args.micro_batch)
+    train_set, val_set = open_datasets(settings)
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     if args.check_data:
         return report_bad_files([train_set, val_set], workers)
     settings["images"] = {"train": len(train_set), "val": len(val_set)}
-    names = list(STAGES) if args.stage == "all" else [args.stage]
-    if first_stage is not None:
-        names = ["decoder"]
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{' and '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
-    if "vqgan" in names and args.data != "signs":
+    if names == list(STAGES) and args.data != "signs":
         print0("no --vqgan was given: the first stage is trained first, then the decoder on it")
-    deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
-    save_every = args.save_every or (200 if settings["preset"] == "tiny" else 1000)
-    with open_run(args.out, settings, args.restart):
+    with open_run(args.out, settings, args.restart, may_change=HOW):
         with stop_signals() as signals:
-            run = Run(settings, args.out, device, workers, args.micro_batch, save_every, deadline,
-                      signals)
+            run = start(args, settings, device, workers, signals)
             for name in names:
                 train_stage(name, run, train_set, val_set)
         close()                      # the others need not wait while rank 0 evaluates
         if "decoder" in names and not args.overfit and rank() == 0:
-            make_report(run)
+            report_unless_there(run)
     return 0
+
+
+def open_datasets(settings):
+    """(train, val); with --overfit N both are the first N images."""
+    where, size, limit = (settings["data"], settings["root"]), settings["size"], settings["overfit"]
+    train_set = open_dataset(*where, "train", size, limit=limit)
+    return train_set, train_set if limit else open_dataset(*where, "val", size)
+
+
+def start(args, settings, device, workers, signals):
+    """The Run of this call, with its defaults for how it is run."""
+    channels_last = device.type != "mps" if args.channels_last is None else args.channels_last
+    save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
+    deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
+    return Run(settings, args.out, device, channels_last, workers, args.micro_batch, save_every,
+               deadline, signals)
 
 
 def report_bad_files(datasets, workers):
@@ -147,36 +182,27 @@ def report_bad_files(datasets, workers):
     return 1 if bad else 0
 
 
-def make_report(run):
+def report_unless_there(run):
     """The table over this run, unless the one that is there is younger than the weights."""
     report, weights = run.out / "report.json", run.out / "decoder" / "last.pt"
     if report.exists() and report.stat().st_mtime >= weights.stat().st_mtime:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
-        evaluate_runs([run.out], device=run.device)
+        evaluate_runs([run.out], device=run.device, root=run.settings["root"],
+                      weights=run.settings["weights"])
 
 
 def build(name, run):
     """The networks and optimisers of a stage at its start: a Trainee."""
-    settings, seed = run.settings, run.settings["seed"]
-    net, parent = settings["perceptual"], None
+    settings, net = run.settings, run.settings["perceptual"]
     perceptual = None if net == "none" else LPIPS(net, settings["weights"]).to(run.device)
     options = {"recipe": Recipe(**settings["recipes"][name]), "device": run.device,
                "perceptual": perceptual, "precision": settings["precision"],
-               "channels_last": settings["channels_last"]}
-    if name == "decoder":
-        first_stage, parent = load_first_stage(settings["vqgan"] or run.out)
-    torch.manual_seed(int(np.random.SeedSequence((seed, STAGE_IDS[name])).generate_state(1)[0]))
-    try:
-        if name == "vqgan":
-            trainee = build_vqgan(VQGANConfig(**settings["first_stage"]), **options)
-        else:
-            trainee = build_decoder(first_stage, settings["preset"], settings["blend"], **options)
-    except ValueError as error:
-        raise UserError(f"--preset {settings['preset']} does not fit "
-                        f"--first-stage {settings['first_stage_name']}: {error}") from None
+               "channels_last": run.channels_last}
+    key = np.random.SeedSequence((settings["seed"], STAGE_IDS[name]))
+    torch.manual_seed(int(key.generate_state(1)[0]))
+    trainee = STAGES[name].begin(run, options)
     trainee.model.decoder.checkpointing = settings["checkpointing"]
-    trainee.parent = parent
     return trainee
 
 
@@ -189,7 +215,8 @@ def train_stage(name, run, train_set, val_set):
     if done == steps:
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
-    items = TrainingItems(train_set, run.settings["seed"], STAGE_IDS[name], STAGES[name].masks)
+    items = TrainingItems(train_set, run.settings["seed"], STAGE_IDS[name], STAGES[name].masks,
+                          recipe.p_full, recipe.mask_kind)
     announce(run, trainee, items, steps, disc_start, done, extra)
     val = held_out(run, val_set, extra["micro_batch"]) if rank() == 0 else None
     log = Log(folder / "log.jsonl", done)
@@ -201,6 +228,7 @@ def train_stage(name, run, train_set, val_set):
     batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
                                run.workers, pin=run.device.type == "cuda")
     bad_files, leave = BadFiles(len(train_set)), False
+    bad_files.update(extra.get("bad_files", []))
 
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
@@ -216,7 +244,7 @@ def train_stage(name, run, train_set, val_set):
             leave, unreadable = any_rank(bool(run.signals) or time.monotonic() > run.deadline,
                                          bool(batch["bad"]))
             if unreadable:
-                skip_bad_files(bad_files, batch["bad"])
+                extra["bad_files"] = skip_bad_files(bad_files, batch["bad"])
             if leave or done % run.save_every == 0 or done == steps:
                 extra["finished"] = done == steps
                 keep(run, trainee, val, log, record, extra)
@@ -224,7 +252,6 @@ def train_stage(name, run, train_set, val_set):
                 log.write(record)
             if leave:
                 break
-    on_rank0(partial(curves, folder / "log.jsonl", folder / "curves.png"))
     if leave:
         say_goodbye(name, done, run.signals)
     if run.settings["overfit"]:
@@ -233,27 +260,20 @@ def train_stage(name, run, train_set, val_set):
            f"{folder / 'samples'}")
 
 
-def run_length(recipe, images):
-    """Steps of a stage on a data set of so many images."""
-    return recipe.steps or math.ceil(recipe.epochs * images / recipe.batch_size)
-
-
-def first_gan_step(recipe, steps):
-    """The 0-based step at which the discriminator starts."""
-    start = recipe.disc_start
-    return math.floor(start * steps) if start < 1 else int(start)
-
-
 def accumulate_gradients(run, trainee, batch, gan_on, size):
-    """One step's gradients, `size` images at a time. -> the losses' terms over the global batch."""
+    """One step's gradients, `size` images at a time. -> the losses' terms over the global batch.
+
+    Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
+    """
     parts = [{key: value[i:i + size] for key, value in batch.items() if key != "bad"}
              for i in range(0, len(batch["position"]), size)]
     terms = []
     for part in parts:
         last = part is parts[-1]
         part = training_batch(part, run.settings["seed"], trainee.stage, run.device,
-                              run.settings["channels_last"])
-        with no_sync(trainee.generator, last), no_sync(trainee.critic, last):
+                              run.channels_last)
+        networks = trainee.parallel_model, trainee.parallel_discriminator
+        with no_sync(networks[0], last), no_sync(networks[1], last):
             step = STAGES[trainee.stage].step
             terms.append(step(trainee, part, gan_on, scale=1 / len(parts)))
     norm = gradient_norm(trainee, gan_on)
@@ -272,21 +292,22 @@ def stop_unless_finite(name, step, terms):
 def held_out(run, val_set, size):
     """The first validation images with their evaluation masks, as batches on the device."""
     size = max(size, min(SAMPLE_IMAGES, len(val_set)))
-    return [validation_batch(batch, run.device, run.settings["channels_last"])
+    return [validation_batch(batch, run.device, run.channels_last)
             for batch in validation_batches(val_set, VALIDATION_IMAGES, size)]
 
 
 def keep(run, trainee, val, log, record, extra):
-    """Validate, log the step, save a sample grid and the state; the other ranks wait for rank 0."""
+    """Validate, log the step, save pictures and the state; the other ranks wait for rank 0."""
     def work():
-        folder, step = run.out / trainee.stage, record["step"]
-        record.update(STAGES[trainee.stage].validate(trainee, val))
+        folder, step, stage = run.out / trainee.stage, record["step"], STAGES[trainee.stage]
+        record.update(stage.validate(trainee, val))
         stop_unless_finite(trainee.stage, step, record)
         few = replace(val[0], x=val[0].x[:SAMPLE_IMAGES], mask=val[0].mask[:SAMPLE_IMAGES])
-        image_grid(sample_columns(trainee, few), folder / "samples" / f"step_{step:07d}.png")
+        image_grid(stage.columns(trainee, few), folder / "samples" / f"step_{step:07d}.png")
         log.write(record)             # before the checkpoint: a log is cut back, never filled up
         log.sync()
         save(folder, run.settings, trainee, record, extra)
+        curves(folder / "log.jsonl", folder / "curves.png")
     on_rank0(work)
 
 
@@ -348,15 +369,15 @@ def announce(run, trainee, items, steps, disc_start, done, extra):
     name, r, done = trainee.stage, trainee.recipe, max(0, done)
     one = {key: value if key == "bad" else value[:1]
            for key, value in next(training_batches(items, 0, 1, 1)).items()}
-    batch = training_batch(one, run.settings["seed"], name, run.device,
-                           run.settings["channels_last"])
+    batch = training_batch(one, run.settings["seed"], name, run.device, run.channels_last)
     image_bytes, seconds = trial(trainee, STAGES[name].step, batch)
     local, kept = local_batch(r.batch_size, world_size()), extra.get("micro_batch")
-    if run.micro_batch is None and kept and local % kept == 0:
+    if run.micro_batch:
+        size = run.micro_batch
+    elif kept and local % kept == 0:
         size = kept
     else:
-        size = on_rank0(lambda: micro_batch(local, run.micro_batch, image_bytes,
-                                            free_memory(trainee)))
+        size = on_rank0(lambda: fitting_micro_batch(local, image_bytes, free_memory(trainee)))
     extra["micro_batch"] = size
     groups = trainee.optimizers["generator"].param_groups
     count = sum(p.numel() for group in groups for p in group["params"])
@@ -394,10 +415,14 @@ def say_how_long(run, name, seconds, steps):
 
 
 def skip_bad_files(bad_files, paths):
-    """Log files that could not be decoded, once over all ranks; UserError where too many."""
+    """Log files that could not be decoded, once over all ranks; all of them until now, sorted.
+
+    Raises UserError where they are too many.
+    """
     for path in bad_files.update(set().union(*gather_objects(paths))):
         print0(f"skipped, cannot be decoded: {path}", file=sys.stderr)
     bad_files.check()
+    return sorted(bad_files.paths)
 
 
 def verdict(images, extra):
@@ -411,6 +436,7 @@ def verdict(images, extra):
 def say_goodbye(name, done, signals):
     """Leave as the signal asks, 128 + its number; 0 after --max-hours."""
     print0(f"{name}: saved at step {done}; the same command continues from here")
+    close()
     sys.exit(128 + signals[0] if signals else 0)
 
 

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -31,6 +32,19 @@ def test_a_trial_leaves_no_trace(build, step):
     assert not any(optimizer.state for optimizer in trainee.optimizers.values())
 
 
+def test_a_trial_measures_the_branch_even_where_the_image_would_be_under_a_full_mask():
+    seen = []
+
+    def step(trainee, data, gan_on):
+        seen.append(data)
+        return stages.decoder_step(trainee, data, gan_on)
+
+    budget.trial(decoder(), step, part(batch(full=(True,) * 4), 0, 1))
+    for data in seen:
+        assert data.rows.tolist() == [0]
+        assert data.mask.mean() == 0.5
+
+
 def test_a_bigger_image_takes_more_and_weights_do_not_count():
     small, _ = budget.trial(vqgan(), stages.vqgan_step, part(batch(size=32), 0, 1))
     large, _ = budget.trial(vqgan(), stages.vqgan_step, part(batch(size=64), 0, 1))
@@ -51,22 +65,45 @@ def test_room_is_left_for_gradients_and_adams_averages():
     assert original(torch.device("cpu")) > 2**20
 
 
+def write(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_free_memory_is_what_is_available_or_what_the_containers_limit_leaves(tmp_path):
+    group, kib = "sys/fs/cgroup/", 1024
+    write(tmp_path, {"proc/meminfo": "MemTotal: 90 kB\nMemFree: 5 kB\nMemAvailable:    70 kB\n",
+                     "proc/self/cgroup": "0::/a/b\n", group + "a/b/memory.max": "max\n"})
+    assert budget._free_on_host(tmp_path) == 70 * kib
+    write(tmp_path, {group + "a/memory.max": f"{50 * kib}\n",
+                     group + "a/memory.current": f"{30 * kib}\n",
+                     group + "a/memory.stat": f"anon 7\ninactive_file {10 * kib}\nfile 3\n"})
+    assert budget._free_on_host(tmp_path) == 30 * kib          # files in the cache can go
+    write(tmp_path, {group + "a/memory.max": f"{500 * kib}\n"})
+    assert budget._free_on_host(tmp_path) == 70 * kib
+
+
+def test_where_the_system_does_not_tell_half_of_the_memory_is_taken_for_free(tmp_path):
+    physical = budget.os.sysconf("SC_PHYS_PAGES") * budget.os.sysconf("SC_PAGE_SIZE")
+    assert budget._free_on_host(tmp_path) == physical // 2
+
+
 def test_the_largest_divisor_that_fits_is_taken():
-    assert budget.micro_batch(12, None, 100, 10_000) == 12
-    assert budget.micro_batch(12, None, 100, 700) == 4         # 5.6 images fit
-    assert budget.micro_batch(12, None, 100, 10) == 1
-    assert budget.micro_batch(12, None, 100, -5) == 1
-    assert budget.micro_batch(12, 6, 100, 10) == 6
+    assert budget.fitting_micro_batch(12, 100, 10_000) == 12
+    assert budget.fitting_micro_batch(12, 100, 700) == 4         # 5.6 images fit
+    assert budget.fitting_micro_batch(12, 100, 10) == 1
+    assert budget.fitting_micro_batch(12, 100, -math.inf) == 1
 
 
 @pytest.mark.parametrize(("asked", "near"), [(5, "4 or 6"), (7, "6 or 12|4 or 6"), (20, "6 or 12")])
 def test_what_does_not_divide_names_the_nearest_that_do(asked, near):
     with pytest.raises(UserError, match=f"--micro-batch {asked} .*: ({near})"):
-        budget.micro_batch(12, asked, 1, 1000)
+        budget.local_batch(24, 2, asked)
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_names_its_neighbours():
-    assert budget.local_batch(12, 4) == 3
+    assert budget.local_batch(12, 4) == budget.local_batch(12, 4, 1) == 3
     with pytest.raises(UserError, match=r"--batch-size 10 .* 4 processes.*: 8 or 12"):
         budget.local_batch(10, 4)
     with pytest.raises(UserError, match=r": 4$"):

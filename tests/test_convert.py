@@ -56,9 +56,9 @@ def test_one_stage_file_is_enough(tmp_path):
 def test_a_refit_counts_only_when_it_is_finished(tmp_path):
     _, plain = write_first_stage(tmp_path, seed=0)
     _, refit = write_first_stage(tmp_path, seed=1, stage="refit", finished=False)
-    assert load_first_stage(tmp_path)[1] == plain
+    assert load_first_stage(tmp_path).parent == plain
     write_first_stage(tmp_path, seed=1, stage="refit", finished=True)
-    assert load_first_stage(tmp_path)[1] == refit
+    assert load_first_stage(tmp_path).parent == refit
     assert refit != plain
 
 
@@ -87,7 +87,7 @@ def test_a_truncated_last_file_falls_back_to_the_one_before(tmp_path, capsys):
     write_first_stage(tmp_path, seed=1)
     last = tmp_path / "vqgan" / "last.pt"
     last.write_bytes(last.read_bytes()[:500])
-    assert load_first_stage(tmp_path)[1] == before
+    assert load_first_stage(tmp_path).parent == before
     assert "previous.pt" in capsys.readouterr().out
 
 
@@ -124,5 +124,5 @@ def test_a_decoder_is_no_first_stage(tmp_path):
     write_run(tmp_path)
     with pytest.raises(UserError, match="is a decoder"):
         load_first_stage(tmp_path / "decoder" / "last.pt")
-    assert load_first_stage(tmp_path)[1] == checkpoint.load(
+    assert load_first_stage(tmp_path).parent == checkpoint.load(
         tmp_path / "decoder" / "last.pt")["parent"]

@@ -28,7 +28,7 @@ from data import (
     validation_batches,
 )
 from distributed import UserError
-from masks import evaluation_mask
+from masks import evaluation_mask, training_mask
 
 
 @pytest.fixture(autouse=True)
@@ -433,6 +433,16 @@ def test_two_ranks_see_together_what_one_sees():
         assert torch.equal(whole["image"], torch.cat([left["image"], right["image"]]))
         assert torch.equal(whole["mask"], torch.cat([left["mask"], right["mask"]]))
         assert whole["position"] == left["position"] + right["position"]
+
+
+def test_the_share_of_full_masks_and_the_kind_of_the_others_are_as_asked_for():
+    for p_full, kind in ((0.0, "thin"), (0.9, "thick")):
+        items = TrainingItems(Numbers(10), 3, 1, True, p_full, kind)
+        for position in range(20):
+            mask, full = training_mask(16, (3, 1), position, kind, p_full)
+            item = items[position]
+            assert item["full"] == full
+            assert (item["mask"][0].numpy() == mask).all()
 
 
 def test_the_batch_size_changes_nothing_at_a_position():

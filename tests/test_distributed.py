@@ -78,7 +78,7 @@ def gradients_of_a_share(folder, full, sgd):
 
 def _gradients_of_a_share(folder, full, sgd):
     device = distributed.setup("cpu")
-    trainee = decoder(recipe=replace(SMALL_RECIPE, rule="paper"))
+    trainee = decoder(recipe=replace(SMALL_RECIPE, lambda_rule="paper"))
     trainee.discriminator.eval()
     rank, world = distributed.rank(), distributed.world_size()
     share, terms = 4 // world, {}

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny_runs import SIZE, settings, write_decoder, write_first_stage, write_run, write_stage
 
+import checkpoint
 import eval as program
 from data import Signs
 from distributed import UserError
@@ -118,6 +119,35 @@ def test_bins_hold_the_images_of_their_area_and_add_up_to_all(run):
     every = bins.pop("all")
     mean = sum(row["n"] * row["pre_error"] for row in bins.values()) / 12
     assert every["pre_error"] == pytest.approx(mean, rel=1e-9)
+
+
+def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(tmp_path):
+    for seed in (0, 3):
+        _, parent = write_first_stage(tmp_path / str(seed))
+        write_decoder(tmp_path / str(seed), parent, seed=1)
+    state = checkpoint.load(tmp_path / "3" / "decoder" / "last.pt")
+    state["config"]["seed"] = 3
+    checkpoint.save(tmp_path / "3" / "decoder" / "last.pt", state)
+    reports = [program.evaluate_runs([tmp_path / str(seed)], n=3) for seed in (0, 3)]
+    assert [report["seed"] for report in reports] == [0, 3]
+    first, second = ([row | {"run": "", "images_per_s": 0} for row in report["rows"]]
+                     for report in reports)
+    assert first == second
+
+
+def test_nothing_is_measured_in_tf32(run, monkeypatch):
+    backends, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
+    before = [backend.fp32_precision for backend in backends]
+    original = program.evaluate
+
+    def note(*args):
+        seen.extend(backend.fp32_precision for backend in backends)
+        return original(*args)
+
+    monkeypatch.setattr(program, "evaluate", note)
+    program.evaluate_runs([run], n=1)
+    assert seen == ["ieee", "ieee"]
+    assert [backend.fp32_precision for backend in backends] == before
 
 
 def test_lpips_sees_whole_pictures_clamped(run):

@@ -63,8 +63,8 @@ def test_every_number_of_the_log_has_a_panel_with_train_and_val_together(tmp_pat
     panels = []
     monkeypatch.setattr(figures, "_panel", lambda axes, train, val: panels.append((train, val)))
     log = _log(tmp_path / "log.jsonl", [
-        {"step": 1, "images": 4, "seconds": 0.1, "pixel": 0.5, "note": "text", "flag": True},
-        {"step": 2, "images": 8, "seconds": 0.2, "pixel": 0.4, "val_pixel": 0.45, "gan": None}])
+        {"step": 1, "images": 4, "pixel": 0.5, "note": "text", "flag": True},
+        {"step": 2, "images": 8, "pixel": 0.4, "val_pixel": 0.45, "gan": None}])
     figures.curves(log, tmp_path / "curves.png")
     assert panels == [([(1, 0.5), (2, 0.4)], [(2, 0.45)])]
 
@@ -76,6 +76,13 @@ def test_curves_of_a_long_log_are_drawn_and_an_empty_log_makes_no_picture(tmp_pa
     assert np.array(Image.open(tmp_path / "curves.png").convert("L")).std() > 10
     figures.curves(_log(tmp_path / "log.jsonl", []), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_log_of_the_state_before_the_first_step_is_drawn(tmp_path):
+    figures.curves(_log(tmp_path / "log.jsonl", [{"step": 0, "images": 0, "val_pixel": 0.4}]),
+                   tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_binning_keeps_the_mean_and_the_number_of_points_small():

@@ -18,7 +18,7 @@ def test_no_flags_mean_the_embedded_data_and_tiny_models():
     args = parse([])
     found, first_stage = resolve(args)
     assert first_stage is None
-    assert (found["data"], found["size"], found["preset"], found["perceptual"]) == (
+    assert (found["data"], found["size"], found["decoder"]["preset"], found["perceptual"]) == (
         "signs", 64, "tiny", "none")
     assert found["recipes"]["vqgan"]["steps"] == RECIPES["vqgan"]["tiny"].steps
     assert str(args.out) == "runs/signs-tiny"
@@ -27,8 +27,8 @@ def test_no_flags_mean_the_embedded_data_and_tiny_models():
 
 def test_imagenet_means_the_papers_plan():
     found = settings("--data", "imagenet")
-    assert (found["size"], found["first_stage_name"], found["preset"], found["perceptual"]) == (
-        256, "vq-f16", "base", "vgg")
+    assert (found["size"], found["first_stage_name"], found["decoder"]["preset"],
+            found["perceptual"]) == (256, "vq-f16", "base", "vgg")
     assert found["recipes"]["decoder"]["lr"] == 3.6e-4
     assert found["recipes"]["vqgan"]["disc_start"] == 250_001
     assert settings("--data", "imagenet", "--first-stage", "kl-f8")["recipes"]["vqgan"][
@@ -46,14 +46,14 @@ def test_the_recipes_lr_scales_with_the_batch_and_a_given_one_is_absolute():
 def test_flags_replace_the_recipes_numbers():
     found = settings("--gan", "log", "--lambda", "taming", "--disc-start", "0.5", "--epochs", "2")
     for recipe in found["recipes"].values():
-        assert (recipe["gan"], recipe["rule"], recipe["disc_start"]) == ("log", "taming", 0.5)
-        assert (recipe["steps"], recipe["epochs"]) == (0, 2)
+        assert (recipe["gan"], recipe["lambda_rule"]) == ("log", "taming")
+        assert (recipe["disc_start"], recipe["steps"], recipe["epochs"]) == (0.5, 0, 2)
 
 
 def test_how_a_run_is_run_is_not_among_its_settings():
     assert settings() == settings("--device", "cpu", "--workers", "3", "--save-every", "7",
                                   "--max-hours", "1", "--micro-batch", "2", "--stage", "vqgan",
-                                  "--out", "elsewhere", "--restart")
+                                  "--out", "elsewhere", "--restart", "--no-channels-last")
     steps = str(RECIPES["vqgan"]["tiny"].steps)
     assert settings("--stage", "vqgan", "--steps", steps)["recipes"]["vqgan"] == \
         settings()["recipes"]["vqgan"]
@@ -62,6 +62,7 @@ def test_how_a_run_is_run_is_not_among_its_settings():
 @pytest.mark.parametrize(("words", "message"), [
     ("--size 60 --first-stage vq-f8", "--size 60 .* the nearest that are: 56 or 64"),
     ("--data imagenet --size 16", "--size 16 is too small"),
+    ("--stage vqgan --preset odd", "--preset odd does not fit --first-stage tiny"),
     ("--steps 5 --epochs 1", "give one"),
     ("--steps 0", "--steps 0: must be positive"),
     ("--batch-size -4", "--batch-size -4: must be positive"),
@@ -73,7 +74,8 @@ def test_how_a_run_is_run_is_not_among_its_settings():
     ("--disc-start -0.5", "--disc-start -0.5: must not be negative"),
     ("--vqgan nowhere", "nowhere: no such run folder"),
 ])
-def test_a_mistake_names_the_flag_and_the_mend(words, message):
+def test_a_mistake_names_the_flag_and_the_mend(words, message, monkeypatch):
+    monkeypatch.setitem(options.ASYM_PRESETS, "odd", (1.1, 1))       # no multiple of norm_groups
     with pytest.raises(UserError, match=message):
         settings(*words.split())
 
@@ -109,7 +111,44 @@ def test_help_tells_every_default_and_every_recipe_in_100_columns(capsys, monkey
                    "latent_weight 1e-06", "min_lr 1e-06", "trunk_factor 0.1"):
         assert number in text, number
     for flag in vars(parse([])):
-        assert f"--{'lambda' if flag == 'rule' else flag.replace('_', '-')}" in text
+        assert f"--{'lambda' if flag == 'lambda_rule' else flag.replace('_', '-')}" in text
+
+
+def test_help_marks_our_own_numbers_and_tells_those_outside_the_recipes():
+    lines = {line[:17].strip(): line[18:] for line in options.recipe_table().splitlines()}
+    for name in ("vqgan tiny", "decoder tiny", "decoder large2"):
+        assert lines[name].startswith("(ours) batch_size"), name
+    assert "steps 500000 (ours)" in lines["vqgan vq"]
+    assert "ours" not in lines["decoder base"] + lines["decoder large"]
+    for number in ("p_full 0.5", "mask_kind thick", "1e-4", "1e4", "0.8", "beta 0.25",
+                   "K 16384, d 4", "LPIPS weight 1", "0.5 to 1 of the short side"):
+        assert number in options.recipe_table(), number
+
+
+def test_a_health_check_takes_500_steps_unless_told_otherwise():
+    found = settings("--overfit", "8", "--data", "imagenet")
+    assert [recipe["steps"] for recipe in found["recipes"].values()] == [500, 500]
+    assert settings("--overfit", "8", "--epochs", "3")["recipes"]["decoder"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(("words", "folder"), [
+    ("--blend concat", "runs/signs-tiny-concat"), ("--overfit 8", "runs/signs-tiny-overfit8"),
+    ("--blend concat --overfit 8", "runs/signs-tiny-concat-overfit8")])
+def test_what_must_not_share_a_folder_has_its_own(words, folder):
+    args = parse(words.split())
+    resolve(args)
+    assert str(args.out) == folder
+
+
+def test_paths_are_absolute_whatever_named_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = settings("--data", "folder", "--root", "photos", "--weights", "nets")
+    assert (found["root"], found["weights"]) == (str(tmp_path / "photos"), str(tmp_path / "nets"))
+    monkeypatch.delenv("IMAGENET", raising=False)
+    assert settings("--data", "imagenet")["root"] == str(tmp_path / "data" / "imagenet")
+    monkeypatch.setenv("IMAGENET", "elsewhere")
+    assert settings("--data", "imagenet")["root"] == str(tmp_path / "elsewhere")
+    assert settings()["root"] is None
 
 
 def test_the_smaller_command_keeps_the_data_and_replaces_the_sizes():
@@ -119,8 +158,8 @@ def test_the_smaller_command_keeps_the_data_and_replaces_the_sizes():
     assert command.startswith("python train.py ")
     found = settings(*shlex.split(command)[2:])
     assert found["root"].endswith("my photos")
-    assert (found["first_stage_name"], found["preset"], found["size"], found["seed"]) == (
-        "tiny", "tiny", 128, 3)
+    assert (found["first_stage_name"], found["decoder"]["preset"], found["size"],
+            found["seed"]) == ("tiny", "tiny", 128, 3)
     assert found["recipes"]["decoder"]["steps"] == 5000
 
 
@@ -132,4 +171,4 @@ def test_where_the_sizes_are_small_already_the_run_gets_shorter():
 
 def test_every_flag_is_a_setting_or_a_way_of_running():
     flags = set(vars(parse([])))
-    assert flags - options.HOW - options.IN_RECIPES <= settings().keys()
+    assert flags - options.HOW - options.NESTED <= settings().keys()

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+import run_folder
 from distributed import UserError
 from run_folder import Log, Progress, open_run, stop_signals, write_text
 
@@ -34,6 +35,14 @@ def test_other_settings_are_listed_down_to_the_number(tmp_path):
     assert "new was None, is True" in text
     assert "sizes" not in text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.1
+
+
+def test_what_may_change_is_not_compared_but_noted(tmp_path):
+    begin(tmp_path / "run", {"lr": 1, "root": "/old"})
+    begin(tmp_path / "run", {"lr": 1, "root": "/new"}, may_change={"root"})
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["root"] == "/new"
+    with pytest.raises(UserError, match=r"root was /new, is /newer\."):
+        begin(tmp_path / "run", {"lr": 1, "root": "/newer"})
 
 
 def test_settings_may_change_while_nothing_is_saved(tmp_path):
@@ -119,3 +128,17 @@ def test_signals_are_noted_and_the_handlers_come_back(number, capfd):
         assert received == [number, number]
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err.count("then saving") == 1  # said once
+
+
+def test_ctrl_c_again_after_some_seconds_leaves_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += run_folder.PATIENCE - 0.1
+        os.kill(os.getpid(), signal.SIGINT)                  # a launcher's repetition
+        now[0] += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(received) == 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

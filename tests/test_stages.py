@@ -73,7 +73,7 @@ def test_the_decoders_recipes_are_the_papers():
     assert (base.lr, base.batch_size, large.lr, large.batch_size) == (3.6e-4, 80, 7.2e-4, 320)
     for recipe in (base, large):
         assert (recipe.betas, recipe.warmup, recipe.min_lr) == ((0.5, 0.9), 5000, 1e-6)
-        assert (recipe.epochs, recipe.gan, recipe.rule) == (12, "hinge", "paper")
+        assert (recipe.epochs, recipe.gan, recipe.lambda_rule) == (12, "hinge", "paper")
     assert (base.start_trunk, base.trunk_factor) == (True, 0.1)
     assert not large.start_trunk
 
@@ -82,7 +82,7 @@ def test_the_first_stages_recipes_are_tamings():
     vq, kl = RECIPES["vqgan"]["vq"], RECIPES["vqgan"]["kl"]
     for recipe in (vq, kl):
         assert recipe.lr == pytest.approx(4.5e-6 * recipe.batch_size)
-        assert (recipe.min_lr, recipe.warmup, recipe.rule) == (0, 0, "taming")
+        assert (recipe.min_lr, recipe.warmup, recipe.lambda_rule) == (0, 0, "taming")
     assert (vq.disc_start, kl.disc_start, kl.latent_weight) == (250_001, 50_001, 1e-6)
 
 
@@ -135,7 +135,7 @@ def test_a_base_trunk_starts_from_the_first_stage_and_a_large_one_anew():
 @pytest.mark.parametrize("stage", ["vqgan", "decoder"])
 def test_a_step_gives_the_textbooks_gradients(stage):
     trainee = vqgan(latent="kl") if stage == "vqgan" else decoder()
-    trainee.recipe = replace(trainee.recipe, rule="paper", latent_weight=0.01)
+    trainee.recipe = replace(trainee.recipe, lambda_rule="paper", latent_weight=0.01)
     slow, data = copy.deepcopy(trainee), batch()
     step = stages.vqgan_step if stage == "vqgan" else stages.decoder_step
     terms = step(trainee, data, gan_on=True)

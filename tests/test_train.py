@@ -19,15 +19,16 @@ from train_process import (
     assert_same_run,
     call,
     die_inside,
-    draw_curves,
     free_port,
     log_lines,
+    note_curves,
     rank_env,
     train,
 )
 
 import checkpoint
 import train as program
+from figures import curves
 from options import parse, resolve
 
 STAGES = ["vqgan", "decoder"]
@@ -39,7 +40,7 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     call(print)                                        # the server is there before the clock runs
     start = time.monotonic()
-    status, text = train(out, prepare=draw_curves)
+    status, text = train(out, prepare=note_curves)
     assert status == 0, text
     return out, text, time.monotonic() - start
 
@@ -58,12 +59,15 @@ def finish(out, *more):
 
 # -- one run ---------------------------------------------------------------------------------------
 
-def test_a_run_leaves_the_files_that_the_readme_names(whole):
+def test_a_run_leaves_the_files_that_the_readme_names(whole, tmp_path):
     out, text, _ = whole
     for stage in STAGES:
         names = {path.name for path in (out / stage).iterdir()}
         assert names == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png", "samples"}
         assert len(list((out / stage / "samples").iterdir())) == 4            # steps 0, 2, 4, 6
+        assert (out / stage / "curves.png").read_text() == "cccc"             # at the same steps
+        curves(out / stage / "log.jsonl", tmp_path / f"{stage}.png")
+        assert (tmp_path / f"{stage}.png").exists()
         assert [line["step"] for line in log_lines(out / stage)] == list(range(7))
     config = json.loads((out / "config.json").read_text())
     assert config["recipes"]["decoder"]["steps"] == 6
@@ -201,7 +205,7 @@ def test_other_settings_are_refused_with_a_list_and_restart_keeps_the_old_run(wh
     assert status == 2
     assert "Traceback" not in text
     assert "recipes.decoder.lr was" in text
-    assert "blend was add, is concat" in text
+    assert "decoder.blend was add, is concat" in text
     assert "--restart" in text
     assert checkpoint.load(out / "decoder" / "last.pt")["step"] == 6
     text = finish(out, "--lr", "0.01", "--stage", "vqgan", "--restart")
@@ -237,6 +241,56 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path):
     first.process.kill()
     assert status == 2
     assert "is in use by process" in text
+
+
+def test_a_later_stages_mistake_shows_before_the_first_stage_is_trained(tmp_path):
+    photos = write_photos(tmp_path / "photos", 4)
+    args = ["--data", "folder", "--root", str(photos), "--size", "32", "--micro-batch", "12"]
+    status, text = train(tmp_path / "run", args=args)       # vqgan takes 96 images, decoder 80
+    assert status == 2
+    assert "--micro-batch 12 does not divide the 80 images" in text
+    assert not (tmp_path / "run").exists()
+
+
+def write_photos(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_photos_may_move_but_not_change_in_number(tmp_path):
+    old, new = write_photos(tmp_path / "old", 3), tmp_path / "new"
+    more = ("--data", "folder", "--perceptual", "none", "--first-stage", "tiny", "--stage", "vqgan",
+            "--steps", "1")
+    finish(tmp_path / "run", *more, "--root", str(old))
+    old.rename(new)
+    assert "finished before" in finish(tmp_path / "run", *more, "--root", str(new))
+    (new / "2.png").unlink()
+    status, text = train(tmp_path / "run", *more, "--root", str(new))
+    assert status == 2
+    assert "images.train was 2, is 1" in text
+
+
+def test_a_run_that_goes_on_remembers_files_that_cannot_be_decoded(tmp_path):
+    photos = write_photos(tmp_path / "photos", 3)
+    (photos / "1.png").write_bytes(b"no picture")
+    more = ("--data", "folder", "--perceptual", "none", "--first-stage", "tiny", "--stage", "vqgan",
+            "--root", str(photos))
+    text = finish(tmp_path / "run", *more, "--max-hours", "1e-9")
+    assert text.count("skipped, cannot be decoded") == 1
+    extra = checkpoint.load(tmp_path / "run" / "vqgan" / "last.pt")["extra"]
+    assert extra["bad_files"] == [str(photos / "1.png")]
+    assert "skipped" not in finish(tmp_path / "run", *more)
+
+
+def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
+    out = tmp_path / "run"
+    before("vqgan", whole[0], out)
+    finish(out, "--stage", "vqgan", "--max-hours", "1e-9")
+    text = finish(out, "--stage", "decoder", "--max-hours", "1e-9")
+    assert f"warning: the first stage in {out} is not finished (step 1)" in text
+    assert "finish it first" in text
 
 
 def test_another_first_stage_under_a_decoder_is_refused(whole, tmp_path):
@@ -312,6 +366,7 @@ def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tm
     more = ("--vqgan", str(whole[0]), "--overfit", "2", "--lr", "0.01", "--steps", "40",
             "--disc-start", "50", "--save-every", "100")
     text = finish(tmp_path / "run", *more)
+    assert "is not finished" not in text
     assert "held-out = train L1 on 2 images" in text
     lines = log_lines(tmp_path / "run" / "decoder")
     assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]

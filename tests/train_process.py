@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-from figures import curves
-
 os.environ["OMP_NUM_THREADS"] = "1"            # for the server; it is started by the first process
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["train", "pytest"])
@@ -117,10 +115,16 @@ def shrink():
     return program
 
 
-def draw_curves():
-    """For `prepare`: the run that is looked at in full."""
+def note_curves():
+    """For `prepare`: curves.png gets a letter each time that it would be drawn."""
     import train as program
-    program.curves = curves
+
+    def note(log, png):
+        assert log.exists()
+        with open(png, "a") as file:
+            file.write("c")
+
+    program.curves = note
 
 
 def die_inside(call, count):
