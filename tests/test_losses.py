@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from ports import free_port
 from torch import nn
 
 import losses
@@ -687,10 +687,7 @@ close()
 @pytest.mark.parametrize("rule", ["paper", "taming"])
 def test_two_processes_share_the_lambda_of_the_whole_batch(rule):
     here = Path(__file__).resolve().parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, here, here.parent, rule],
                             stdout=subprocess.PIPE, env=os.environ | group | {"RANK": str(rank)})
            for rank in range(2)]

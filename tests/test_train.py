@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from ports import free_port
 from train_process import (
     ARGS,
     KILLED,
@@ -19,7 +20,6 @@ from train_process import (
     assert_same_run,
     call,
     die_inside,
-    free_port,
     log_lines,
     note_curves,
     rank_env,

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import traceback
 from functools import partial
@@ -17,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from ports import free_port
 
 os.environ["OMP_NUM_THREADS"] = "1"            # for the server; it is started by the first process
 FORK = multiprocessing.get_context("forkserver")
@@ -72,12 +72,6 @@ def rank_env(rank, world, port):
         return {}
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _call(function, args, env):
