@@ -69,6 +69,10 @@ def _choose_device(name):
 def close():
     """Leave the group; harmless on one process."""
     if dist.is_initialized():
+        # Whoever drops the last reference to a gloo group joins its threads while holding the
+        # interpreter's lock, and a thread that still has a tensor to drop waits for that lock: both
+        # would wait for ever. The threads finish while this one sleeps.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
