@@ -71,7 +71,7 @@ def close():
     if dist.is_initialized():
         # Whoever drops the last reference to a gloo group joins its threads while holding the
         # interpreter's lock, and a thread that still has a tensor to drop waits for that lock: both
-        # would wait for ever. The threads finish while this one sleeps.
+        # would wait for ever (pytorch/pytorch#56297). The threads finish while this one sleeps.
         time.sleep(0.2)
         dist.destroy_process_group()
 
