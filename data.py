@@ -318,7 +318,7 @@ class _Decoding:
     def __getitem__(self, index):
         try:
             load_image(self.dataset.path(index))
-        except Exception:
+        except Exception:  # whatever `read` would skip
             return False
         return True
 
