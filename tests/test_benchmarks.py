@@ -8,6 +8,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALLEST = {
+    "fid": ["--dim", "12", "--images", "5", "40", "--rounds", "1"],
     "nearest_code": ["--rows", "64", "--cases", "16x4", "32x8", "--rounds", "1"],
     "pconv": ["--size", "8", "--rounds", "1", "--system-malloc"],
     "signs": ["--size", "32", "--pictures", "2", "--rounds", "1"],
