@@ -1,16 +1,25 @@
-"""From files to models: `load_model(path)` for a run folder or one of train.py's stage files.
+"""From files to models and back: runs, files of ours, public checkpoints, diffusers' folders.
 
-    RUN/decoder/last.pt ------------------> AsymDecoder --+
-    its first stage, if its hash is right -> VQGAN -------+--> AsymVQGAN
-    RUN/vqgan/last.pt, where the run has no decoder -------------> VQGAN
+    a run, or its stage file: a decoder and the first stage it stands on --checkpoint.py--+
+    a file that -o wrote: all of one model -------------------------------checkpoint.py---+-> Loaded
+    Stable Diffusion's, taming's, the authors', diffusers' --public.py------layouts.py----+
 
-A decoder file holds the decoder only. Its first stage is the run's own, or the one that `--vqgan`
-named, and must still be the very weights that the decoder was trained on: the latents of others
-mean nothing to it. Loading is strict: no weight is missing, none is left over. How files are
-written and read safely is in checkpoint.py.
+    python convert.py CHECKPOINT                       says what it is
+    python convert.py CHECKPOINT -o FILE               makes one file of ours of it
+    python convert.py CHECKPOINT --to-diffusers DIR    makes a folder that from_pretrained opens
+
+A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
+`--vqgan` named, and must still be the very weights that the decoder was trained on: the latents of
+others mean nothing to it. Loading is strict: no weight is missing, none is left over. How files are
+read safely is in checkpoint.py and public.py, names and sizes are in layouts.py.
 """
 
-from dataclasses import dataclass
+import argparse
+import json
+import math
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,10 +27,27 @@ from torch import nn
 
 import checkpoint
 from asym_decoder import AsymDecoder, AsymVQGAN
-from distributed import UserError
+from distributed import UserError, exit_on_user_error, print0
+from layouts import (
+    asym_decoder_size,
+    check_keys,
+    diffusers_config,
+    diffusers_names,
+    first_stage_config,
+    plan_name,
+    taming_names,
+    tidy,
+)
+from public import PIPELINE_FOLDERS, read_public
+from run_folder import write_text
 from vqgan import VQGAN, VQGANConfig
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
+STAGES = ("decoder", *FIRST_STAGES)
+SCALING_FACTOR = 0.18215                # Stable Diffusion's; a diffusion model's, not the weights'
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+EXPORTED = {f"{name}{part}" for name in ("config.json", WEIGHTS) for part in ("", ".part")}
+MARK = {"_written_by": "convert.py --to-diffusers"}      # in config.json; diffusers skips such keys
 
 
 @dataclass
@@ -30,58 +56,95 @@ class Loaded:
 
     model:    nn.Module      # VQGAN or AsymVQGAN; eval mode, no gradients
     stage:    str            # "vqgan", "refit" or "decoder"
-    config:   dict           # the resolved settings of the run
-    step:     int
+    config:   dict           # a run's resolved settings; of public ones "first_stage", "decoder"
+    step:     int            # 0 for public ones
     finished: bool           # whether that stage's training came to its end
     parent:   str            # checkpoint.weights_hash of the first stage
+    latents:  str            # the same of what makes latents: equal ones mean the same latents
+    notes:    list = field(default_factory=list)     # what was dropped, stood in for or cast
+
+
+# -- from files to models --------------------------------------------------------------------------
 
 
 def load_model(path, device="cpu"):
     """The VQGAN or AsymVQGAN at `path`, in eval mode, without gradients.
 
-    path: a run folder (its decoder, where it has one; else its first stage) or one of our files.
-    Raises UserError: nothing there, not one of our files, or a decoder whose first stage is missing
-    or has changed.
+    path: a run folder (its decoder, where it has one; else its first stage), one of our files, or a
+    public checkpoint: a file, or a folder of diffusers. An asymmetric one of these comes with a
+    first stage that has no decoder of its own. Raises UserError: nothing there, nothing that can be
+    built here, or a decoder whose first stage is missing or has changed.
     """
     return load(path, device).model
 
 
 def load(path, device="cpu"):
     """As load_model, together with what the file says: a Loaded."""
-    state, source = _read(path, ("decoder", *FIRST_STAGES))
-    if state["stage"] == "decoder":
-        model, parent = _asymmetric(state, source), state["parent"]
-    else:
-        model, parent = first_stage_from(state, source), checkpoint.weights_hash(state["model"])
-    return _loaded(model.to(device), state, parent)
+    path = Path(path)
+    loaded = _public(path) if _is_public(path) else _ours(*_read(path, STAGES))
+    loaded.model.to(device)
+    return loaded
 
 
 def load_first_stage(path):
-    """The first stage in a run folder or a stage file: a Loaded, its model a VQGAN.
+    """The first stage at `path`, which may be what load_model takes: a Loaded, its model a VQGAN.
 
     In eval mode, without gradients, on the CPU. A finished refit goes before the vqgan that it came
-    from. Raises UserError as load_model does, and for a decoder's file.
+    from. Raises UserError as load_model does, and for a file with an asymmetric decoder.
     """
-    state, source = _read(path, FIRST_STAGES)
-    if state["stage"] == "decoder":
-        raise UserError(f"{source} is a decoder, not a first stage; give its run folder instead")
-    return _loaded(first_stage_from(state, source), state, checkpoint.weights_hash(state["model"]))
+    path = Path(path)
+    if _is_public(path):
+        loaded = _public(path)
+        if loaded.stage != "decoder":
+            return loaded
+    else:
+        state, source = _read(path, FIRST_STAGES)
+        if state["stage"] != "decoder":
+            return _ours(state, source)
+    raise UserError(f"{path} is a decoder, not a first stage; new decoders start from the first "
+                    "stage's own and are compared with it: give the run or the file that has that "
+                    "one, such as Stable Diffusion's")
 
 
-def _loaded(model, state, parent):
-    model.eval().requires_grad_(False)
-    finished = bool(state["extra"].get("finished"))
-    return Loaded(model, state["stage"], state["config"], state["step"], finished, parent)
+def _read(path, stages):
+    """(contents, Path) of a stage file, or of the first of `stages` that a run folder has."""
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    if path.is_file():
+        state = checkpoint.load(path)
+        if state["stage"] not in STAGES:
+            raise UserError(f"{path}: a {state['stage']} file makes no pictures; "
+                            "give a vqgan or decoder file")
+        return state, path
+    for stage in stages:
+        state = checkpoint.latest(path / stage)
+        if state is not None and (stage != "refit" or state["extra"].get("finished")):
+            return state, path
+    names = ", ".join(f"{stage}/last.pt" for stage in stages)
+    raise UserError(f"{path}: none of {names} is in it; give a folder that train.py wrote to, or "
+                    "one of diffusers")
 
 
-def first_stage_from(state, source="checkpoint"):
-    """The VQGAN in a vqgan or refit file's contents. `source` names them in a UserError."""
-    return _filled(source, state["model"], lambda: VQGAN(_vqgan_config(state)))
+def _ours(state, source):
+    """The Loaded of a stage file's contents."""
+    if state["stage"] != "decoder":
+        model = _filled(source, state["model"], lambda: VQGAN(_vqgan_config(state)))
+        return _loaded(model, state)
+    size = state["config"]["decoder"]
+    if all(name.startswith("decoder.") for name in state["model"]):
+        first_stage = _first_stage_of(state, source)
+        weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
+        decoder = _filled(source, weights, lambda: AsymDecoder(
+            first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
+        return _loaded(AsymVQGAN(first_stage.model, decoder), state, first_stage)
+    model = _filled(source, _inner_names(state["model"]),
+                    lambda: _network(_vqgan_config(state), size))
+    return _loaded(model, state)
 
 
-def _asymmetric(state, source):
-    """The AsymVQGAN of a decoder file's contents, on the first stage that it was trained on."""
-    where = state["config"]["vqgan"] or _run_of(source)
+def _first_stage_of(state, source):
+    """The Loaded first stage that a decoder file's contents were trained on."""
+    where = state["config"].get("vqgan") or _run_of(source)
     if not Path(where).exists():
         raise UserError(f"{source} stands on the first stage {where}, which is not there; bring it "
                         "back, or start from the folder where the decoder was trained")
@@ -90,11 +153,7 @@ def _asymmetric(state, source):
         raise UserError(f"{source} was trained on other first-stage weights than {where} holds; "
                         "bring those back, or train a decoder on these: "
                         f"train.py --stage decoder --vqgan {where} --out NEW_RUN")
-    size = state["config"]["decoder"]
-    weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
-    decoder = _filled(source, weights, lambda: AsymDecoder(
-        first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
-    return AsymVQGAN(first_stage.model, decoder)
+    return first_stage
 
 
 def _run_of(source):
@@ -102,9 +161,104 @@ def _run_of(source):
     return source if source.is_dir() else source.parent.parent
 
 
+def _is_public(path):
+    """Whether public.py reads `path`: a file that is not ours, a folder that diffusers wrote."""
+    if path.is_file():
+        return not _is_ours(path)
+    configs = (path / name / "config.json" for name in ("", *PIPELINE_FOLDERS))
+    return any(file.is_file() and b'"_class_name"' in file.read_bytes() for file in configs)
+
+
+def _is_ours(path):
+    """Whether a file's pickle begins with the first two keys of all our files. Executes nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as file:
+                head = file.read(100)
+    except Exception:           # whatever is wrong with it, public.py says so
+        return False
+    return b"format" in head and b"stage" in head
+
+
+def _public(path):
+    """The Loaded of a public checkpoint."""
+    public = read_public(path)
+    stated = public.config or {}
+    try:
+        weights, notes = tidy(taming_names(public.state))
+        config = first_stage_config(weights, public.config)
+        size = asym_decoder_size(weights, config, public.config)
+        with torch.device("meta"):
+            model = _network(config, size)
+        check_keys(weights, _file_names(model))
+    except ValueError as error:
+        raise UserError(f"{public.path}: {error}") from None
+    model.load_state_dict(_inner_names(weights) if size else weights, assign=True)
+    settings = {"first_stage": asdict(config), "decoder": size}
+    if stated.get("scaling_factor"):
+        settings["scaling_factor"] = stated["scaling_factor"]
+    state = {"stage": "decoder" if size else "vqgan", "config": settings, "step": 0,
+             "extra": {"finished": True}}
+    return _loaded(model, state, notes=[*_reading_notes(public), *notes])
+
+
+def _reading_notes(public):
+    """What the user should know of how a public checkpoint was read."""
+    notes = []
+    if public.dropped:
+        counts = ", ".join(f"{family} ({count})" for family, count in public.dropped.items())
+        notes.append(f"keys that are no first stage's, left out: {counts}")
+    if public.stand_ins:
+        notes.append(f"not imported, and not needed: {', '.join(public.stand_ins)}")
+    foreign = [name for name in ("shift_factor", "latents_mean", "latents_std")
+               if (public.config or {}).get(name)]
+    if foreign:
+        notes.append(f"not kept, a diffusion model's: {', '.join(foreign)}")
+    return notes + public.notes
+
+
+def _loaded(model, state, first_stage=None, notes=()):
+    """first_stage: its Loaded, where there is one, whose hashes are known."""
+    model.eval().requires_grad_(False)
+    if first_stage is None:
+        weights = _first_stage(model).state_dict()
+        parent, latents = checkpoint.weights_hash(weights), checkpoint.weights_hash(
+            {name: value for name, value in weights.items()
+             if name.startswith(("encoder.", "quant_conv.", "quantize."))})
+    else:
+        parent, latents = first_stage.parent, first_stage.latents
+    return Loaded(model, state["stage"], state["config"], state["step"],
+                  bool(state["extra"].get("finished")), parent, latents, list(notes))
+
+
+def _first_stage(model):
+    return model.first_stage if isinstance(model, AsymVQGAN) else model
+
+
 def _vqgan_config(state):
     fields = state["config"]["first_stage"].items()
     return VQGANConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields})
+
+
+def _network(config, size):
+    """A VQGAN; with an asymmetric decoder's size, an AsymVQGAN that has no other decoder."""
+    if size is None:
+        return VQGAN(config)
+    return AsymVQGAN(VQGAN(config, own_decoder=False), AsymDecoder(
+        config, size["ch"], size["num_res_blocks"], size["blend"]))
+
+
+def _file_names(model):
+    """The model's weights with the authors' names; of two decoders the asymmetric one."""
+    return {name.removeprefix("first_stage."): value for name, value in model.state_dict().items()
+            if not name.startswith("first_stage.decoder.")}
+
+
+def _inner_names(weights):
+    """The inverse, of an asymmetric model: AsymVQGAN's names."""
+    return {name if name.startswith("decoder.") else f"first_stage.{name}": value
+            for name, value in weights.items()}
 
 
 def _filled(source, weights, build):
@@ -120,20 +274,162 @@ def _filled(source, weights, build):
     return module
 
 
-def _read(path, stages):
-    """(contents, Path) of a stage file, or of the first of `stages` that a run folder has."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run folder or checkpoint")
-    if path.is_file():
-        state = checkpoint.load(path)
-        if state["stage"] not in ("decoder", *FIRST_STAGES):
-            raise UserError(f"{path}: a {state['stage']} file makes no pictures; "
-                            "give a vqgan or decoder file")
-        return state, path
-    for stage in stages:
-        state = checkpoint.latest(path / stage)
-        if state is not None and (stage != "refit" or state["extra"].get("finished")):
-            return state, path
-    names = ", ".join(f"{stage}/last.pt" for stage in stages)
-    raise UserError(f"{path}: none of {names} is in it; give a folder that train.py wrote to")
+# -- from models to files --------------------------------------------------------------------------
+
+
+def save_model(loaded, path):
+    """Write all of a Loaded's model into one file of ours, which load and load_model read.
+
+    Of a run with a decoder, the first stage's own decoder is left behind: the names of the two are
+    the same. Raises UserError where `path` exists already, and where the disk refuses.
+    """
+    _check_new(path)
+    state = {"format": checkpoint.FORMAT, "stage": loaded.stage,
+             "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),
+             "ema": None, "optimizers": {}, "images": 0, "step": loaded.step, "parent": None,
+             "extra": {"finished": loaded.finished}}
+    checkpoint.save(path, state, keep_previous=False)
+
+
+def _check_new(path):
+    if Path(path).exists():
+        raise UserError(f"{path} is there already and is not overwritten; choose another name, or "
+                        "remove it first")
+
+
+def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
+    """Write a VQGAN or AsymVQGAN into `folder` for diffusers' from_pretrained; the paths made.
+
+    An AsymVQGAN becomes an AsymmetricAutoencoderKL, a VQGAN an AutoencoderKL or a VQModel.
+    scaling_factor: what the diffusion model multiplies latents by; sample_size: px. Raises
+    UserError, before anything is written, for a model that diffusers cannot build and for a folder
+    with anything else than an earlier export in it; and where the disk refuses.
+    """
+    folder, fields = Path(folder), _fields(model, scaling_factor, sample_size)
+    _check_folder(folder)
+    made = [folder / "config.json", folder / WEIGHTS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made[1].unlink(missing_ok=True)     # a kill leaves no weights that the new config belies
+        write_text(made[0], json.dumps(fields | MARK, indent=2) + "\n")
+        _write_safetensors(made[1], diffusers_names(_file_names(model)))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; make room or choose "
+                        "another folder") from None
+    return made
+
+
+def _fields(model, scaling_factor, sample_size=256):
+    """config.json's contents. Raises UserError where diffusers has no such model."""
+    weights, config = _file_names(model), model.config
+    try:
+        return diffusers_config(config, asym_decoder_size(weights, config), scaling_factor,
+                                sample_size)
+    except ValueError as error:
+        raise UserError(f"--to-diffusers: {error}") from None
+
+
+def _check_folder(folder):
+    """Raise UserError unless `folder` is missing, empty, or holds an earlier export only."""
+    if not folder.exists() or (folder.is_dir() and _may_be_replaced(folder)):
+        return
+    raise UserError(f"{folder} is there already and holds something else than an earlier export; "
+                    "choose another folder")
+
+
+def _may_be_replaced(folder):
+    names, settings = {path.name for path in folder.iterdir()}, folder / "config.json"
+    marked = settings.is_file() and json.dumps(MARK)[1:-1] in settings.read_text(errors="replace")
+    return not names or (marked and names <= EXPORTED)
+
+
+def _write_safetensors(path, weights):
+    """That format, in float32: 8 bytes of length, a JSON header, the bytes of the tensors."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, value in weights.items():
+        start, end = end, end + 4 * value.numel()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                     # the tensors lie aligned
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in weights.values():
+            file.write(value.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+def describe(loaded):
+    """What a Loaded is, in lines of text."""
+    model, first_stage = loaded.model, _first_stage(loaded.model)
+    config = model.config
+    kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
+    levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""
+    absent = ", without a decoder of its own" if first_stage.decoder is None else ""
+    lines = [("first stage", f"{plan_name(config)}: {kind}, d {config.embed_dim}, f {config.f}, ch "
+              f"{config.ch}, ch_mult {config.ch_mult}, num_res_blocks {config.num_res_blocks}"
+              f"{levels}; {_count(first_stage)} parameters{absent}")]
+    if model is not first_stage:
+        size = asym_decoder_size(_file_names(model), config)
+        lines.append(("decoder", f"{size['preset']}, {size['blend']}: ch {size['ch']}, "
+                      f"num_res_blocks {size['num_res_blocks']}; {_count(model.decoder)} "
+                      "parameters"))
+    lines.append(("latents", f"{loaded.latents[:16]}, equal wherever they are the same"))
+    lines += [("note", note) for note in loaded.notes]
+    return "\n".join(f"  {title:12} {text}" for title, text in lines)
+
+
+def _count(module):
+    return f"{sum(p.numel() for p in module.parameters()):,}"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="What a checkpoint is; and, if asked for, the same as a file of ours or as a "
+                    "folder for diffusers.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a run folder, a file of ours, or a public checkpoint: a .ckpt, .pt, "
+                             ".bin or .safetensors file, or a folder of diffusers")
+    parser.add_argument("-o", metavar="FILE", dest="output",
+                        help="write all of the model into one file of ours")
+    parser.add_argument("--to-diffusers", metavar="DIR",
+                        help="write a folder that diffusers' from_pretrained opens")
+    parser.add_argument("--scaling-factor", type=float, metavar="S",
+                        help="what the diffusion model multiplies latents by, for --to-diffusers "
+                             f"(default: the checkpoint's, else {SCALING_FACTOR})")
+    args = parser.parse_args()
+    if args.scaling_factor is not None and not 0 < args.scaling_factor < math.inf:
+        raise UserError(f"--scaling-factor {args.scaling_factor}: must be positive")
+    loaded = load(args.checkpoint)
+    trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
+    print0(f"{args.checkpoint}: {loaded.stage}, {trained if loaded.step else 'public weights'}")
+    print0(describe(loaded))
+    made = write(loaded, args.output, args.to_diffusers, args.scaling_factor)
+    if made and loaded.stage == "decoder" and loaded.model.first_stage.decoder is not None:
+        print0("  left out     the first stage's own decoder, as only one has these names")
+    if made:
+        print0("wrote " + ", ".join(str(path) for path in made))
+
+
+def write(loaded, output=None, folder=None, scaling_factor=None):
+    """Both kinds of files, where asked for; the paths made. Checks both before it writes either."""
+    scaling_factor = scaling_factor or loaded.config.get("scaling_factor", SCALING_FACTOR)
+    made = []
+    if folder:
+        _fields(loaded.model, scaling_factor)
+        _check_folder(Path(folder))
+    if output:
+        save_model(loaded, output)
+        made.append(output)
+    if folder:
+        made += to_diffusers(loaded.model, folder, scaling_factor, loaded.config.get("size") or 256)
+    return made
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

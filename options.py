@@ -66,7 +66,8 @@ def parse(argv=None):
     add("--blend", choices=["add", "concat"], default="add",
         help="add: Eq. 4, the paper's choice; concat: Tables 7 and 8 (default: add)")
     add("--vqgan", metavar="PATH",
-        help="a trained first stage, a run folder or a file of ours, instead of training one")
+        help="a trained first stage, instead of training one: a run folder, a file of ours, or a "
+             "public checkpoint (see convert.py)")
     add("--overfit", type=int, metavar="N",
         help="train and validate on the first N images only, by default for "
              f"{OVERFIT_STEPS} steps a stage: a health check")

@@ -240,9 +240,13 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]"""
+    """Encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]
 
-    def __init__(self, config):
+    own_decoder: False for the first stage in an asymmetric model's file, which holds that model's
+    decoder only; `decoder` is None then, and whatever decodes raises ValueError.
+    """
+
+    def __init__(self, config, own_decoder=True):
         super().__init__()
         if config.latent not in ("vq", "kl"):
             raise ValueError(f'latent must be "vq" or "kl", not {config.latent!r}')
@@ -250,7 +254,7 @@ class VQGAN(nn.Module):
         d, z = config.embed_dim, config.z_channels
         twice = 2 if config.latent == "kl" else 1
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if own_decoder else None
         if config.latent == "vq":
             self.quantize = VectorQuantizer(config.K, d, config.beta, config.legacy_beta,
                                             config.code_range)
@@ -283,6 +287,7 @@ class VQGAN(nn.Module):
 
     def decode(self, z):
         """z (B,d,h,w) -> x_hat (B,3,H,W), about [-1,1], not clamped."""
+        self._needs_decoder()
         return self.decoder(self.post_quant_conv(z)).float()                # (B, 3, H, W)
 
     def decode_indices(self, indices):
@@ -298,6 +303,7 @@ class VQGAN(nn.Module):
         indices: (B,h,w), VQ only.
         A KL latent is sampled; generator: see DiagonalGaussian.sample.
         """
+        self._needs_decoder()
         latent, extra = self.moments(x), {}
         if self.config.latent == "vq":
             z, extra["indices"], extra["latent_loss"] = self.quantize(latent)
@@ -310,6 +316,11 @@ class VQGAN(nn.Module):
     def _needs_codebook(self):
         if self.config.latent != "vq":
             raise ValueError("a KL latent has no codebook; use encode and decode")
+
+    def _needs_decoder(self):
+        if self.decoder is None:
+            raise ValueError("this first stage came without a decoder of its own; decode with the "
+                             "asymmetric one, AsymVQGAN.decode, or load the first stage's own file")
 
 
 def check_image(x, f):

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers_names import to_diffusers
 from torch import nn
 
 from asym_decoder import (
@@ -15,6 +14,7 @@ from asym_decoder import (
     ConditionBranch,
     mask_guided_blend,
 )
+from layouts import diffusers_names
 from pconv import PartialConv2d
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
@@ -557,7 +557,7 @@ def beside_diffusers(config, preset, size):
     state = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
     state |= {name: value for name, value in ours.first_stage.state_dict().items()
               if not name.startswith("decoder.")}
-    theirs.load_state_dict(to_diffusers(state))
+    theirs.load_state_dict(diffusers_names(state))
     return (lambda z, image, mask: ours.decode(z, image=image, mask=mask),
             lambda z, image, mask: theirs.decode(z, image=image, mask=mask).sample)
 

@@ -1,3 +1,7 @@
+import dataclasses
+import json
+import sys
+
 import pytest
 import torch
 from tiny_runs import (
@@ -10,10 +14,20 @@ from tiny_runs import (
 )
 
 import checkpoint
-from asym_decoder import AsymVQGAN
-from convert import load, load_first_stage, load_model
-from distributed import UserError
-from vqgan import VQGAN
+import convert
+from asym_decoder import AsymDecoder, AsymVQGAN
+from convert import load, load_first_stage, load_model, save_model, to_diffusers
+from distributed import UserError, exit_on_user_error
+from layouts import diffusers_names
+from vqgan import VQGAN, VQGANConfig
+
+# As public files have no settings, GroupNorm's 32 groups must divide every width.
+VQ = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,), z_channels=4,
+                 embed_dim=4, K=8)
+KL = dataclasses.replace(VQ, latent="kl", attn_levels=(), K=VQGANConfig.K)
+# What diffusers' AsymmetricAutoencoderKL can be: four levels, the first two of different widths.
+FOUR = VQGANConfig(latent="kl", ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, attn_levels=(),
+                   z_channels=4, embed_dim=4, norm_groups=4)
 
 
 def _picture():
@@ -126,3 +140,501 @@ def test_a_decoder_is_no_first_stage(tmp_path):
         load_first_stage(tmp_path / "decoder" / "last.pt")
     assert load_first_stage(tmp_path).parent == checkpoint.load(
         tmp_path / "decoder" / "last.pt")["parent"]
+
+
+# ---------------------------------------------------------------- public checkpoints
+
+
+def asymmetric(first_stage, ch=None, num_res_blocks=1, blend="add"):
+    config = first_stage.config
+    decoder = AsymDecoder(config, ch or config.ch, num_res_blocks, blend)
+    return AsymVQGAN(first_stage, decoder).eval()
+
+
+def write_public(path, model):
+    """A .ckpt as Lightning leaves it: the authors' names, the losses' weights, dead layers."""
+    weights = {name.removeprefix("first_stage."): value
+               for name, value in model.state_dict().items()
+               if not name.startswith("first_stage.decoder.")}
+    extra = {"loss.logvar": torch.zeros(())}
+    if isinstance(model, AsymVQGAN):
+        extra["decoder.up_layers.0.deconv.weight"] = torch.zeros(4, 4, 4, 4)
+    torch.save({"epoch": 3, "global_step": 70, "state_dict": weights | extra}, path)
+    return path
+
+
+def half_masked(side=SIZE):
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., :9] = 1
+    return mask
+
+
+def same_pictures(model, expected, side=SIZE):
+    """Whether both give the same latents and pictures, bit for bit."""
+    x, mask = torch.rand(1, 3, side, side) * 2 - 1, half_masked(side)
+    with torch.no_grad():
+        z = expected.encode(x)
+        known = {"image": x, "mask": mask} if isinstance(expected, AsymVQGAN) else {}
+        return (torch.equal(model.encode(x), z) and
+                torch.equal(model.decode(z, **known), expected.decode(z, **known)))
+
+
+@pytest.mark.parametrize("config", [VQ, KL], ids=["vq", "kl"])
+def test_a_public_first_stage_is_loaded_by_what_its_shapes_tell(tmp_path, config):
+    model = VQGAN(config).eval()
+    loaded = load(write_public(tmp_path / "model.ckpt", model))
+    assert (loaded.stage, loaded.step, loaded.finished) == ("vqgan", 0, True)
+    assert loaded.model.config == config
+    assert loaded.config["decoder"] is None
+    assert loaded.parent == checkpoint.weights_hash(model.state_dict())
+    assert same_pictures(loaded.model, model)
+    assert same_pictures(load_first_stage(tmp_path / "model.ckpt").model, model)
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("blend", ["add", "concat"])
+def test_a_public_decoder_comes_with_a_first_stage_that_has_none(tmp_path, blend):
+    model = asymmetric(VQGAN(KL), num_res_blocks=2, blend=blend)
+    loaded = load(write_public(tmp_path / "base.ckpt", model))
+    assert loaded.stage == "decoder"
+    assert loaded.config["decoder"] == {"preset": "base", "ch": 32, "num_res_blocks": 2,
+                                        "blend": blend}
+    assert loaded.model.first_stage.decoder is None
+    assert any("up_layers" in note for note in loaded.notes)
+    assert same_pictures(loaded.model, model)
+    with pytest.raises(UserError, match=r"base\.ckpt is a decoder, not a first stage.*Diffusion"):
+        load_first_stage(tmp_path / "base.ckpt")
+
+
+def test_whatever_encodes_alike_has_the_same_latents_wherever_it_comes_from(tmp_path):
+    first_stage = VQGAN(KL)
+    config = settings() | {"first_stage": dataclasses.asdict(KL)}
+    write_stage(tmp_path / "run", "vqgan", first_stage.state_dict(), config)
+    sources = [tmp_path / "run", write_public(tmp_path / "sd.ckpt", first_stage),
+               write_public(tmp_path / "base.ckpt", asymmetric(first_stage))]
+    run, sd, base = (load(path) for path in sources)
+    assert run.latents == sd.latents == base.latents
+    assert run.parent == sd.parent != base.parent                # base has no vanilla decoder
+    with torch.no_grad():
+        first_stage.decoder.conv_out.bias += 1
+    assert load(write_public(tmp_path / "tuned.ckpt", first_stage)).latents == run.latents
+    with torch.no_grad():
+        first_stage.quant_conv.bias += 1
+    assert load(write_public(tmp_path / "other.ckpt", first_stage)).latents != run.latents
+
+
+def test_a_runs_decoder_may_stand_on_a_public_first_stage(tmp_path):
+    first_stage = VQGAN(KL).eval()
+    path = write_public(tmp_path / "sd.ckpt", first_stage)
+    parent = load_first_stage(path).parent
+    config = settings(vqgan=str(path)) | {"first_stage": dataclasses.asdict(KL)}
+    model = asymmetric(first_stage, 8 * 4)
+    config["decoder"] |= {"ch": 32}
+    weights = {name: value for name, value in model.state_dict().items()
+               if name.startswith("decoder.")}
+    write_stage(tmp_path / "run", "decoder", weights, config, parent)
+    loaded = load(tmp_path / "run")
+    assert same_pictures(loaded.model, model)
+    assert (loaded.parent, loaded.latents) == (parent, load(path).latents)
+    write_public(path, VQGAN(KL))
+    with pytest.raises(UserError, match="other first-stage weights"):
+        load(tmp_path / "run")
+
+
+def test_each_file_is_read_by_its_own_reader_only(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    path = write_public(tmp_path / "sd.ckpt", VQGAN(KL))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", None)
+        load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "read_public", None)
+        load(tmp_path / "run")
+        load(tmp_path / "run" / "vqgan" / "last.pt")
+
+
+def test_a_damaged_file_of_ours_is_named_as_damaged(tmp_path):
+    write_first_stage(tmp_path)
+    path = tmp_path / "vqgan" / "last.pt"
+    whole = bytearray(path.read_bytes())
+    place = whole.find(checkpoint.load(path)["model"]["encoder.conv_in.weight"].numpy().tobytes())
+    whole[place + 5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="damaged"):
+        load_model(path)
+
+
+def test_public_files_that_cannot_be_loaded_are_one_line_each(tmp_path):
+    path = write_public(tmp_path / "cut.ckpt", VQGAN(KL))
+    path.write_bytes(path.read_bytes()[:-2000])
+    torch.save({"state_dict": {"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}},
+               tmp_path / "unet.ckpt")
+    weights = VQGAN(KL).state_dict()
+    changes = {"gumbel.ckpt": weights | {"quantize.embed.weight": torch.zeros(8, 4)},
+               "short.ckpt": {name: value for name, value in weights.items()
+                              if name != "decoder.mid.block_1.conv1.bias"},
+               "long.ckpt": weights | {"decoder.left.over": torch.zeros(1)}}
+    for name, state in changes.items():
+        torch.save(state, tmp_path / name)
+    reasons = {"cut.ckpt": "", "unet.ckpt": "", "gumbel.ckpt": "Gumbel",
+               "short.ckpt": r"1 missing: decoder\.mid\.block_1\.conv1\.bias",
+               "long.ckpt": r"1 unexpected: decoder\.left\.over"}
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=rf"{name}.*{reason}") as caught:
+            load_model(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- one file of ours
+
+
+def test_a_converted_file_gives_the_same_model_and_latents(tmp_path):
+    public = asymmetric(VQGAN(VQ), num_res_blocks=2)
+    write_run(tmp_path / "run")
+    sources = {"first": write_public(tmp_path / "first.ckpt", VQGAN(VQ)),
+               "asym": write_public(tmp_path / "asym.ckpt", public), "run": tmp_path / "run",
+               "stage": tmp_path / "run" / "vqgan" / "last.pt"}
+    for name, source in sources.items():
+        before = load(source)
+        save_model(before, tmp_path / f"{name}.pt")
+        after = load(tmp_path / f"{name}.pt")
+        assert same_pictures(after.model, before.model)
+        assert (after.latents, after.stage, after.finished) == (
+            before.latents, before.stage, before.finished)
+        assert after.config["first_stage"] == before.config["first_stage"]
+        keys = checkpoint.load(tmp_path / f"{name}.pt")["model"]
+        assert {key.split(".")[0] for key in keys} == {
+            "encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"}
+    assert load_first_stage(tmp_path / "first.pt").parent == load(sources["first"]).parent
+    with pytest.raises(UserError, match="is a decoder"):
+        load_first_stage(tmp_path / "asym.pt")
+
+
+def test_a_converted_file_stands_alone(tmp_path):
+    _, parent = write_first_stage(tmp_path / "a")
+    write_decoder(tmp_path / "b", parent, vqgan=str(tmp_path / "a"))
+    expected = load_model(tmp_path / "b")
+    save_model(load(tmp_path / "b"), tmp_path / "alone.pt")
+    (tmp_path / "a").rename(tmp_path / "gone")
+    alone = load(tmp_path / "alone.pt")
+    assert same_pictures(alone.model, expected)
+    assert alone.config["vqgan"] is None
+
+
+def test_a_damaged_converted_file_is_refused_strictly(tmp_path):
+    save_model(load(write_public(tmp_path / "asym.ckpt", asymmetric(VQGAN(VQ)))), tmp_path / "a.pt")
+    state = checkpoint.load(tmp_path / "a.pt")
+    del state["model"]["quantize.embedding.weight"]
+    checkpoint.save(tmp_path / "a.pt", state)
+    with pytest.raises(UserError, match=r"do not fit its settings.*quantize\.embedding"):
+        load_model(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+    path = write_public(tmp_path / "sd.ckpt", VQGAN(KL))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"sd\.ckpt is there already"):
+        save_model(load(path), path)
+    assert path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- a folder for diffusers
+
+
+def read_safetensors(path):
+    """That format, read slowly and literally."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert size % 8 == 0
+    weights, end = {}, 0
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        assert (entry["dtype"], start) == ("F32", end)
+        end = stop
+        raw = bytearray(data[8 + size + start:8 + size + stop])
+        weights[name] = torch.frombuffer(raw, dtype=torch.float32).view(entry["shape"])
+    assert 8 + size + end == len(data)
+    return weights
+
+
+def test_an_export_holds_every_weight_under_diffusers_name(tmp_path):
+    model = asymmetric(VQGAN(FOUR), ch=12, num_res_blocks=3)
+    made = to_diffusers(model, tmp_path / "vae", scaling_factor=0.5, sample_size=64)
+    assert [path.name for path in made] == ["config.json",
+                                            "diffusion_pytorch_model.safetensors"]
+    fields = json.loads(made[0].read_text())
+    assert fields["_class_name"] == "AsymmetricAutoencoderKL"
+    assert (fields["scaling_factor"], fields["sample_size"]) == (0.5, 64)
+    found = read_safetensors(made[1])
+    expected = diffusers_names({name.removeprefix("first_stage."): value
+                                for name, value in model.state_dict().items()
+                                if not name.startswith("first_stage.decoder.")})
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def as_bin(folder):
+    """The export in `folder` with its weights in diffusers' older .bin, which needs no package."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(read_safetensors(path), path.with_suffix(".bin"))
+    path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("make", [lambda: VQGAN(FOUR), lambda: VQGAN(VQ),
+                                  lambda: asymmetric(VQGAN(FOUR), ch=12, num_res_blocks=3)],
+                         ids=["kl", "vq", "asymmetric"])
+def test_an_export_comes_back_as_it_was(tmp_path, make, ending):
+    model = make().eval()
+    to_diffusers(model, tmp_path / "vae", scaling_factor=0.5)
+    if ending == "bin":
+        as_bin(tmp_path / "vae")
+    else:
+        pytest.importorskip("safetensors")
+    loaded = load(tmp_path / "vae")
+    assert loaded.model.config == model.config
+    assert loaded.config["scaling_factor"] == 0.5
+    assert same_pictures(loaded.model, model)
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (lambda: asymmetric(VQGAN(VQ)), "this model a codebook"),
+    (lambda: asymmetric(VQGAN(KL)), "here are 2"),
+    (lambda: asymmetric(VQGAN(FOUR), blend="concat"), "this decoder by concat"),
+    (lambda: VQGAN(dataclasses.replace(KL, embed_dim=3)), "one latent width")],
+    ids=["vq", "levels", "concat", "latent"])
+def test_what_diffusers_cannot_build_is_refused_before_anything_is_written(tmp_path, make, reason):
+    with pytest.raises(UserError, match=reason):
+        to_diffusers(make(), tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()
+
+
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path):
+    model, vae = VQGAN(FOUR), tmp_path / "vae"
+    to_diffusers(model, vae)
+    to_diffusers(model, vae)                                 # an earlier export is replaced
+    (vae / "notes.txt").write_text("mine")
+    downloaded = tmp_path / "downloaded"                     # the same names, but not from here
+    downloaded.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (downloaded / name).write_text("{}")
+    for folder in (vae, downloaded, downloaded / "config.json"):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=f"{folder.name} is there already"):
+            to_diffusers(model, folder)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
+                          if path.is_file()}
+
+
+def test_an_export_that_was_killed_is_no_whole_one_and_can_be_made_again(tmp_path, monkeypatch):
+    model, other, vae = VQGAN(FOUR).eval(), VQGAN(FOUR).eval(), tmp_path / "vae"
+    to_diffusers(other, vae)
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    def killed(*args):
+        raise Killed
+    for call in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert.os, call, killed)
+            with pytest.raises(Killed):
+                to_diffusers(model, vae)
+        assert not (vae / "diffusion_pytorch_model.safetensors").exists()
+    to_diffusers(model, vae)
+    assert same_pictures(load_model(as_bin(vae)), model)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(convert.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*vae: No space left on device") as caught:
+        to_diffusers(VQGAN(FOUR), tmp_path / "vae")
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def run_main(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+    convert.main()
+    return capsys.readouterr().out
+
+
+def test_a_file_alone_is_only_described(tmp_path, monkeypatch, capsys):
+    path = write_public(tmp_path / "base.ckpt", asymmetric(VQGAN(KL), num_res_blocks=2))
+    before = sorted(tmp_path.rglob("*"))
+    text = run_main(monkeypatch, capsys, path)
+    assert "base.ckpt: decoder, public weights" in text
+    assert "own: KL latent, d 4, f 2, ch 32, ch_mult (1, 2)" in text
+    assert "base, add: ch 32, num_res_blocks 2" in text
+    assert "up_layers" in text
+    assert load(path).latents[:16] in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_both_outputs_of_a_run_come_from_one_command(tmp_path, monkeypatch, capsys):
+    model = asymmetric(VQGAN(FOUR))
+    config = settings() | {"first_stage": dataclasses.asdict(FOUR)}
+    first_stage = model.first_stage.state_dict()
+    write_stage(tmp_path / "run", "vqgan", first_stage, config)
+    weights = {name: value for name, value in model.state_dict().items()
+               if name.startswith("decoder.")}
+    write_stage(tmp_path / "run", "decoder", weights, config, checkpoint.weights_hash(first_stage))
+    text = run_main(monkeypatch, capsys, tmp_path / "run", "-o", tmp_path / "one.pt",
+                    "--to-diffusers", tmp_path / "vae", "--scaling-factor", "0.3")
+    assert "decoder, step 2" in text
+    assert "left out     the first stage's own decoder" in text
+    assert all(str(tmp_path / name) in text for name in ("one.pt", "vae/config.json"))
+    assert same_pictures(load_model(tmp_path / "one.pt"), model)
+    assert same_pictures(load_model(as_bin(tmp_path / "vae")), model)
+    fields = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert (fields["scaling_factor"], fields["sample_size"]) == (0.3, SIZE)
+
+
+def test_the_scaling_factor_of_a_folder_is_kept(tmp_path, monkeypatch, capsys):
+    to_diffusers(VQGAN(FOUR), tmp_path / "a", scaling_factor=0.13025)
+    as_bin(tmp_path / "a")
+    run_main(monkeypatch, capsys, tmp_path / "a", "--to-diffusers", tmp_path / "b")
+    run_main(monkeypatch, capsys, tmp_path / "a", "-o", tmp_path / "a.pt")
+    run_main(monkeypatch, capsys, tmp_path / "a.pt", "--to-diffusers", tmp_path / "c")
+    for folder in "bc":
+        fields = json.loads((tmp_path / folder / "config.json").read_text())
+        assert fields["scaling_factor"] == 0.13025
+
+
+def test_where_one_output_is_refused_the_other_is_not_written(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")                                     # a codebook: not for diffusers
+    for args in (("-o", tmp_path / "one.pt", "--to-diffusers", tmp_path / "vae"),
+                 ("-o", tmp_path / "run", "--to-diffusers", tmp_path / "vae")):
+        with pytest.raises(UserError):
+            run_main(monkeypatch, capsys, tmp_path / "run", *args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_mistake_at_the_command_line_ends_with_status_2_and_one_line(tmp_path, monkeypatch,
+                                                                       capsys):
+    path = write_public(tmp_path / "sd.ckpt", VQGAN(KL))
+    for args, reason in (([tmp_path / "gone.ckpt"], "gone.ckpt: no such run folder or checkpoint"),
+                         ([path, "--scaling-factor", "0"], "--scaling-factor 0.0: must be"),
+                         ([path, "-o", path], "sd.ckpt is there already"),
+                         ([path, "--to-diffusers", tmp_path], "holds something else")):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            exit_on_user_error(convert.main)
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- beside diffusers
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
+
+
+def agree(model, peer, side=64):
+    """The same latents and pictures, of ours and of diffusers' model."""
+    x, mask = torch.rand(1, 3, side, side) * 2 - 1, half_masked(side)
+    with torch.no_grad():
+        if model.config.latent == "vq":
+            z_e = model.moments(x)
+            close(z_e, peer.encode(x).latents)
+            close(model.decode(model.quantize(z_e)[0]), peer.decode(z_e).sample)
+            return
+        z = model.encode(x)
+        close(z, peer.encode(x).latent_dist.mode())
+        known = {"image": x, "mask": mask} if isinstance(model, AsymVQGAN) else {}
+        close(model.decode(z, **known), peer.decode(z, **known).sample)
+
+
+MODELS = pytest.mark.parametrize(("name", "make"), [
+    ("AutoencoderKL", lambda: VQGAN(FOUR)), ("VQModel", lambda: VQGAN(VQ)),
+    ("AsymmetricAutoencoderKL", lambda: asymmetric(VQGAN(FOUR), ch=12, num_res_blocks=3))],
+    ids=["kl", "vq", "asymmetric"])
+
+
+@MODELS
+def test_diffusers_opens_an_export_and_computes_the_same(tmp_path, name, make):
+    diffusers = pytest.importorskip("diffusers")
+    model = make().eval()
+    to_diffusers(model, tmp_path / "vae")
+    peer, told = getattr(diffusers, name).from_pretrained(tmp_path / "vae",
+                                                          output_loading_info=True)
+    assert not any(told.values())                  # no key missing, unexpected or of another shape
+    agree(model, peer.eval())
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@MODELS
+def test_what_diffusers_saves_is_loaded_and_computes_the_same(tmp_path, name, make, safe):
+    diffusers = pytest.importorskip("diffusers")
+    to_diffusers(make(), tmp_path / "ours")
+    fields = json.loads((tmp_path / "ours" / "config.json").read_text())
+    peer = getattr(diffusers, name)(**{key: value for key, value in fields.items()
+                                       if not key.startswith("_")}).eval()     # its own weights
+    peer.save_pretrained(tmp_path / "theirs", safe_serialization=safe)
+    agree(load_model(tmp_path / "theirs"), peer)
+
+
+def tiny_pipeline(folder, vae):
+    """A StableDiffusionInpaintPipeline of 64 px with random weights around `vae`."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    ends = {"bos": "<|startoftext|>", "eos": "<|endoftext|>"}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *ends.values()]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
+    text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=16, num_attention_heads=2,
+        num_hidden_layers=1, **{f"{end}_token_id": vocabulary[word] for end, word in ends.items()}))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=9, out_channels=4, block_out_channels=(8, 16),
+        layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    pipeline = diffusers.StableDiffusionInpaintPipeline(
+        vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_stable_diffusions_inpainting_pipeline_decodes_with_our_decoder(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    from PIL import Image
+    model = asymmetric(VQGAN(FOUR), ch=12, num_res_blocks=3)
+    to_diffusers(model, tmp_path / "vae")
+    vae = diffusers.AsymmetricAutoencoderKL.from_pretrained(tmp_path / "vae")
+    pipeline = tiny_pipeline(tmp_path, vae)
+    calls, decode = [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z, **given: calls.append((z, given))
+                        or decode(z, **given))
+    photo = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[16:50, 10:40] = 255                                        # white is painted anew
+    made = pipeline("a sign", Image.fromarray(photo.numpy()), Image.fromarray(mask.numpy()),
+                    height=64, width=64, num_inference_steps=2, output_type="pt",
+                    generator=torch.Generator().manual_seed(0)).images          # in [0,1]
+    (z, given), = calls
+    x, mask = photo.permute(2, 0, 1)[None] / 127.5 - 1, mask[None, None] / 255
+    close(given["image"], x)
+    close(given["mask"], mask)
+    with torch.no_grad():
+        ours = model.decode(z, image=x, mask=mask) / 2 + 0.5
+        bare = model.decode(z) / 2 + 0.5
+    known = (mask == 0).expand_as(made)
+    assert ((ours > 0) & (ours < 1)).float().mean() > 0.5           # few are clamped
+    close(ours.clamp(0, 1), made)
+    assert (bare.clamp(0, 1) - made)[known].abs().mean() > 0.01     # the mask is not ignored

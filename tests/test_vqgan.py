@@ -3,9 +3,9 @@ import warnings
 
 import pytest
 import torch
-from diffusers_names import to_diffusers
 from torch import nn
 
+from layouts import diffusers_names
 from vqgan import (
     VQGAN,
     VQGAN_PRESETS,
@@ -340,6 +340,19 @@ def test_checkpointing_recomputes_every_level_and_changes_no_gradient():
     assert len(runs) == 4
 
 
+@LATENTS
+def test_a_first_stage_without_its_decoder_still_encodes_and_says_so_when_it_should_decode(config):
+    whole, bare, x = VQGAN(config).eval(), VQGAN(config, own_decoder=False).eval(), image()
+    bare.load_state_dict({name: value for name, value in whole.state_dict().items()
+                          if not name.startswith("decoder.")})
+    with torch.no_grad():
+        z = bare.encode(x)
+        assert torch.equal(z, whole.encode(x))
+        for decodes in (lambda: bare.decode(z), lambda: bare(x)):
+            with pytest.raises(ValueError, match="without a decoder of its own"):
+                decodes()
+
+
 # ---------------------------------------------------------------- compiled, and beside a peer
 
 
@@ -388,7 +401,7 @@ def test_a_kl_first_stage_agrees_with_diffusers(config):
         down_block_types=("DownEncoderBlock2D",) * levels, block_out_channels=config.widths,
         up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=config.num_res_blocks,
         latent_channels=config.z_channels, norm_num_groups=config.norm_groups).eval()
-    peer.load_state_dict(to_diffusers(model.state_dict()))
+    peer.load_state_dict(diffusers_names(model.state_dict()))
     with torch.no_grad():
         z = model.encode(x)
         torch.testing.assert_close(z, peer.encode(x).latent_dist.mode(), rtol=0, atol=5e-5)
@@ -410,7 +423,7 @@ def test_a_vq_first_stage_with_attention_in_its_levels_agrees_with_diffusers(con
         block_out_channels=config.widths, layers_per_block=config.num_res_blocks,
         latent_channels=config.z_channels, num_vq_embeddings=config.K,
         vq_embed_dim=config.embed_dim, norm_num_groups=config.norm_groups).eval()
-    peer.load_state_dict(to_diffusers(model.state_dict()))
+    peer.load_state_dict(diffusers_names(model.state_dict()))
     with torch.no_grad():
         z_e = model.moments(x)
         torch.testing.assert_close(z_e, peer.encode(x).latents, rtol=0, atol=5e-5)

@@ -1,0 +1,400 @@
+import dataclasses
+
+import pytest
+import torch
+
+from asym_decoder import AsymDecoder, AsymVQGAN
+from layouts import (
+    PLANS,
+    asym_decoder_size,
+    asym_preset,
+    check_keys,
+    diffusers_config,
+    diffusers_names,
+    first_stage_config,
+    plan_name,
+    taming_names,
+    tidy,
+)
+from vqgan import VQGAN, VQGANConfig
+
+KL = VQGANConfig(latent="kl", ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, attn_levels=(),
+                 z_channels=4, embed_dim=4, norm_groups=4)
+VQ = VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=2, attn_levels=(1, 2), z_channels=6,
+                 embed_dim=3, K=16, norm_groups=4)
+STATED = {"norm_num_groups": 4}                  # what no shape of these narrow networks tells
+PUBLIC = sorted(set(PLANS) - {"tiny"})
+
+
+def weights(config, size=None, device="cpu"):
+    """A state dict with the names of a public file: one decoder, the asymmetric one with `size`."""
+    with torch.device(device):
+        first_stage = VQGAN(config, own_decoder=size is None)
+        state = first_stage.state_dict()
+        if size:
+            decoder = AsymDecoder(config, size["ch"], size["num_res_blocks"], size["blend"])
+            state |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    return dict(state)
+
+
+def size(ch=8, num_res_blocks=1, blend="add"):
+    return {"ch": ch, "num_res_blocks": num_res_blocks, "blend": blend}
+
+
+def shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def count(state, prefix=""):
+    return sum(value.numel() for name, value in state.items() if name.startswith(prefix))
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ("encoder.conv_in.weight", "encoder.conv_in.weight"),
+    ("encoder.down.0.block.1.nin_shortcut.bias",
+     "encoder.down_blocks.0.resnets.1.conv_shortcut.bias"),
+    ("encoder.down.2.downsample.conv.weight", "encoder.down_blocks.2.downsamplers.0.conv.weight"),
+    ("encoder.down.2.attn.1.norm.weight", "encoder.down_blocks.2.attentions.1.group_norm.weight"),
+    ("encoder.mid.block_1.norm1.weight", "encoder.mid_block.resnets.0.norm1.weight"),
+    ("encoder.mid.block_2.conv2.bias", "encoder.mid_block.resnets.1.conv2.bias"),
+    ("encoder.norm_out.weight", "encoder.conv_norm_out.weight"),
+    ("decoder.mid.attn_1.q.bias", "decoder.mid_block.attentions.0.to_q.bias"),
+    ("decoder.mid.attn_1.proj_out.bias", "decoder.mid_block.attentions.0.to_out.0.bias"),
+    ("decoder.up.3.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"),
+    ("decoder.up.0.block.2.norm2.bias", "decoder.up_blocks.3.resnets.2.norm2.bias"),
+    ("decoder.up.1.upsample.conv.bias", "decoder.up_blocks.2.upsamplers.0.conv.bias"),
+    ("decoder.encoder.layers.4.bias", "decoder.condition_encoder.layers.4.bias"),
+    ("quantize.embedding.weight", "quantize.embedding.weight"),
+    ("quant_conv.weight", "quant_conv.weight"),
+    ("post_quant_conv.bias", "post_quant_conv.bias"),
+])
+def test_a_weight_has_one_name_here_and_one_in_diffusers(ours, theirs):
+    # the decoder's first and last level tell how many there are
+    ends = {f"decoder.up.{i}.block.9.conv1.bias": torch.zeros(1) for i in (0, 3)}
+    state = {ours: torch.zeros(2)} | ends
+    renamed = diffusers_names(state)
+    assert theirs in renamed
+    assert list(taming_names(renamed)) == list(state)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_published_first_stage_survives_both_renamings(name):
+    state = weights(PLANS[name], device="meta")
+    theirs = diffusers_names(state)
+    assert len(theirs) == len(state)
+    assert not any(part in key for key in theirs for part in (".down.", ".up.", ".mid.", "nin_"))
+    assert {value.ndim for key, value in theirs.items() if key.endswith("to_q.weight")} == {2}
+    assert shapes(taming_names(theirs)) == shapes(state)
+    assert shapes(taming_names(state)) == shapes(state)
+
+
+@pytest.mark.parametrize(("ch", "num_res_blocks"), [(128, 2), (192, 3), (256, 5)])
+def test_every_published_decoder_survives_both_renamings(ch, num_res_blocks):
+    state = weights(PLANS["kl-f8"], size(ch, num_res_blocks), device="meta")
+    theirs = diffusers_names(state)
+    assert len(theirs) == len(state)
+    assert theirs["decoder.condition_encoder.layers.0.weight"].shape == (ch, 3, 3, 3)
+    assert theirs["decoder.up_blocks.3.resnets.0.conv1.weight"].shape[0] == ch    # the highest
+    assert shapes(taming_names(theirs)) == shapes(state)
+
+
+def test_no_weight_is_exchanged_for_another_on_the_way():
+    state = {name: torch.rand(value.shape) for name, value in weights(VQ).items()}
+    back = taming_names(diffusers_names(state))
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_older_names_and_shapes_of_attention_are_read():
+    state = weights(VQ)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    theirs = {}
+    for name, value in diffusers_names(state).items():
+        layer = next((new for new in old if f".{new}." in name), None)
+        theirs[name.replace(f".{layer}.", f".{old[layer]}.") if layer else name] = value
+    assert any("proj_attn" in name for name in theirs)
+    one_dimensional = {name: value.flatten(2) if "attn" in name and value.ndim == 4 else value
+                       for name, value in state.items()}
+    assert any(value.ndim == 3 for value in one_dimensional.values())
+    for layout in (theirs, one_dimensional):
+        back = taming_names(layout)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_two_names_for_one_weight_are_refused():
+    state = weights(KL)
+    twice = state | {"decoder.conv_norm_out.weight": torch.zeros(8)}
+    with pytest.raises(ValueError, match=r"both stand for decoder\.norm_out\.weight"):
+        taming_names(twice)
+
+
+def test_names_that_no_layout_has_pass_through():
+    strange = {"unet.down.0.x": 0, "decoder.up.x.block.0": 1, "encoder.down": 2, "decoder": 3,
+               "encoder.down_blocks.0.motion.0.weight": 4}
+    strange = {name: torch.tensor(value) for name, value in strange.items()}
+    assert taming_names(strange) == strange
+    assert diffusers_names(strange) == strange
+
+
+# ---------------------------------------------------------------- sizes from shapes
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_published_first_stage_is_recognised_by_its_shapes(name):
+    for state in (weights(PLANS[name], device="meta"),
+                  taming_names(diffusers_names(weights(PLANS[name], device="meta")))):
+        config = first_stage_config(tidy(state)[0])
+        assert config == PLANS[name]
+        assert plan_name(config) == name
+        assert asym_decoder_size(state, config) is None
+
+
+@pytest.mark.parametrize(("name", "encoder", "decoder"), [
+    ("kl-f8", 34_163_592, 49_490_179),
+    ("vq-f4", 22_337_411, 32_960_771),
+    ("vq-f8", 27_397_764, 40_253_955),
+    ("vq-f8-n256", 27_397_764, 40_253_955),
+    ("vq-f16", 29_298_176, 42_449_795),
+    ("vq-f16-k16384", 29_298_176, 42_449_795),
+    ("vq-f16-z8", 28_155_144, 41_307_011),
+])
+def test_published_first_stages_have_their_parameter_counts(name, encoder, decoder):
+    state = weights(PLANS[name], device="meta")
+    assert (count(state, "encoder."), count(state, "decoder.")) == (encoder, decoder)
+
+
+@pytest.mark.parametrize(("preset", "ch", "num_res_blocks", "model", "decoder"), [
+    ("base", 128, 2, 94_439_911, 60_276_227),
+    ("large", 192, 3, 194_300_519, 160_136_835),
+    ("large2", 256, 5, 406_130_151, 371_966_467),
+])
+def test_a_published_decoder_is_recognised_by_its_shapes(preset, ch, num_res_blocks, model,
+                                                         decoder):
+    state = weights(PLANS["kl-f8"], size(ch, num_res_blocks), device="meta")
+    config = first_stage_config(state)
+    assert config == PLANS["kl-f8"]
+    assert asym_decoder_size(state, config) == {"preset": preset, **size(ch, num_res_blocks)}
+    assert (count(state), count(state, "decoder.")) == (model, decoder)
+
+
+def test_our_own_blend_and_sizes_are_recognised():
+    for wanted in (size(blend="concat"), size(ch=16, num_res_blocks=4)):
+        state = weights(KL, wanted)
+        found = asym_decoder_size(state, first_stage_config(state, STATED))
+        assert {key: found[key] for key in wanted} == wanted
+    assert found["preset"] == "own"
+    assert asym_preset(KL, size(ch=12, num_res_blocks=3)) == "large"
+
+
+def test_a_networks_sizes_come_back_whatever_they_are():
+    for config in (KL, VQ, dataclasses.replace(VQ, latent="kl", K=VQGANConfig.K),
+                   dataclasses.replace(KL, ch_mult=(3,), embed_dim=2)):
+        assert first_stage_config(weights(config), STATED) == config
+    assert plan_name(KL) == "own"
+
+
+def test_what_only_training_needs_does_not_change_a_plans_name():
+    plan = PLANS["vq-f16"]
+    assert plan_name(dataclasses.replace(plan, beta=1.0, legacy_beta=True)) == "vq-f16"
+    assert plan_name(dataclasses.replace(plan, K=1000)) == "own"
+    assert plan_name(dataclasses.replace(PLANS["kl-f8"], K=7)) == "kl-f8"
+
+
+def test_groups_of_the_norms_are_config_jsons_and_else_32():
+    wide = dataclasses.replace(KL, ch=32, norm_groups=32)
+    assert first_stage_config(weights(wide)).norm_groups == 32
+    assert first_stage_config(weights(wide), {"norm_num_groups": 8}).norm_groups == 8
+    for stated, groups in ((None, "32"), ({"norm_num_groups": 3}, "3"),
+                           ({"norm_num_groups": -4}, "-4"), ({"norm_num_groups": "4"}, "4")):
+        with pytest.raises(ValueError, match=f"8, 16, 32, 32 wide, .* in {groups} groups.*norm_nu"):
+            first_stage_config(weights(KL), stated)
+
+
+@pytest.mark.parametrize(("name", "value", "ours"), [
+    ("latent_channels", 8, 4), ("layers_per_block", 2, 1), ("act_fn", "relu", "silu"),
+    ("block_out_channels", [8, 16], r"\[8, 16, 32, 32\]"), ("norm_type", "spatial", "group")])
+def test_a_config_json_that_contradicts_the_shapes_is_refused_naming_both(name, value, ours):
+    agreeing = diffusers_config(KL)
+    assert first_stage_config(weights(KL), agreeing) == KL
+    with pytest.raises(ValueError, match=rf"config\.json says {name} .*, .* for {ours}"):
+        first_stage_config(weights(KL), agreeing | {name: value})
+
+
+def test_a_config_json_that_contradicts_a_codebook_or_a_decoder_is_refused():
+    agreeing = diffusers_config(VQ) | {"vq_embed_dim": None}       # None: not stated
+    assert first_stage_config(weights(VQ), agreeing) == VQ
+    with pytest.raises(ValueError, match=r"num_vq_embeddings 8, .* for 16"):
+        first_stage_config(weights(VQ), agreeing | {"num_vq_embeddings": 8})
+    state = weights(KL, size(ch=12, num_res_blocks=3))
+    # diffusers writes the decoder's widths a second time, as block_out_channels
+    agreeing = diffusers_config(KL, size(ch=12, num_res_blocks=3))
+    agreeing["block_out_channels"] = tuple(agreeing["up_block_out_channels"])
+    assert asym_decoder_size(state, first_stage_config(state, agreeing), agreeing)
+    with pytest.raises(ValueError, match=r"layers_per_up_block 5, .* for 3"):
+        asym_decoder_size(state, KL, agreeing | {"layers_per_up_block": 5})
+
+
+# ---------------------------------------------------------------- what else may be in a file
+
+
+def test_weights_that_nothing_uses_are_dropped_and_told():
+    used = weights(VQ)
+    dead = {"decoder.up_layers.0.deconv.weight": torch.zeros(2, 2, 4, 4),
+            "decoder.up_layers.0.deconv.bias": torch.zeros(2),
+            "quantize.embedding.cluster_size": torch.zeros(16),
+            "quantize.embedding.embed_avg": torch.zeros(16, 3)}
+    kept, notes = tidy(used | dead)
+    assert kept.keys() == used.keys()
+    assert [note.split(",")[0] for note in notes] == [
+        "keys dropped: 2 with decoder.up_layers", "keys dropped: 1 with cluster_size",
+        "keys dropped: 1 with embed_avg"]
+    assert tidy(used) == (used, [])
+
+
+@pytest.mark.parametrize("config", [KL, dataclasses.replace(VQ, embed_dim=6)], ids=["kl", "vq"])
+def test_missing_convolutions_around_the_latent_are_identities(config):
+    model, x = VQGAN(config).eval(), torch.rand(1, 3, 16, 16)
+    state = {name: value for name, value in model.state_dict().items()
+             if "quant_conv" not in name}
+    kept, notes = tidy(state)
+    assert [note.split(" ")[1] for note in notes] == ["quant_conv", "post_quant_conv"]
+    assert first_stage_config(kept, STATED) == config
+    check_keys(kept, model.state_dict())
+    model.load_state_dict(kept)
+    with torch.no_grad():
+        h = model.encoder(x)
+        assert torch.equal(model.quant_conv(h), h)
+        z = torch.randn(1, config.z_channels, 4, 4)
+        assert torch.equal(model.post_quant_conv(z), z)
+
+
+def without(state, part):
+    return {name: value for name, value in state.items() if part not in name}
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda s: s | {"quantize.embed.weight": torch.zeros(8, 4)}, "Gumbel"),
+    (lambda s: s | {"quantize.used": torch.zeros(8)}, "remapped indices"),
+    (lambda s: s | {"decoder.mid.block_1.norm1.conv_y.weight": torch.zeros(8, 4, 1, 1)}, "MoVQ"),
+    (lambda s: s | {"decoder.time_mix.weight": torch.zeros(3, 3, 3, 1, 1)}, "a video autoencoder"),
+    (lambda s: without(s, "encoder.mid.attn_1"), r"no attention \(encoder\.mid\.attn_1"),
+    (lambda s: without(s, "decoder.mid.attn_1"), r"no attention \(decoder\.mid\.attn_1"),
+    (lambda s: s | {"encoder.conv_in.weight": torch.zeros(8, 1, 3, 3)}, "1 channels, not 3"),
+    (lambda s: s | {"decoder.conv_out.weight": torch.zeros(4, 8, 3, 3)}, "4 channels, not 3"),
+    (lambda s: s | {"decoder.conv_out.weight": torch.zeros(0, 8, 3, 3)}, "no autoencoder"),
+    (lambda s: {"unet.conv_in.weight": torch.zeros(8, 4, 3, 3)}, r"no autoencoder.*unet\.conv_in"),
+    (lambda s: {}, r"no autoencoder.*0 keys begin with none"),
+], ids=["gumbel", "remap", "movq", "video", "noattn-encoder", "noattn-decoder", "grey", "rgba",
+        "empty-tensor", "unet", "nothing"])
+def test_what_cannot_be_built_is_refused_with_its_reason(change, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        tidy(change(weights(KL)))
+    assert "\n" not in str(caught.value)
+
+
+def test_widths_that_no_multiplier_gives_are_refused():
+    state = weights(KL)
+    state["encoder.down.1.block.0.conv1.weight"] = torch.zeros(12, 8, 3, 3)
+    with pytest.raises(ValueError, match="8, 12, 32, 32 wide, not multiples of the first layer's"):
+        first_stage_config(state, STATED)
+
+
+def test_keys_that_do_not_fit_are_one_line_with_the_first_few_and_the_counts():
+    expected = weights(KL)
+    check_keys(dict(reversed(expected.items())), expected)              # in any order
+    state = without(expected, "decoder.up.1") | {"left.over": torch.zeros(1)}
+    state["quant_conv.bias"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=(
+            r"; 20 missing: (decoder\.up\.1\.block\.0\.\S+, ){3}\.\.\.;"
+            r" 1 unexpected: left\.over;"
+            r" 1 of another shape or type: quant_conv\.bias is \(5,\), not \(8,\)$")) as caught:
+        check_keys(state, expected)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"quant_conv\.bias holds torch\.int8$"):
+        check_keys(expected | {"quant_conv.bias": torch.zeros(8, dtype=torch.int8)}, expected)
+
+
+# ---------------------------------------------------------------- what diffusers can build
+
+
+@pytest.mark.parametrize(("config", "changed", "reason"), [
+    (dataclasses.replace(KL, latent="vq"), {}, "this model a codebook"),
+    (KL, {"blend": "concat"}, "this decoder by concat"),
+    (dataclasses.replace(KL, ch_mult=(1, 2, 4)), {}, "four levels .* here are 3"),
+    (dataclasses.replace(KL, ch_mult=(1, 2, 2, 4)), {}, "levels 8, 16, 32, 32 wide, .* 8, 16, 16,"),
+    (dataclasses.replace(KL, ch_mult=(2, 2, 2, 2)), {}, "highest levels are both 16 wide"),
+    (dataclasses.replace(KL, embed_dim=3), {}, "z_channels 4, embed_dim 3"),
+], ids=["vq", "concat", "levels", "widths", "equal-widths", "latent"])
+def test_a_decoder_that_diffusers_cannot_build_is_refused_with_the_reason(config, changed, reason):
+    with pytest.raises(ValueError, match=reason):
+        diffusers_config(config, size() | changed)
+    assert diffusers_config(KL, size())["_class_name"] == "AsymmetricAutoencoderKL"
+
+
+def test_a_latent_of_two_widths_is_refused_for_a_first_stage_only_where_it_is_gaussian():
+    with pytest.raises(ValueError, match="one latent width, this one has two"):
+        diffusers_config(dataclasses.replace(KL, embed_dim=3))
+    assert diffusers_config(VQ)["vq_embed_dim"] == 3
+
+
+def test_attention_in_levels_is_told_from_the_highest_level_down_and_from_the_lowest_up():
+    fields = diffusers_config(VQ)
+    assert fields["down_block_types"] == [
+        "DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    assert fields["up_block_types"] == [
+        "AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+
+
+def built(config, size=None):
+    """diffusers' own model of that config.json, loaded strictly with `weights`; and those."""
+    diffusers = pytest.importorskip("diffusers")
+    fields = diffusers_config(config, size)
+    peer = getattr(diffusers, fields.pop("_class_name"))(**fields).eval()
+    state = {name: torch.randn(value.shape) * 0.1 + ("norm" in name and "weight" in name)
+             for name, value in weights(config, size).items()}
+    peer.load_state_dict(diffusers_names(state))
+    return peer, state
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
+
+
+ATTENTIVE = dataclasses.replace(KL, attn_levels=(0, 2))
+
+
+@pytest.mark.parametrize("config", [KL, ATTENTIVE, VQ], ids=["kl", "kl-attention", "vq"])
+def test_diffusers_computes_the_same_from_a_first_stages_names_and_config(config):
+    peer, state = built(config)
+    model = VQGAN(config).eval()
+    model.load_state_dict(state)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        if config.latent == "kl":
+            z = model.encode(x)
+            close(z, peer.encode(x).latent_dist.mode())
+            close(model.decode(z), peer.decode(z).sample)
+        else:
+            z_e = model.moments(x)
+            close(z_e, peer.encode(x).latents)
+            close(model.decode(model.quantize(z_e)[0]), peer.decode(z_e).sample)
+
+
+@pytest.mark.parametrize("config", [KL, ATTENTIVE], ids=["plain", "attention"])
+def test_diffusers_computes_the_same_from_a_decoders_names_and_config(config):
+    wanted = size(ch=12, num_res_blocks=3)
+    peer, state = built(config, wanted)
+    first_stage = VQGAN(config, own_decoder=False)
+    model = AsymVQGAN(first_stage, AsymDecoder(config, **wanted)).eval()
+    model.load_state_dict({name if name.startswith("decoder.") else f"first_stage.{name}": value
+                           for name, value in state.items()})
+    x, mask = torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 1, 32, 32)
+    mask[..., 5:20] = 1
+    with torch.no_grad():
+        z = model.encode(x)
+        close(z, peer.encode(x).latent_dist.mode())
+        close(model.decode(z, image=x, mask=mask), peer.decode(z, image=x, mask=mask).sample)
+        close(model.decode(z), peer.decode(z).sample)
