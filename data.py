@@ -437,12 +437,12 @@ def _ranges(first, last, length):
     return (range(start, min(start + length, last)) for start in range(first, last, length))
 
 
-def validation_batches(dataset, n, batch_size):
-    """The first `n` pictures in their fixed view, each with its evaluation mask.
+def validation_batches(dataset, n, batch_size, rank=0, world=1):
+    """The first `n` pictures in their fixed view with their evaluation masks; this rank's batches.
 
     Yields dicts: image uint8 (b,3,H,W), mask uint8 (b,1,H,W), index list[int], bad set of paths.
     """
-    for indices in _ranges(0, min(n, len(dataset)), batch_size):
+    for indices in list(_ranges(0, min(n, len(dataset)), batch_size))[rank::world]:
         images, bad = zip(*(dataset.read(index) for index in indices))
         masks = [torch.from_numpy(evaluation_mask(dataset.size, index)) for index in indices]
         yield {"image": torch.stack([_planes(image) for image in images]),          # (b,3,H,W)

@@ -1,299 +1,143 @@
-"""The paper's comparison on trained runs: `python eval.py RUN [RUN ...]`. [AVQ Tab. 2] [AVQ Tab. 3]
+"""The paper's tables, on trained runs or on pictures made by anything.
 
-The full image is encoded once; every decoder then gets the same latents, and what it does to the
-pixels outside the mask is measured. Runs on other first-stage weights are refused.
+    python eval.py RUN [RUN ...]                    what each decoder does to known pixels
+    python eval.py RUN ... --latents DIR ...        the same on latents that another program made
+    python eval.py --pred DIR --real DIR ...        pictures of Stable Diffusion, of anything
+    python eval.py --pred DIR --real DIR --unpaired samples, against other pictures
 
-    held-out x, mask -> encode -> z -> vanilla: the first stage's own decoder
-                                       paste: vanilla with the known pixels copied over it
-                                       asym: ours, given x·(1-mask) and mask
-                                       asym-nomask: ours, given nothing
-      -> metrics.py -> Tally -> report.py
+    pictures (data set, folders) -> compare.decode_all, or --pred -> tally.py -> report.py
 
-Writes report.md, report.json, report.png (whole pictures) and report_crops.png (cut out where fine
-detail is half known). FID, inception score and CLIP score are not here, nor is inpainting itself:
-the hole's latents are the image's own, as only its surroundings are judged.
+Writes report.md, report.json and, of runs, report.png (whole pictures) and report_crops.png (cut
+out where fine detail is half known). [AVQ Tab. 2] [AVQ Tab. 3]
 """
 
 import argparse
 import json
 import math
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from asym_decoder import AsymVQGAN
-from convert import Loaded, load
-from data import BadFiles, open_dataset, validation_batches
-from distributed import UserError, exit_on_user_error, print0, setup, wait_for
-from figures import image_grid, show_masked
-from losses import LPIPS, TRUNKS
-from masks import area_bucket
-from metrics import pre_error, psnr_known, seam
-from report import MEASURES, make_report, report_text
+from clip_score import CLIP_MODELS
+from compare import all_of_float32, dataset_pictures, decode_all, open_runs
+from data import BadFiles, open_dataset
+from distributed import (
+    UserError,
+    exit_on_user_error,
+    gather_objects,
+    print0,
+    rank,
+    setup,
+    world_size,
+)
+from examples import Examples
+from figures import image_grid
+from folders import MatchedFolders, PictureFolder, folder_pictures
+from losses import TRUNKS
+from report import make_report, rows_of
 from run_folder import Progress, write_text
-from stages import validation_batch
+from tables import PAPER_TABLES, report_text
+from tally import REAL, Tally, open_networks, tally_batches
 
 EXAMPLES = 6                                     # rows of the pictures
+MADE_TABLES, CLIP_TABLES = ("1", "4", "5"), ("4", "5")
 
 
-@dataclass
-class Run:
-    """One run of the comparison: its name in the tables, and what convert.load found there."""
+@dataclass(frozen=True)
+class Options:
+    """What every evaluation can be told; the program's flags, which `--help` explains."""
 
-    name: str
-    loaded: Loaded
+    device:     torch.device | str = "cpu"
+    batch_size: int | None         = None
+    lpips:      str | None         = None    # None: the run's --perceptual, else vgg
+    weights:    str | None         = None
+    fid:        bool               = True
+    clip:       str                = "ViT-B/32"
+    table:      str | None         = None
+    out:        str | None         = None
 
-    @property
-    def decodes(self):
-        """Whether it has an asymmetric decoder, not only a first stage."""
-        return isinstance(self.loaded.model, AsymVQGAN)
-
-
-# -- the runs --------------------------------------------------------------------------------------
-
-
-def open_runs(paths, device):
-    """A Run for each path. Raises UserError where they cannot stand in one table."""
-    runs = [Run(str(Path(path)), load(path, device)) for path in paths]
-    first = runs[0]
-    for run in runs[1:]:
-        if run.name in [other.name for other in runs if other is not run]:
-            raise UserError(f"{run.name} is given twice")
-        if run.loaded.parent != first.loaded.parent:
-            raise UserError(f"{run.name} and {first.name} stand on different first-stage weights, "
-                            "so their decoders read different latents; evaluate them one by one, "
-                            f"or train one on the other's: train.py --vqgan {first.name}")
-        for key in ("data", "size"):
-            ours, theirs = run.loaded.config[key], first.loaded.config[key]
-            if ours != theirs:
-                raise UserError(f"--{key} of {run.name} is {ours}, of {first.name} {theirs}; "
-                                "evaluate them one by one")
-        if run.decodes and first.decodes:
-            run.loaded.model.first_stage = first_stage_of(runs)     # equal; one copy is kept
-    return runs
+    def networks(self, config, references):
+        """The tally.Networks of an evaluation whose runs have this config."""
+        net = self.lpips or config.get("perceptual", "vgg")
+        return open_networks(torch.device(self.device), self.weights or config.get("weights"), net,
+                             asked=self.lpips is not None, fid=self.fid,
+                             clip=self.clip if references else None)
 
 
-def first_stage_of(runs):
-    model = runs[0].loaded.model
-    return model.first_stage if runs[0].decodes else model
+# -- on runs ---------------------------------------------------------------------------------------
 
 
-def open_lpips(config, net, weights, device):
-    """(LPIPS, its net's name, None), or (None, None, the reason why there is none).
-
-    net, weights: the flags, else the run's own. What was asked for by name and is not to be had is
-    an error (UserError); the run's own is not.
-    """
-    name, folder = net or config["perceptual"], weights or config["weights"]
-    if name == "none":
-        flag = "--lpips none" if net else "the run has --perceptual none; choose one with --lpips"
-        return None, None, f"not computed: {flag}"
-    try:
-        return LPIPS(name, folder).to(device), name, None
-    except UserError as error:
-        if net:
-            raise
-        return None, None, f"not computed: {error}"
-
-
-# -- decoding and measuring ------------------------------------------------------------------------
-
-
-@contextmanager
-def all_of_float32():
-    """No TF32 while the block runs: CUDA's convolutions would round their factors to 10 bits."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
-
-
-@torch.inference_mode()
-def evaluate(runs, dataset, n, batch_size, device, lpips=None, examples=None):
-    """What every decoder of `runs` does to the first `n` pictures: (Tally, BadFiles).
-
-    runs: from open_runs; lpips: an LPIPS or None; examples: an Examples that chooses pictures.
-    Batches are forgotten once measured, so memory does not grow with n. Raises UserError for
-    outputs that are not finite and for too many files that cannot be decoded.
-    """
-    tally, bad = Tally(), BadFiles(len(dataset))
-    progress = Progress("evaluation", 0, math.ceil(n / batch_size), batch_size)
-    for step, batch in enumerate(validation_batches(dataset, n, batch_size), 1):
-        for path in bad.update(batch["bad"]):
-            print0(f"cannot be decoded, the next picture stands in for it: {path}")
-        bad.check()
-        on_device = validation_batch(batch, device)
-        x, mask = on_device.x, on_device.mask                       # (B,3,H,W), (B,1,H,W)
-        if step == 1:
-            decode_all(runs, x[:1], mask[:1])    # the first call sets things up: not its true speed
-        buckets = [area_bucket(m) for m in batch["mask"]]
-        outputs = decode_all(runs, x, mask)
-        for key, (x_hat, seconds) in outputs.items():
-            tally.add(key, buckets, measure(x_hat, x, mask, lpips), seconds)
-        if examples is not None:
-            examples.offer(x, mask, outputs)
-        progress.show(step, {})
-    progress.close()
-    return tally, bad
-
-
-def decode_all(runs, x, mask):
-    """{(run or None, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
-
-    x: (B,3,H,W) in [-1,1]; mask: (B,1,H,W). What the runs share has None for its run.
-    """
-    first_stage = first_stage_of(runs)
-    z = first_stage.encode(x)                                                   # (B,d,h,w)
-    vanilla, seconds = _timed(first_stage.decode, z)                            # (B,3,H,W)
-    outputs = {(None, "vanilla"): (vanilla, seconds),
-               (None, "paste"): (torch.where(mask == 1, vanilla, x), seconds)}
-    for run in runs:
-        if run.decodes:
-            decode = run.loaded.model.decode
-            outputs[run.name, "asym"] = _timed(decode, z, image=x, mask=mask)
-            outputs[run.name, "asym-nomask"] = _timed(decode, z)
-    return outputs
-
-
-def _timed(decode, z, **condition):
-    wait_for(z.device)
-    start = time.perf_counter()
-    x_hat = decode(z, **condition)
-    wait_for(z.device)
-    return x_hat, time.perf_counter() - start
-
-
-def measure(x_hat, x, mask, lpips=None):
-    """{measure: (B,) float64 on the CPU}; LPIPS on the whole picture, where there is a network."""
-    values = {"pre_error": pre_error(x_hat, x, mask), "psnr_known": psnr_known(x_hat, x, mask),
-              "seam": seam(x_hat, x, mask)}
-    if lpips is not None:
-        values["lpips"] = lpips(x_hat.clamp(-1, 1), x).cpu().double()
-    return values
-
-
-class Tally:
-    """Sums over images, for each decoder and each bin of the masks' area."""
-
-    def __init__(self):
-        self.counts, self.sums, self.seconds = {}, {}, {}
-
-    def add(self, key, buckets, values, seconds):
-        """One batch of one decoder. key: as decode_all's; buckets: one for each image."""
-        if not torch.isfinite(values["pre_error"]).all():
-            raise UserError(f"{key[1]} of {key[0] or 'the first stage'} gives values that are not "
-                            "finite; train it again from its last good checkpoint")
-        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-        for i, own in enumerate(buckets):
-            for bucket in ("all", own):
-                self.counts[bucket, key] = self.counts.get((bucket, key), 0) + 1
-                for name, per_image in values.items():
-                    cell = bucket, key, name
-                    self.sums[cell] = self.sums.get(cell, 0.0) + per_image[i].item()
-
-    def row(self, key, bucket):
-        """The means of one cell of the table: None where not measured or infinite."""
-        n = self.counts[bucket, key]
-        means = {name: self.sums.get((bucket, key, name), math.inf) / n for name in MEASURES}
-        speed = n / self.seconds[key] if bucket == "all" else None
-        return {"bucket": bucket, "n": n, "images_per_s": speed,
-                **{name: mean if math.isfinite(mean) else None for name, mean in means.items()}}
-
-
-class Examples:
-    """The few pictures whose detail lies on both sides of the mask's border, chosen by x and mask.
-
-    On Signs this finds words that are half known. What the decoders made of them has no say.
-    """
-
-    def __init__(self, count):
-        self.count, self.best = count, []        # [(score, order of arrival, crop, {caption: ...})]
-        self.seen = 0
-
-    def offer(self, x, mask, outputs):
-        """Keep the best of one batch. outputs: decode_all's."""
-        scores, crops = half_known(x, mask)
-        for i in scores.argsort(descending=True)[:self.count].tolist():
-            pictures = {("", "original"): x[i], ("", "masked"): show_masked(x[i], mask[i])}
-            pictures |= {key: x_hat[i] for key, (x_hat, _) in outputs.items() if key[1] != "paste"}
-            pictures = {key: picture.to("cpu", copy=True) for key, picture in pictures.items()}
-            self.best.append((scores[i].item(), self.seen + i, crops[i], pictures))
-        self.seen += len(x)
-        self.best = sorted(self.best, key=lambda entry: (-entry[0], entry[1]))[:self.count]
-
-    def columns(self, cut):
-        """{(run, decoder): [(3,H,W), ...]} in the order of the data set; cut out where `cut`."""
-        columns = {}
-        for _, _, (top, left, side), pictures in sorted(self.best, key=lambda entry: entry[1]):
-            for key, picture in pictures.items():
-                window = picture[:, top:top + side, left:left + side] if cut else picture
-                columns.setdefault(key, []).append(window)
-        return columns
-
-
-def half_known(x, mask):
-    """How much fine detail meets the mask's border (B,), and the window: [(top, left, side)].
-
-    Detail is the squared step between neighbours. In the best window of half the picture's side,
-    the score is its known detail, or thrice its hidden detail where that is less.
-    """
-    step_x = F.pad(x.diff(dim=3).square(), (0, 1))                              # (B,3,H,W)
-    step_y = F.pad(x.diff(dim=2).square(), (0, 0, 0, 1))
-    detail = (step_x + step_y).mean(1, keepdim=True)                            # (B,1,H,W)
-    side = x.shape[2] // 2
-    stride = max(1, side // 16)
-    known = F.avg_pool2d(detail * (1 - mask), side, stride)                     # (B,1,h,w)
-    hidden = F.avg_pool2d(detail * mask, side, stride)
-    scores, places = torch.minimum(known, 3 * hidden).flatten(1).max(1)         # (B)
-    tops, lefts = places // known.shape[3] * stride, places % known.shape[3] * stride
-    return scores, [(top, left, side) for top, left in zip(tops.tolist(), lefts.tolist())]
-
-
-# -- the program -----------------------------------------------------------------------------------
-
-
-def evaluate_runs(paths, *, n=None, batch_size=None, device="cpu", lpips=None, weights=None,
-                  root=None, out=None):
+def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, size=None,
+                  folders=None):
     """Evaluate, print the table, write the report and its pictures; returns report.json's contents.
 
-    paths: run folders or stage files; device: a torch.device or its name. The others are the
-    program's flags (see `python eval.py --help`); None stands for their defaults.
-    Raises UserError.
+    paths: run folders, stage files or public checkpoints. n, data, root, size: which pictures; None
+    stands for the run's own. folders: a MatchedFolders of photos, masks and perhaps latents to be
+    used instead. Raises UserError.
     """
-    device = torch.device(device)
+    device = torch.device(options.device)
     runs = open_runs(paths, device)
-    config = runs[0].loaded.config
-    dataset = open_dataset(config["data"], root or config["root"], "val", config["size"])
-    n = min(n or (500 if config["data"] == "signs" else 1000), len(dataset))
-    batch_size = batch_size or max(1, min(16, 2**18 // config["size"]**2))
-    network, net, reason = open_lpips(config, lpips, weights, device)
-    out = Path(out) if out else _default_out(paths)
-    print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {dataset.describe()}; "
+    config = next((run.loaded.config for run in runs if "data" in run.loaded.config), {})
+    networks = options.networks(config, folders is not None and folders.refs)
+    bad = None
+    if folders is None:
+        name, size = data or config.get("data", "imagenet"), size or config.get("size", 256)
+        dataset = open_dataset(name, root or config.get("root"), "val", size)
+        n = min(n or (500 if name == "signs" else 1000), len(dataset))
+        batch_size = options.batch_size or max(1, min(16, 2**18 // size**2))
+        bad, about = BadFiles(len(dataset)), dataset.describe()
+        masks = {"kind": "thick", "size": size, "seed": 0}
+        batches = dataset_pictures(dataset, n, batch_size, device, bad)
+    else:
+        n, about, masks = len(folders), folders.describe(), _given(folders)
+        batches = folder_pictures(folders, options.batch_size or 4, device)
+    out = Path(options.out) if options.out else _default_out(paths)
+    print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {about}; "
            f"the report goes to {out}")
     examples = Examples(EXAMPLES)
-    with all_of_float32():
-        tally, bad = evaluate(runs, dataset, n, batch_size, device, network, examples)
-    notes = {"lpips": reason} if reason else {}
+    with all_of_float32(), torch.inference_mode():
+        tally = tally_batches(_shown(batches, n, partial(decode_all, runs)),
+                              partial(decode_all, runs), n, networks, examples.offer)
+    examples.over_ranks()
+    rows = rows_of([(run.name, run.loaded.config.get("decoder")) for run in runs], tally,
+                   networks.lpips_net)
+    report = make_report(rows, n, device, masks, config.get("seed"),
+                         networks.notes | _notes(runs, bad))
+    return _finish(report, about, options.table, out, examples)
+
+
+def _given(folders):
+    """report.json's masks for those that were given."""
+    return {"kind": "files" if folders.masks else None, "size": None, "seed": None}
+
+
+def _shown(batches, n, decode=None):
+    """The batches, with a progress line; the first is decoded once before, for an honest clock."""
+    progress = None
+    for done, pictures in enumerate(batches, 1):
+        if progress is None:
+            size = len(pictures.x)
+            progress = Progress("evaluation", 0, math.ceil(n / size / world_size()), size)
+            if decode:
+                decode(pictures)
+        yield pictures
+        progress.show(min(done, progress.steps), {})
+    if progress:
+        progress.close()
+
+
+def _notes(runs, bad):
+    """What the reader of the report must know of the runs and of the files."""
+    notes = {}
     unfinished = [f"{run.name} (step {run.loaded.step})" for run in runs if not run.loaded.finished]
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
-    if bad.paths:
-        notes["n"] = f"{len(bad.paths)} files could not be decoded; their neighbours stand in"
-    report = make_report(runs, tally, n, device, net, notes)
-    text = report_text(report, dataset.describe())
-    print0("\n" + text)
-    made = write_report(report, text, examples, out)
-    print0("wrote " + ", ".join(str(path) for path in made))
-    return report
+    paths = set().union(*gather_objects(bad.paths if bad else set()))
+    if paths:
+        notes["n"] = f"{len(paths)} files could not be decoded; their neighbours stand in"
+    return notes
 
 
 def _default_out(paths):
@@ -303,18 +147,75 @@ def _default_out(paths):
     return first if first.is_dir() else first.parent
 
 
+# -- on folders ------------------------------------------------------------------------------------
+
+
+def evaluate_folders(folders, options=Options()):
+    """As evaluate_runs, of pictures made by anything: a MatchedFolders with predictions."""
+    networks, key = options.networks({}, folders.refs), (folders.name, "files")
+    out = Path(options.out) if options.out else Path(f"{folders.name.rstrip('/')}-report")
+    print0(f"measuring {folders.describe()}; the report goes to {out}")
+    batches = folder_pictures(folders, options.batch_size or 8, options.device)
+    with all_of_float32(), torch.inference_mode():
+        tally = tally_batches(_shown(batches, len(folders)), lambda p: {key: (p.pred, 0.0)},
+                              len(folders), networks)
+    report = make_report(rows_of([(folders.name, None)], tally, networks.lpips_net), len(folders),
+                         torch.device(options.device), _given(folders), notes=networks.notes)
+    return _finish(report, folders.describe(), options.table, out)
+
+
+def evaluate_sets(pred, real, options=Options()):
+    """FID and inception score of two PictureFolders whose files are no pairs."""
+    device, key = torch.device(options.device), (pred.name, "files")
+    networks = replace(options, lpips="none", fid=True).networks({}, references=False)
+    about = f"{len(pred):,} pictures in {pred.name} against {len(real):,} in {real.name}"
+    out = Path(options.out) if options.out else Path(f"{pred.name.rstrip('/')}-report")
+    print0(f"measuring {about}; the report goes to {out}")
+    tally = Tally(len(pred))
+    with all_of_float32(), torch.inference_mode():
+        for owner, folder in ((REAL, real), (key, pred)):
+            for pictures in _shown(folder.pictures(options.batch_size or 8, device), len(folder)):
+                outputs = networks.inception and networks.inception(pictures.x)
+                tally.add(owner, pictures, {}, outputs)
+    rows = rows_of([(pred.name, None)], tally.over_ranks())
+    masks = {"kind": None, "size": None, "seed": None}
+    report = make_report(rows, len(pred), device, masks, notes=networks.notes)
+    return _finish(report, about, None, out)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def _finish(report, about, number, out, examples=None):
+    """Print the tables and write the files; rank 0 alone does."""
+    if rank() == 0:
+        text = report_text(report, about, number)
+        print0("\n" + text)
+        made = write_report(report, text, examples, out)
+        print0("wrote " + ", ".join(str(path) for path in made))
+    return report
+
+
 def write_report(report, text, examples, out):
-    """Write report.json, report.md and the two pictures into `out`; their paths."""
-    made = [out / name for name in ("report.md", "report.png", "report_crops.png", "report.json")]
+    """Write report.md, report.json and, with examples, the two pictures into `out`; their paths."""
+    made = [out / "report.md", out / "report.json"]
+    out.mkdir(parents=True, exist_ok=True)
     several = len({row["run"] for row in report["rows"]}) > 1
-    for path, cut in ((made[1], False), (made[2], True)):
-        columns = examples.columns(cut)
-        image_grid({_caption(key, several): pictures for key, pictures in columns.items()}, path)
+    pictures = ""
+    for name, title, cut in (("report.png", "whole pictures", False),
+                             ("report_crops.png", "fine detail, half known", True)):
+        columns = examples.columns(cut) if examples else {}
+        if columns:
+            image_grid({_caption(key, several): column for key, column in columns.items()},
+                       out / name)
+            made.append(out / name)
+            pictures += f"![{title}]({name})\n\n"
+    if pictures:
+        pictures = ("The pictures were chosen by the detail on both sides of the mask's border, "
+                    "whatever the decoders made of it; then cut out where that is.\n\n" + pictures)
     write_text(made[0], f"# Known pixels\n\n{text}\n\n`{report['command']}`, commit "
-               f"{report['commit']}\n\nThe pictures were chosen by the detail on both sides of the "
-               "mask's border, whatever the decoders made of it; then cut out where that is.\n\n"
-               "![whole pictures](report.png)\n\n![fine detail, half known](report_crops.png)\n")
-    write_text(made[3], json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+               f"{report['commit']}\n\n{pictures}")
+    write_text(made[1], json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return made
 
 
@@ -324,30 +225,103 @@ def _caption(key, several):
     return words.get(decoder, decoder) + (f"\n{run}" if several and run else "")
 
 
+# -- the program -----------------------------------------------------------------------------------
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description="What each decoder does to known pixels: the paper's Tables 2 and 3.")
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="run folders of train.py (or their stage files), on one first stage")
-    parser.add_argument("-n", type=int, metavar="N",
-                        help="pictures (default: all held-out ones, at most 1000; signs: 500)")
-    parser.add_argument("--batch-size", type=int, metavar="B",
-                        help="pictures at once (default: 16 up to 128 px, 4 at 256, 1 at 512)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    parser.add_argument("--lpips", choices=(*TRUNKS, "none"),
-                        help="network of the LPIPS column (default: the run's --perceptual)")
-    parser.add_argument("--weights", metavar="DIR",
-                        help="folder of LPIPS's files (default: the run's --weights)")
-    parser.add_argument("--root", metavar="DIR",
-                        help="folder of the pictures (default: the run's --root)")
-    parser.add_argument("--out", metavar="DIR",
-                        help="where the report goes (default: RUN; of several: RUN/compare)")
-    args = parser.parse_args()
-    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size)):
+    args = _parser().parse_args()
+    _check(args)
+    options = Options(setup(args.device), args.batch_size, args.lpips, args.weights, args.fid,
+                      args.clip, args.table, args.out)
+    if args.unpaired:
+        pred = PictureFolder("--pred", args.pred, args.n)
+        evaluate_sets(pred, PictureFolder("--real", args.real), options)
+        return
+    folders = None
+    if args.real:
+        folders = MatchedFolders(args.real, args.pred, args.masks, args.refs, args.latents,
+                                 scaling_factor=args.scaling_factor or 1.0,
+                                 invert_mask=args.invert_mask, limit=args.n)
+    if args.pred:
+        evaluate_folders(folders, options)
+    else:
+        evaluate_runs(args.runs, options, n=args.n, data=args.data, root=args.root, size=args.size,
+                      folders=folders)
+
+
+def _check(args):
+    """Raise UserError for flags that contradict one another or lack one another."""
+    if bool(args.runs) == bool(args.pred):
+        raise UserError("give either runs, as in eval.py RUN, or pictures, as in eval.py --pred "
+                        "DIR --real DIR")
+    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size), ("--size", args.size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: give a number from 1 on")
-    evaluate_runs(args.runs, n=args.n, batch_size=args.batch_size, device=setup(args.device),
-                  lpips=args.lpips, weights=args.weights, root=args.root, out=args.out)
+    for flag in ("pred", "masks", "refs", "latents"):
+        if getattr(args, flag) and not args.real:
+            raise UserError(f"--{flag} needs --real DIR, the original pictures")
+    if args.latents and not args.runs:
+        raise UserError("--latents needs a decoder: eval.py RUN --latents DIR --real DIR")
+    if args.latents and args.scaling_factor is None:
+        raise UserError("--latents needs --scaling-factor: 0.18215 for Stable Diffusion's, 0.13025 "
+                        "for SDXL's, 1 for latents as the first stage encodes them")
+    if args.unpaired and (not args.pred or args.masks or args.refs or args.table):
+        raise UserError("--unpaired is for FID and inception score of two sets alone: eval.py "
+                        "--pred DIR --real DIR --unpaired")
+    if args.table in MADE_TABLES and not (args.pred or args.latents):
+        raise UserError(f"--table {args.table} is about pictures that a generator made: give them "
+                        "with --pred DIR --real DIR, or its latents with RUN --latents DIR "
+                        "--real DIR")
+    if args.table and args.real and not args.masks:
+        raise UserError(f"--table {args.table} needs --masks DIR")
+    if args.table in CLIP_TABLES and not args.refs:
+        raise UserError(f"--table {args.table} has a CLIP score: give the reference pictures with "
+                        "--refs DIR")
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        description="The paper's tables: what decoders do to known pixels, and FID, inception "
+                    "score, LPIPS and CLIP score of pictures made by anything.")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN",
+        help="run folders of train.py, their stage files, or public checkpoints, on one first "
+             "stage")
+    add("--pred", metavar="DIR", help="pictures made by anything, instead of runs")
+    add("--real", metavar="DIR", help="the originals, matched by file name")
+    add("--masks", metavar="DIR", help="masks of the same names; white = generated")
+    add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
+    add("--latents", metavar="DIR",
+        help="latents (.npy, .pt) of the same names, for the runs to decode")
+    add("--scaling-factor", type=float, metavar="S",
+        help="latents are divided by S first: 0.18215 for Stable Diffusion's, 0.13025 for SDXL's, "
+             "1 for a decoder's own (no default)")
+    add("--invert-mask", action="store_true", help="the masks are black where generated")
+    add("--unpaired", action="store_true",
+        help="PRED and REAL are sets of other pictures: FID and inception score alone")
+    add("--table", choices=PAPER_TABLES, help="print this table of the paper, too")
+    add("--data", choices=("signs", "imagenet", "folder"),
+        help="held-out pictures for the runs (default: the run's --data; else imagenet)")
+    add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
+    add("--size", type=int, metavar="PX", help="their size (default: the run's --size; else 256)")
+    add("-n", type=int, metavar="N",
+        help="pictures (default: all given ones; of a run's held-out ones at most 1000, signs 500)")
+    add("--batch-size", type=int, metavar="B",
+        help="pictures at once (default: 16 up to 128 px, 4 at 256, 1 at 512; of folders 8, of "
+             "folders with runs 4)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--lpips", choices=(*TRUNKS, "none"),
+        help="network of the LPIPS column (default: the run's --perceptual; else vgg)")
+    add("--no-fid", dest="fid", action="store_false",
+        help="leave out FID and inception score, the slowest columns without a GPU")
+    add("--clip", choices=CLIP_MODELS, default="ViT-B/32",
+        help="network of the CLIP score (default: ViT-B/32)")
+    add("--weights", metavar="DIR",
+        help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
+    add("--out", metavar="DIR",
+        help="where the report goes (default: RUN; of several: RUN/compare; of pictures: "
+             "PRED-report)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from distributed import (
     setup,
     world_size,
 )
-from eval import evaluate_runs
+from eval import Options, evaluate_runs
 from figures import curves, image_grid
 from losses import LPIPS
 from options import HOW, parse, resolve, smaller_command
@@ -188,8 +188,8 @@ def report_unless_there(run):
     if report.exists() and report.stat().st_mtime >= weights.stat().st_mtime:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
-        evaluate_runs([run.out], device=run.device, root=run.settings["root"],
-                      weights=run.settings["weights"])
+        options = Options(run.device, weights=run.settings["weights"], fid=False)
+        evaluate_runs([run.out], options, root=run.settings["root"])
 
 
 def build(name, run):

@@ -1,0 +1,110 @@
+"""The tables that people read."""
+
+import pytest
+from tiny_reports import CPU, example_report, example_tally
+
+from report import make_report, rows_of
+from tables import PAPER_TABLES, bucket_table, paper_table, report_text, table
+
+
+def _cells(text, row):
+    return [cell.strip() for cell in text.split("\n")[row].split("|")[1:-1]]
+
+
+def _of(report, decoder):
+    return next(row for row in report["rows"]
+                if row["decoder"] == decoder and row["bucket"] == "all")
+
+
+def test_what_runs_share_stands_once_first_and_last():
+    text = table(example_report())
+    lines = text.split("\n")
+    assert len(lines) == 2 + 6
+    assert text.count("(vanilla)") == text.count("(paste)") == 1
+    assert "(vanilla)" in lines[2]
+    assert "(paste)" in lines[-1]
+    assert "ours (base, concat) w/o mask: concat" in text
+    assert len({len(line) for line in lines}) == 1               # aligned
+
+
+def test_the_table_gives_both_ranges_and_how_much_better_than_vanilla():
+    report = example_report()
+    _of(report, "vanilla")["pre_error"], _of(report, "asym")["pre_error"] = 1082.8e-5, 5.7e-5
+    text = table(report)
+    assert _cells(text, 0)[1:4] == ["pre_error/1e-5", "in [-1,1]", "gain"]
+    assert _cells(text, 2)[1:4] == ["1,083", "4,331", "1.000x"]
+    assert _cells(text, 3)[1:4] == ["5.700", "22.80", "190.0x"]
+    assert _cells(text, -1)[3:5] == ["∞", "∞"]                   # pasted: no error at all
+
+
+def test_a_column_that_was_asked_for_in_vain_says_na_and_others_are_left_out():
+    heads = _cells(table(example_report()), 0)
+    assert "FID" in heads
+    assert "IS" in heads
+    assert "LPIPS" not in heads
+    assert "CLIP score" not in heads
+    assert _cells(table(example_report()), 2)[heads.index("FID")] == "n/a"
+    text = report_text(example_report(), "4 of these")
+    assert "FID, IS: n/a: x.pth is not in y" in text             # one line for one file
+    assert "LPIPS: not computed: --lpips none" in text
+
+
+def test_the_inception_score_stands_with_its_deviation():
+    report = example_report(is_mean=37.55, is_std=0.321, fid=9.571)
+    heads = _cells(table(report), 0)
+    assert _cells(table(report), 2)[heads.index("IS")] == "37.55 ± 0.32"
+    assert _cells(table(report), 2)[heads.index("FID")] == "9.57"
+
+
+def test_the_bins_are_listed_with_their_numbers_of_pictures():
+    text = bucket_table(example_report())
+    assert _cells(text, 0)[:3] == ["decoder", "area, %", "n"]
+    assert [_cells(text, row)[1:3] for row in (2, 3)] == [["20-30", "2"], ["40-50", "2"]]
+    assert len(text.split("\n")) == 2 + 6 * 2                    # shared rows once
+    report = example_report()
+    assert bucket_table(report | {"rows": [_of(report, "asym")]}) == ""
+
+
+@pytest.mark.parametrize("number", PAPER_TABLES)
+def test_a_table_of_the_paper_has_its_columns_ours_above_and_its_figures_below(number):
+    report = example_report(fid=7.5, lpips=0.125, clip_score=86.0)
+    text, paper = paper_table(report, number), PAPER_TABLES[number]
+    lines = [line for line in text.split("\n") if line.startswith("|")]
+    assert all(len(figures) == len(paper.cells) for figures in paper.paper.values())
+    own = [line for line in lines[2:] if "paper:" not in line]
+    decoders = [row["decoder"] for row in report["rows"] if row["bucket"] == "all"]
+    expected = {(row["run"] if row["decoder"].startswith("asym") else "", row["decoder"])
+                for row in report["rows"] if row["decoder"] in paper.decoders}
+    assert decoders
+    assert len(own) == len(expected)
+    assert len(lines) == 2 + len(own) + len(paper.paper)
+    assert "n/a" not in text
+
+
+def test_table_2_prints_pre_error_in_the_papers_unit():
+    text = paper_table(example_report(), "2")
+    lines = [line for line in text.split("\n") if line.startswith("|")]
+    assert "1,083" in lines[-5]
+    assert "5.700" in lines[-4]
+    assert lines[2].split("|")[3].strip() == "n/a"               # no FID here
+
+
+def test_table_1_takes_the_hard_masks_from_their_bin():
+    report = example_report(lpips=0.1, fid=3.0)
+    for row in report["rows"]:
+        if row["bucket"] == "40-50":
+            row["lpips"], row["fid"] = 0.3, 9.0
+    cells = _cells(paper_table(report, "1").split("\n\n")[1], 2)
+    assert cells[1:] == ["4", "9.00", "0.3000", "3.00", "0.1000"]
+
+
+def test_pictures_of_another_program_bear_their_folders_name_and_have_no_gain():
+    tally = example_tally([("sd-results", "files")])
+    tally.seconds["sd-results", "files"] = 0.0                   # nothing was decoded here
+    report = make_report(rows_of([("sd-results", None)], tally), 4, CPU,
+                         {"kind": "files", "size": None, "seed": None})
+    text = report_text(report, "4 pictures of sd-results")
+    assert text.startswith("4 pictures of sd-results; cpu")
+    assert "gain" not in table(report)
+    assert "| sd-results" in text
+    assert "images/s" not in table(report)
