@@ -11,7 +11,6 @@ place of QuickGELU), which no file tells: they would give wrong scores here. Not
 pictures (tally.py), the text tower, where files come from (weights.py).
 """
 
-import json
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import UserError
-from pickles import check_download, read_pickle, read_torchscript
+from pickles import read_pickle, read_torchscript
+from tensor_file import read_safetensors
 from weights import PUBLISHED_FILES, find_weights
 
 SIZE = 224                                       # pixels a side that the towers see
@@ -207,8 +207,6 @@ class Attention(nn.Module):
 # -- files -----------------------------------------------------------------------------------------
 
 HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
 
 # Hugging Face's names -> OpenAI's, which are ours; a name may be in reach of several rows.
 HUGGING_FACE_NAMES = (
@@ -277,7 +275,7 @@ def _read(path, file):
     """The state dict in `path`; `file`, the published one, is named where it cannot be read."""
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+            return read_safetensors(path)
         state = read_torchscript(path) if _is_torchscript(path) else read_pickle(path)[0]
     except UserError as error:
         raise UserError(f"{error}; put a fresh copy of {_address(file)} there") from None
@@ -294,23 +292,3 @@ def _is_torchscript(path):
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except zipfile.BadZipFile:
         return False
-
-
-def _read_safetensors(path):
-    """{name: tensor}: eight bytes of length, as many of JSON, the numbers of one tensor each."""
-    with path.open("rb") as file:
-        check_download(path, file)
-    try:
-        data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped
-        start = 8 + int.from_bytes(data[:8].tolist(), "little")
-        entries = json.loads(data[8:start].numpy().tobytes())
-        entries.pop("__metadata__", None)
-        state = {}
-        for name, entry in entries.items():
-            first, last = entry["data_offsets"]
-            numbers = data[start + first:start + last].clone()
-            state[name] = numbers.view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
-        return state
-    except Exception as error:                   # a damaged header can ask for anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None

@@ -17,7 +17,6 @@ read safely is in checkpoint.py and public.py, names and sizes are in layouts.py
 import argparse
 import json
 import math
-import os
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from layouts import (
 )
 from public import PIPELINE_FOLDERS, read_public
 from run_folder import write_text
+from tensor_file import write_safetensors
 from vqgan import VQGAN, VQGANConfig
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
@@ -312,7 +312,7 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
         folder.mkdir(parents=True, exist_ok=True)
         made[1].unlink(missing_ok=True)     # a kill leaves no weights that the new config belies
         write_text(made[0], json.dumps(fields | MARK, indent=2) + "\n")
-        _write_safetensors(made[1], diffusers_names(_file_names(model)))
+        write_safetensors(made[1], diffusers_names(_file_names(model)))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; make room or choose "
                         "another folder") from None
@@ -341,24 +341,6 @@ def _may_be_replaced(folder):
     names, settings = {path.name for path in folder.iterdir()}, folder / "config.json"
     marked = settings.is_file() and json.dumps(MARK)[1:-1] in settings.read_text(errors="replace")
     return not names or (marked and names <= EXPORTED)
-
-
-def _write_safetensors(path, weights):
-    """That format, in float32: 8 bytes of length, a JSON header, the bytes of the tensors."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, value in weights.items():
-        start, end = end, end + 4 * value.numel()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                     # the tensors lie aligned
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in weights.values():
-            file.write(value.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 # -- the program -----------------------------------------------------------------------------------

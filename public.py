@@ -3,7 +3,7 @@
     folder: diffusers' own, or a pipeline's vae/, movq/ or vqvae/ --+--> config.json
                                                                     +--> one file of weights
     .ckpt .pt .pth .bin --pickles.read_pickle--> contents --+
-    .safetensors --------safetensors------------------------+--> {key: tensor}
+    .safetensors --------tensor_file.read_safetensors-------+--> {key: tensor}
         --what is no first stage left out, prefix taken off--> Public.state, and what was left out
 
 A whole Stable Diffusion checkpoint is mostly U-Net: its file is mapped, and only what is kept is
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from distributed import UserError
-from pickles import check_download, read_pickle
+from pickles import read_pickle
+from tensor_file import read_safetensors
 
 PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder. may stand behind
 PIPELINE_FOLDERS = ("vae", "movq", "vqvae")
@@ -168,7 +169,7 @@ def _weights_in(folder):
 def _read(file):
     """({key: value}, stand-ins) of a file, without what a trainer wraps around a state dict."""
     if file.suffix == ".safetensors":
-        return _read_safetensors(file), []
+        return read_safetensors(file), []
     contents, stand_ins = read_pickle(file)
     for wrapper in ("state_dict", "model"):
         if isinstance(contents, dict) and isinstance(contents.get(wrapper), dict):
@@ -180,18 +181,3 @@ def _read(file):
     if not all(isinstance(key, str) and key.isprintable() for key in contents):
         raise UserError(f"{file}: holds a dictionary whose keys are no names, not a state dict")
     return contents, stand_ins
-
-
-def _read_safetensors(file):
-    """The tensors of a .safetensors file, mapped."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{file}: pip install safetensors to read it") from None
-    try:
-        with file.open("rb") as opened:
-            check_download(file, opened)
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or no checkpoint ({error})") from None

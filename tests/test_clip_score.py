@@ -546,6 +546,6 @@ def test_safetensors_are_read_as_by_the_library(tmp_path):
     library.save_file(state | {"vision_model.brain": torch.randn(3).bfloat16()},
                       tmp_path / "model.safetensors")
     ours, theirs = (image_tower(read(tmp_path / "model.safetensors"))
-                    for read in (module._read_safetensors, library.load_file))
+                    for read in (module.read_safetensors, library.load_file))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

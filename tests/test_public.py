@@ -1,6 +1,5 @@
 import json
 import struct
-import sys
 from argparse import Namespace
 
 import pytest
@@ -234,7 +233,6 @@ def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, r
 
 
 def test_safetensors_come_like_pickles_and_before_them(tmp_path):
-    pytest.importorskip("safetensors")
     weights, config = first_stage(), write_config(tmp_path)
     weights["quant_conv.weight"] = weights["quant_conv.weight"].bfloat16()
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", weights)
@@ -249,21 +247,13 @@ def test_safetensors_come_like_pickles_and_before_them(tmp_path):
 
 
 @pytest.mark.parametrize(("data", "reason"), [
-    (b"", "it is empty"), (b"<html>", "it is a web page"), (b"\x10", "header"),
-    (struct.pack("<Q", 2) + b"{", "header"),
+    (b"", "it is empty"), (b"<html>", "it is a web page"), (b"\x10", "Error"),
+    (struct.pack("<Q", 2) + b"{", "JSONDecodeError"),
     (b"version https://git-lfs.github.com/spec/v1", "it is a git-lfs pointer"),
 ])
 def test_a_damaged_safetensors_file_is_one_line(tmp_path, data, reason):
-    pytest.importorskip("safetensors")
     (tmp_path / "a.safetensors").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.safetensors: truncated or no checkpoint.*{reason}"):
-        read_public(tmp_path / "a.safetensors")
-
-
-def test_a_safetensors_file_without_the_package_names_the_mend(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    write_safetensors(tmp_path / "a.safetensors", first_stage())
-    with pytest.raises(UserError, match=r"a\.safetensors: pip install safetensors"):
         read_public(tmp_path / "a.safetensors")
 
 
