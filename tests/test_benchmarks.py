@@ -8,9 +8,11 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALLEST = {
+    "diffusion": ["--codes", "8", "--size", "4", "--batch-size", "4", "--rounds", "1"],
     "fid": ["--dim", "12", "--images", "5", "40", "--rounds", "1"],
     "nearest_code": ["--rows", "64", "--cases", "16x4", "32x8", "--rounds", "1"],
     "pconv": ["--size", "8", "--rounds", "1", "--system-malloc"],
+    "refit": ["--rows", "200", "--codes", "8", "--width", "4", "--passes", "1", "--rounds", "1"],
     "signs": ["--size", "32", "--pictures", "2", "--rounds", "1"],
     "step": ["--size", "32", "--batch-size", "2", "--rounds", "1", "--threads", "1"],
 }

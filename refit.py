@@ -1,0 +1,244 @@
+"""The codebook built anew, ReFiT's first half: the features that occur, clustered. [DDM Sec. 3.2]
+
+Codes that are trained beside their encoder follow it too slowly: a few move, most are never chosen
+again. ReFiT keeps the encoder, clusters what it says about the training images, and makes the
+centres the codebook, of as many codes as one likes:
+
+    images --encoder--> z_e (B,d,h,w) --a random cell--> features (P,d)         sample_features
+    features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
+    VQGAN, codebook --> the same VQGAN, of which only the decoder trains        install_codebook
+    indices of a split --> counts (K) --> usage, perplexity, before and after   count_codes
+
+Not here: the fine-tuning of the decoder, which is a stage of training (stages.py); the search for
+the nearest code (quantize.py).
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from distributed import gather_objects, rank, world_size
+from quantize import nearest_code
+
+CHUNK = 1024                     # features at once: what keeps temporary memory small
+_DRAW_STREAM = 301               # first number of the key of the random stream, as in data.py
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample_features(encode, batches, images, P, key, batch_size=32):
+    """P features of a data set: (P,d) float32 on the CPU, the same on every process. [DDM Sec. 4.1]
+
+    Each comes from an image drawn uniformly, with replacement, out of `images` (a count), and from
+    a uniform cell of its h x w map. key: (seed, stage id); draw p is a function of key and p alone,
+    so a larger P only adds. An image drawn several times is encoded once.  deviation D41
+
+    encode: x (b,3,H,W) -> z_e (b,d,h,w), VQGAN.moments of a model in eval mode.
+    batches: called once, with lists of image indices, yields the x of each list, in this order.
+    Every process must call this: they share the images, in whole batches, so that their number
+    changes no bit.
+    """
+    draws = torch.from_numpy(np.random.default_rng((_DRAW_STREAM, *key)).random((P, 2)))
+    image = (draws[:, 0] * images).long()                                   # (P)
+    parts = image.unique().split(batch_size)[rank()::world_size()]          # ascending, (b) each
+    found = []
+    for part, x in zip(parts, batches([part.tolist() for part in parts]), strict=True):
+        z_e = encode(x).float().flatten(2).cpu()                            # (b, d, h·w)
+        rows = ((image >= part[0]) & (image <= part[-1])).nonzero()[:, 0]   # (r), draws from part
+        place = torch.searchsorted(part, image[rows])                       # (r)
+        cell = (draws[rows, 1] * z_e.shape[2]).long()                       # (r)
+        found.append((rows, z_e[place, :, cell]))                           # (r), (r, d)
+    found = [pair for share in gather_objects(found) for pair in share]
+    rows, values = map(torch.cat, zip(*found))                              # (P), (P, d)
+    return values[rows.argsort()]
+
+
+# -- clustering ------------------------------------------------------------------------------------
+
+def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
+    """K codes for features (P,d): the codebook (K,d), and kmeans' inertia history. [DDM Sec. 3.2]
+
+    P should be far larger than K. Other arguments: see kmeans and afkmc2_seeds.  deviation D43
+    Raises ValueError where K is larger than P, and for features that are not finite.
+    """
+    if not features.isfinite().all():
+        raise ValueError("features are not finite: the encoder that made them has diverged")
+    seeds = afkmc2_seeds(features, K, chain, generator)
+    codebook, _, inertia = kmeans(features, features[seeds], iterations)
+    return codebook, inertia
+
+
+@torch.no_grad()
+def afkmc2_seeds(features, K, chain=200, generator=None):
+    """AFK-MC² seeding, k-means++ by a Markov chain: indices (K,) of features (n,d). [DDM Sec. 3.2]
+
+    Bachem et al. 2016, Algorithm 1. k-means++ draws each seed x with probability ~ d(x,C)², its
+    squared distance to the nearest of the seeds C so far, which takes a pass over all features for
+    each seed. Here d(x,C)² is the stationary law of a chain of length `chain` whose proposals come
+    from the fixed law
+
+        q(x) = 1/2 d(x,c_1)² / sum_x' d(x',c_1)² + 1/(2n),    c_1 uniform,
+
+    so only the proposals' distances are needed: K · chain features, whatever n is.
+    generator: a CPU torch.Generator. A feature may be chosen twice where distinct ones are scarce.
+    Raises ValueError unless 1 <= K <= n.
+    """
+    n = len(features)
+    if not 1 <= K <= n:
+        raise ValueError(f"{K} centres from {n} features: K must be from 1 to their number; "
+                         "sample more features or ask for fewer codes")
+    features = _wide(features)
+    chosen = torch.randint(n, (1,), generator=generator).tolist()
+    squared = _squared_distance(features, features[chosen])                 # (n), to c_1
+    # Where all features are alike, no distance tells them apart: q is uniform.
+    share = squared / squared.sum() if squared.any() else torch.full_like(squared, 1 / n)
+    q = 0.5 * share + 0.5 / n                                               # (n)
+    cdf = q.cumsum(0)                                                       # (n)
+    proposal, level = torch.rand(2, K - 1, chain, dtype=torch.float64, generator=generator)
+    proposals = torch.searchsorted(cdf / cdf[-1], proposal, right=True)     # (K-1, chain)
+    for candidates, levels in zip(proposals, level):
+        x, seeds = features[candidates], features[chosen]                   # (chain, d), (k, d)
+        nearest = seeds[nearest_code(x, seeds)]                             # (chain, d)
+        weight = _squared_distance(x, nearest) / q[candidates]              # (chain)
+        chosen.append(candidates[_last_state(weight.tolist(), levels.tolist())].item())
+    return torch.tensor(chosen, device=features.device)
+
+
+def _last_state(weight, level):
+    """Where a Metropolis chain over proposals 0, 1, ... ends; it starts at 0.
+
+    Proposal y replaces x with probability min(1, weight[y] / weight[x]), always from weight 0.
+    """
+    state = 0
+    for y in range(1, len(weight)):
+        if weight[y] >= level[y] * weight[state]:
+            state = y
+    return state
+
+
+@torch.no_grad()
+def kmeans(features, centres, iterations=100, tolerance=1e-4):
+    """Lloyd's algorithm from the given centres: (centres (K,d), assignment (n,), inertia).
+
+    features: (n,d). inertia: a list, sum |x - c|² at the start and after each move of the centres;
+    it never rises, and its last value and `assignment` belong to the returned centres. Ends after
+    `iterations` moves or when the squared length of a move, over all centres, is at most
+    `tolerance` times the features' mean variance.
+
+    An empty cluster takes over a feature far from its own centre; where features are fewer
+    distinct ones than K, the surplus centres repeat others, and ties go to the lowest index.
+    Each assignment is float64's (see nearest_code) and means are summed in float64, row by row on
+    the CPU: CHUNK changes no bit.
+    """
+    features = _wide(features)
+    centres = centres.to(features)
+    standstill = tolerance * features.var(0, correction=0).mean().item()
+    assignment, distance = _assign(features, centres)                       # (n), (n)
+    inertia = [distance.sum().item()]
+    for _ in range(iterations):
+        _fill_empty(features, assignment, distance, len(centres))
+        moved = _means(features, assignment, centres)                       # (K, d)
+        move = (moved - centres).square().sum().item()
+        centres = moved
+        assignment, distance = _assign(features, centres)
+        inertia.append(distance.sum().item())
+        if move <= standstill:
+            break
+    return centres, assignment.to(features.device), inertia
+
+
+def _assign(features, centres):
+    """Each feature's nearest centre (n,) and squared distance to it (n,), on the CPU."""
+    assignment = nearest_code(features, centres)                            # (n)
+    distance = [_squared_distance(part, centres[index])
+                for part, index in zip(features.split(CHUNK), assignment.split(CHUNK))]
+    return assignment.cpu(), torch.cat(distance)
+
+
+def _wide(features):
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _squared_distance(a, b):
+    """|a - b|² row by row, a (n,d), b (n,d) or (1,d): (n,) float64 on the CPU, 0 for equal rows."""
+    return (a - b).square().sum(1).cpu().double()
+
+
+def _means(features, assignment, centres):
+    """The mean of each cluster (K,d); an empty cluster keeps its centre."""
+    total = torch.zeros(centres.shape, dtype=torch.float64)
+    for part, index in zip(features.split(CHUNK), assignment.split(CHUNK)):
+        total.index_add_(0, index, part.cpu().double())
+    count = assignment.bincount(minlength=len(centres))[:, None]            # (K, 1)
+    mean = (total / count).to(centres)                                      # (K, d), NaN if empty
+    return torch.where(count.to(mean.device) > 0, mean, centres)
+
+
+def _fill_empty(features, assignment, distance, K):
+    """Let each empty cluster take over one of the farthest features, in `assignment` (n,) itself.
+
+    Never two equal ones, of which one would be left without features again; never a cluster's last
+    one, which would only move the gap; never one on its centre. A cluster stays empty where there
+    is no other.
+    """
+    count = assignment.bincount(minlength=K)
+    empty = (count == 0).nonzero()[:, 0].tolist()
+    farthest_first = distance.argsort(descending=True, stable=True).tolist() if empty else []
+    taken = set()
+    for i in farthest_first:
+        if not empty or distance[i] == 0:
+            break
+        donor, value = assignment[i].item(), tuple(features[i].tolist())
+        if count[donor] > 1 and value not in taken:
+            count[donor] -= 1
+            taken.add(value)
+            assignment[i] = empty.pop(0)
+
+
+# -- the model, and what its codes are used for ----------------------------------------------------
+
+def install_codebook(model, codebook):
+    """Give a VQGAN the codes (K,d), K free, in place; only its decoder trains from then on.
+
+    Encoder, quant_conv and codes are frozen, decoder and post_quant_conv are not. [DDM Sec. 4.1]
+    deviation D42
+    Raises ValueError for a KL latent and for codes of another width.
+    """
+    config, (K, d) = model.config, codebook.shape
+    if config.latent != "vq":
+        raise ValueError("a KL latent has no codebook to rebuild")
+    if d != config.embed_dim:
+        raise ValueError(f"codes of width {d} for a model with embed_dim={config.embed_dim}")
+    old = model.quantize.embedding.weight
+    codes = codebook.detach().to(old, copy=True)
+    model.quantize.embedding = nn.Embedding.from_pretrained(codes)
+    model.quantize.K, model.config = K, replace(config, K=K)
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+    model.post_quant_conv.requires_grad_(True)
+
+
+def count_codes(batches, K):
+    """How often each of K codes occurs in `batches` of indices, of any shape: (K,) int64.
+
+    batches: an iterable, such as (model.indices(x) for x in ...), so a whole split need not be held
+    at once. Processes that count a share each add up their counts.
+    """
+    counts = torch.zeros(K, dtype=torch.int64)
+    for indices in batches:
+        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
+    return counts
+
+
+def code_statistics(counts):
+    """{"K", "usage", "perplexity"} of count_codes' result over a whole split. [DDM Tab. 1]
+
+    usage: the fraction of codes that occur at all. perplexity: exp(entropy in nats) of their
+    frequencies, from 1 (one code only) to K (all alike).  deviation D44
+    """
+    frequency = counts.double() / counts.sum()                              # (K)
+    return {"K": len(counts), "usage": (counts > 0).double().mean().item(),
+            "perplexity": torch.special.entr(frequency).sum().exp().item()}
