@@ -13,8 +13,6 @@ divides on the device).
 """
 
 import atexit
-import hashlib
-import json
 import os
 import signal
 import time
@@ -27,10 +25,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from distributed import UserError, print0
+from listing import EXTENSIONS, list_images
 from masks import evaluation_mask, training_mask
 from signs import draw_scene
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
 
 # First numbers of the keys of random streams; masks.py has its own.
@@ -115,19 +113,23 @@ class ImageFiles:
         return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
 
 
+def default_root(name):
+    """Where a data set's pictures are when nobody says: a path, or None."""
+    return os.environ.get("IMAGENET") or "data/imagenet" if name == "imagenet" else None
+
+
 def open_dataset(name, root, split, size, seed=0, limit=None):
     """The data set that `--data name --root root` means. limit: only its first N pictures.
 
-    name: "signs", "folder" or "imagenet" (root, else $IMAGENET, else data/imagenet). UserError
-    names flag and mend.
+    name: "signs", "folder" or "imagenet"; root: default_root's if None. UserError names flag and
+    mend.
     """
     if name == "signs":
         return Signs(split, size, seed, limit)
-    if name == "imagenet":
-        root = root or os.environ.get("IMAGENET") or "data/imagenet"
-    elif name != "folder":
+    root = root or default_root(name)
+    if name not in ("imagenet", "folder"):
         raise UserError(f"--data {name}: choose signs, folder or imagenet")
-    elif not root:
+    if not root:
         raise UserError("--data folder: say where the pictures are with --root DIR")
     return ImageFiles(root, split, size, layout=name, limit=limit)
 
@@ -151,76 +153,6 @@ def _split_files(root, split, layout):
     elif not as_it_is:
         names = names[::20] if split == "val" else [n for i, n in enumerate(names) if i % 20]
     return folder, names
-
-
-def list_images(folder):
-    """Paths of all pictures below `folder`, relative to it, sorted by name, then path; hidden files
-    are left out.
-
-    By name first: ImageNet's val then has one order, flat or by class, and its first images are of
-    many classes. A list is kept in the user's cache folder and holds while no directory below
-    `folder` changes.
-    """
-    folder = Path(folder).resolve()
-    cache = _cache_file(folder)
-    names = _cached_list(cache, folder)
-    if names is not None:
-        return names
-    directories, names = _walk(folder)
-    names.sort(key=lambda name: (os.path.basename(name), name))
-    # A directory touched this instant may change again within its clock's tick: not worth trusting.
-    if cache and max(directories.values()) < time.time_ns() - 2_000_000_000:
-        _write_cache(cache, {"folder": str(folder), "directories": directories, "names": names})
-    return names
-
-
-def _walk(folder):
-    """({directory: mtime in ns}, names) with links followed, each directory once."""
-    def fail(error):
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-    directories, names, seen = {}, [], set()
-    for here, below, files in os.walk(folder, followlinks=True, onerror=fail):
-        state = os.stat(here)
-        if (state.st_dev, state.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = os.path.relpath(here, folder)
-        directories[relative] = state.st_mtime_ns
-        names += [os.path.normpath(os.path.join(relative, name)) for name in files
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return directories, names
-
-
-def _cache_file(folder):
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home folder
-        return None
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]
-    return base / "asymmetric-vqgan" / f"files-{name}.json"
-
-
-def _cached_list(cache, folder):
-    try:
-        kept = json.loads(cache.read_text())
-        fresh = all(os.stat(folder / name).st_mtime_ns == mtime
-                    for name, mtime in kept["directories"].items())
-        return kept["names"] if fresh and kept["folder"] == str(folder) else None
-    except (AttributeError, OSError, ValueError, KeyError, TypeError):
-        return None  # no cache, or not one of ours: list anew
-
-
-def _write_cache(cache, content):
-    part = cache.with_suffix(f".{os.getpid()}")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content))
-        part.replace(cache)
-    except OSError:
-        pass  # a folder that cannot be written costs time, nothing else
 
 
 # -- decoding --------------------------------------------------------------------------------------
@@ -339,26 +271,40 @@ def check_files(dataset, workers=0):
 
 # -- the order of training -------------------------------------------------------------------------
 
+class Order:
+    """Position of the image in the run -> its index; each epoch is a permutation of all `length`.
+
+    key: (seed, stage_id), from which, with the epoch, the permutation is drawn.
+    """
+
+    def __init__(self, length, key):
+        self.length, self.key = length, key
+        self._epoch, self._order = None, None
+
+    def __getitem__(self, position):
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((_ORDER_STREAM, *self.key, epoch))
+            self._epoch, self._order = epoch, rng.permutation(self.length)
+        return int(self._order[place])
+
+
 class TrainingItems:
     """Map-style data set over positions 0, 1, 2, ... of the images in a run.
 
-    An epoch is a permutation drawn from (seed, stage_id, epoch); crop and mask come from (seed,
-    stage_id, position). Items: image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), position, bad
-    (paths). p_full, kind: training_mask's; masks=False: all masks full.
+    An epoch is a permutation (Order); crop and mask come from (seed, stage_id, position). Items:
+    image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), position, bad (paths). p_full, kind:
+    training_mask's; masks=False: all masks full.
     """
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)
         self.kind, self.p_full = kind, p_full if masks else 1.0
-        self._epoch, self._order = None, None
+        self.order = Order(len(dataset), self.key)
 
     def __getitem__(self, position):
-        epoch, place = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
-            rng = np.random.default_rng((_ORDER_STREAM, *self.key, epoch))
-            self._epoch, self._order = epoch, rng.permutation(len(self.dataset))
         crop_rng = np.random.default_rng((_CROP_STREAM, *self.key, position))
-        image, bad = self.dataset.read(int(self._order[place]), crop_rng)
+        image, bad = self.dataset.read(self.order[position], crop_rng)
         mask, full = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
         return {"image": _planes(image), "mask": torch.from_numpy(mask)[None], "full": full,
                 "position": position, "bad": bad}
@@ -369,13 +315,13 @@ def _planes(image):
 
 
 def _collate(items):
+    """Tensors stacked, other values listed, `bad` united."""
     if "error" in items[0]:
         return items[0]
-    return {"image": torch.stack([item["image"] for item in items]),                # (b,3,H,W)
-            "mask": torch.stack([item["mask"] for item in items]),                  # (b,1,H,W)
-            "full": [item["full"] for item in items],
-            "position": [item["position"] for item in items],
-            "bad": {path for item in items for path in item["bad"]}}
+    columns = {key: [item[key] for item in items] for key in items[0] if key != "bad"}
+    return {key: torch.stack(column) if torch.is_tensor(column[0]) else column
+            for key, column in columns.items()} | {"bad": {path for item in items
+                                                           for path in item["bad"]}}
 
 
 class _Errors:
@@ -396,9 +342,9 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     """The batches of steps first..last-1 for one rank; step s, rank r holds positions s·B + r·B/W
     onwards.
 
-    Yields dicts: image uint8 (b,3,H,W), mask uint8 (b,1,H,W), full list[bool], position list[int],
-    bad set of paths. The workers live until the last batch. UserError: from `items`; ValueError:
-    `world` does not divide `batch_size`.
+    Yields dicts with the keys of the items: tensors are stacked, image uint8 (b,3,H,W) and mask
+    uint8 (b,1,H,W), other values listed, full and position; bad is a set of paths. The workers live
+    until the last batch. UserError: from `items`; ValueError: `world` does not divide `batch_size`.
     """
     local, rest = divmod(batch_size, world)
     if rest:
@@ -435,6 +381,26 @@ def _start_worker(_):
 
 def _ranges(first, last, length):
     return (range(start, min(start + length, last)) for start in range(first, last, length))
+
+
+def views(dataset, batches, workers=0):
+    """The fixed views of the pictures in each list of indices: (image uint8 (b,3,H,W), bad paths).
+
+    batches: an iterable of lists of indices. UserError: from the data set.
+    """
+    for batch in _loader(_Errors(_Views(dataset)), batches, _collate, workers):
+        if "error" in batch:
+            raise UserError(batch["error"])
+        yield batch["image"], batch["bad"]
+
+
+class _Views:
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        image, bad = self.dataset.read(index)
+        return {"image": _planes(image), "bad": bad}
 
 
 def validation_batches(dataset, n, batch_size, rank=0, world=1):

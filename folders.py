@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data import EXTENSIONS, list_images, load_image
+from data import load_image
 from distributed import UserError, print0, rank, world_size
+from listing import EXTENSIONS, list_images
 from tally import Pictures
 
 LATENTS = (".npy", ".pt")
@@ -102,7 +103,7 @@ class MatchedFolders:
             item.pred = _read_picture(self.pred[name])
             _check_size(self.pred[name], item.pred, self.real[name], item.real)
         if self.masks:
-            item.mask, item.remarks = _read_mask(self.masks[name], self.invert_mask)
+            item.mask, item.remarks = read_mask(self.masks[name], self.invert_mask)
             _check_size(self.masks[name], item.mask, self.real[name], item.real)
         if self.refs:
             item.ref = _read_picture(self.refs[name])
@@ -217,23 +218,27 @@ def _some(names):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _decoded(path, decode):
+def decoded(path, decode):
+    """decode(path). UserError: whatever it raises, in one line."""
     try:
         return decode(path)
     except Exception as error:  # Pillow's and torch's readers raise nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be decoded ({reason}); put a whole file in its place, "
-                        "because an evaluation leaves none out") from None
+        raise UserError(f"{path}: cannot be decoded ({reason}); put a whole file in its "
+                        "place") from None
 
 
 def _read_picture(path):
-    picture = np.array(_decoded(path, load_image))                                  # (H, W, 3)
+    picture = np.array(decoded(path, load_image))                                   # (H, W, 3)
     return torch.from_numpy(picture).permute(2, 0, 1).contiguous()                  # (3, H, W)
 
 
-def _read_mask(path, invert):
-    """(uint8 (1,H,W), 1 = to be generated; remarks as in Item)."""
-    grey, transparent = _decoded(path, _luminance)                                  # (H, W)
+def read_mask(path, invert):
+    """(uint8 (1,H,W), 1 = to be generated; remarks as in Item). UserError: cannot be decoded.
+
+    White, from 128 on, is to be generated; black is with `invert`.
+    """
+    grey, transparent = decoded(path, _luminance)                                   # (H, W)
     mask, remarks = (grey >= 128) ^ invert, {}
     if transparent:
         remarks["alpha"] = f"{path}: has transparent parts; in all masks they count as black"
@@ -271,7 +276,7 @@ def _read_latent(path):
             return torch.from_numpy(np.load(path, allow_pickle=False))
         return torch.load(path, map_location="cpu", weights_only=True)
 
-    z = _decoded(path, decode)
+    z = decoded(path, decode)
     if not isinstance(z, torch.Tensor):
         raise UserError(f"{path}: holds a {type(z).__name__}; save one latent, its tensor alone")
     if z.ndim not in (3, 4) or (z.ndim == 4 and len(z) != 1) or not z.is_floating_point():

@@ -17,8 +17,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from data import EXTENSIONS, list_images, load_image, square_crop
+from data import load_image, square_crop
 from distributed import UserError, exit_on_user_error
+from listing import EXTENSIONS, list_images
 from masks import MASK_KINDS, area_bucket, evaluation_draw
 from run_folder import Progress, write_text
 
