@@ -73,16 +73,14 @@ def _free_in_cgroups(root):
 def trial(trainee, step, batch):
     """(bytes, seconds) that one image takes in `step`, measured with the discriminator on.
 
-    batch: a Batch of one image; half of it is masked, so that the decoder's branch has work. The
-    first of two steps warms up and leaves the gradients where they are, so that the second one's
-    memory is the image's own.
+    batch: a Batch or CodeBatch of one image. The first of two steps warms up and leaves the
+    gradients where they are, so that the second one's memory is the image's own.
     """
-    mask = torch.zeros_like(batch.mask)
-    mask[..., :mask.shape[3] // 2] = 1
-    batch = replace(batch, mask=mask, rows=torch.zeros(1, dtype=torch.int64, device=mask.device))
+    batch = batch.heaviest()
     discriminator = copy.deepcopy(trainee.discriminator)       # keeps its running statistics
+    timesteps = copy.deepcopy(trainee.timesteps)               # and its history
     scratch = replace(trainee, parallel_model=trainee.model, discriminator=discriminator,
-                      parallel_discriminator=discriminator)
+                      parallel_discriminator=discriminator, timesteps=timesteps)
     size = _saved_bytes(scratch, step, batch)
     wait_for(trainee.device)
     if trainee.device.type == "cuda":

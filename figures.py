@@ -26,6 +26,7 @@ TITLES = {                                           # in the order of the panel
     "pre_error": "pre_error, [0,1]",
     "perceptual": "perceptual loss (LPIPS)",
     "latent": "latent loss",
+    "vlb": "bound on -log p(codes), nats a map",
     "gan": "generator's GAN loss",
     "disc": "discriminator's loss",
     "logits_real": "discriminator's logits, real",

@@ -9,7 +9,6 @@ What a run computes is in the settings; how it is run (HOW) may change from one 
 
 import argparse
 import math
-import os
 import shlex
 import textwrap
 from dataclasses import asdict, fields, replace
@@ -19,21 +18,24 @@ import torch
 
 from asym_decoder import ASYM_PRESETS, AsymDecoder
 from convert import load_first_stage
+from data import default_root
 from distributed import UserError
-from stages import OURS, RECIPES, Recipe
+from stages import OURS, RECIPES, STAGE_IDS, Recipe
+from unet import UNET_PRESETS
 from vqgan import VQGAN_PRESETS
 
 # Flags that may change from one call of the same run to the next.
 HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "check_data", "restart",
        "stage", "out", "channels_last", "root", "weights"}
-# Flags that are in the settings as numbers of the recipes, or of the decoder.
+# Flags that are in the settings as numbers of the recipes, or of a stage.
 NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
-          "blend"}
+          "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
 OVERFIT_STEPS = 500
 
-ABOUT = """Train the papers' stages: a first stage (vqgan), then the asymmetric decoder (decoder) on
-it. With no flags: both, on embedded data, in minutes on a laptop, then the table of results. The
-same command again continues a run that was stopped."""
+ABOUT = """Train the papers' stages: a first stage (vqgan), its codebook built anew (refit), and on
+these the asymmetric decoder (decoder) and the diffusion model of the codes (prior). With no flags:
+all of them, on embedded data, in minutes on a laptop, then the table of results. The same command
+again continues a run that was stopped."""
 
 
 ALSO = """and:
@@ -57,8 +59,9 @@ def parse(argv=None):
         help="where the photos are (default for imagenet: $IMAGENET, else data/imagenet)")
     add("--size", type=int, metavar="PX",
         help="side of the square training images (default: 64 for signs, else 256)")
-    add("--stage", choices=["all", "vqgan", "decoder"], default="all",
-        help="default: all, in order")
+    add("--stage", choices=["all", *STAGE_IDS], default="all",
+        help="default: all, in this order; on a first stage with a KL latent, which has no codes, "
+             "vqgan and decoder")
     add("--first-stage", choices=list(VQGAN_PRESETS), help="default: tiny for signs, else vq-f16")
     add("--preset", choices=list(ASYM_PRESETS),
         help="the decoder's size relative to its first stage (default: tiny on a tiny first "
@@ -71,6 +74,7 @@ def parse(argv=None):
     add("--overfit", type=int, metavar="N",
         help="train and validate on the first N images only, by default for "
              f"{OVERFIT_STEPS} steps a stage: a health check")
+    _add_codes(parser.add_argument_group("codes and their prior").add_argument)
 
     add = parser.add_argument_group("how to train (default: the recipe's, below)").add_argument
     add("--steps", type=int, metavar="N", help="optimiser steps of each stage")
@@ -93,6 +97,20 @@ def parse(argv=None):
 
     _add_how_to_run(parser.add_argument_group("how to run").add_argument)
     return parser.parse_args(argv)
+
+
+def _add_codes(add):
+    add("--codes", type=int, metavar="K",
+        help="size of the rebuilt codebook (default: as large as before)")
+    add("--refit-samples", type=int, metavar="P",
+        help="features that it is built from (default: 5000 for a tiny first stage, else 20000)")
+    add("--unet", choices=list(UNET_PRESETS),
+        help="the prior's network (default: tiny on a tiny first stage, else paper117)")
+    add("--timesteps", type=int, metavar="T",
+        help="steps of its diffusion (default: 100 for --unet tiny, else 4000)")
+    add("--ema", type=float, metavar="DECAY",
+        help="of the average of its weights, which is what samples are drawn with (default: 0.995 "
+             "for --unet tiny, else 0.9999; ours)")
 
 
 def _add_how_to_run(add):
@@ -155,21 +173,26 @@ def _row(title, numbers, ours=()):
 def resolve(args):
     """Namespace -> (settings: plain dict, the run's config.json; first stage that --vqgan named).
 
-    The first stage is None without --vqgan. Sets args.out. Raises UserError for values out of
-    range and for flags that contradict one another.
+    The latter is a convert.Loaded, or None without --vqgan. Sets args.out. Raises UserError for
+    values out of range and for flags that contradict one another.
     """
     _check_ranges(args)
     signs = args.data == "signs"
-    trained = load_first_stage(args.vqgan).model if args.vqgan else None
+    trained = load_first_stage(args.vqgan) if args.vqgan else None
     plan, plan_name = _plan(args, trained, signs)
-    preset = args.preset or ("tiny" if plan == VQGAN_PRESETS["tiny"] else "base")
+    preset = args.preset or ("tiny" if plan_name == "tiny" else "base")
     _check_preset(preset, args.blend, plan, plan_name)
-    names = {"vqgan": "tiny" if plan_name == "tiny" else plan.latent, "decoder": preset}
+    settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
+    settings |= _code_settings(args, plan, plan_name)
+    first = "tiny" if plan_name == "tiny" else plan.latent
+    names = {"vqgan": first, "decoder": preset}
+    if plan.latent == "vq":
+        names = {"vqgan": first, "refit": first, "decoder": preset,
+                 "prior": settings["prior"]["unet"]}
     recipes = {stage: recipe_for(stage, name, args) for stage, name in names.items()}
     factor, num_res_blocks = ASYM_PRESETS[preset]
-    settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
     settings |= {
-        "root": _absolute(args.root or _imagenet(args.data)),
+        "root": _absolute(args.root or default_root(args.data)),
         "weights": _absolute(args.weights),
         "vqgan": _absolute(args.vqgan),
         "size": args.size or (64 if signs else 256),
@@ -180,15 +203,63 @@ def resolve(args):
         "recipe_names": names,
         "recipes": {stage: asdict(recipe) for stage, recipe in recipes.items()},
     }
-    _check_size(settings["size"], plan, recipes.values())
+    _check_size(settings["size"], plan, [recipes["vqgan"], recipes["decoder"]])
     concat = "-concat" if args.blend == "concat" else ""
     overfit = f"-overfit{args.overfit}" if args.overfit else ""
     args.out = Path(args.out or f"runs/{args.data}-{preset}{concat}{overfit}")
     return settings, trained
 
 
-def _imagenet(data):
-    return os.environ.get("IMAGENET") or "data/imagenet" if data == "imagenet" else None
+def _code_settings(args, plan, plan_name):
+    """The settings of the stages that need codes; None each for a KL latent."""
+    if plan.latent != "vq":
+        return {"refit": None, "prior": None}
+    tiny = plan_name == "tiny"
+    refit = {"K": args.codes or plan.K, "samples": args.refit_samples or (5000 if tiny else 20_000)}
+    if refit["samples"] < refit["K"]:
+        raise UserError(f"--refit-samples {refit['samples']} cannot make {refit['K']} codes; give "
+                        "many more of them, or fewer --codes")
+    unet = args.unet or ("tiny" if tiny else "paper117")
+    small = unet == "tiny"
+    prior = {"unet": unet, "net": asdict(UNET_PRESETS[unet]),
+             "T": args.timesteps or (100 if small else 4000), "schedule": "cosine", "form": "theta",
+             "residual": "onehot" if unet == "paper117" else "none",
+             "ema": args.ema if args.ema is not None else (0.995 if small else 0.9999)}
+    return {"refit": refit, "prior": prior}
+
+
+def chosen_stages(args, settings, trained):
+    """(names of the stages that this call runs, in order; a line on those that it cannot, or None).
+
+    trained: the first stage that --vqgan named, a convert.Loaded, or None. Raises UserError for a
+    stage asked for by name that cannot be, and for maps of codes that the prior cannot take.
+    """
+    names, why = list(STAGE_IDS), None
+    if settings["refit"] is None:
+        names = ["vqgan", "decoder"]
+        why = (f"{settings['first_stage_name']} has a KL latent, no codes: refit and prior are for "
+               "codes, so there is nothing for them to do")
+        if args.stage in ("refit", "prior"):
+            raise UserError(f"--stage {args.stage}: {why}; choose a VQ plan by --first-stage or "
+                            "--vqgan, or another stage")
+    if args.stage != "all":
+        names, why = [args.stage], None
+    elif trained is not None:
+        done = ("vqgan", "refit") if trained.stage == "refit" and trained.finished else ("vqgan",)
+        names = [name for name in names if name not in done]
+    if "prior" in names:
+        _check_grid(settings)
+    return names, why
+
+
+def _check_grid(settings):
+    net, f = settings["prior"]["net"], 2 ** (len(settings["first_stage"]["ch_mult"]) - 1)
+    side, factor = settings["size"] // f, 2 ** (len(net["mults"]) - 1)
+    if side % factor:
+        raise UserError(f"--size {settings['size']} makes maps of {side} x {side} codes, and "
+                        f"--unet {settings['prior']['unet']} needs multiples of {factor}: choose a "
+                        f"--size that is a multiple of {f * factor}, or leave the prior out by "
+                        "--stage")
 
 
 def _absolute(path):
@@ -197,7 +268,7 @@ def _absolute(path):
 
 def _check_ranges(args):
     for name in ("steps", "epochs", "batch_size", "lr", "micro_batch", "overfit", "save_every",
-                 "max_hours", "size"):
+                 "max_hours", "size", "codes", "refit_samples"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -205,6 +276,10 @@ def _check_ranges(args):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    if args.timesteps is not None and args.timesteps < 2:
+        raise UserError(f"--timesteps {args.timesteps}: must be at least 2")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise UserError(f"--ema {args.ema}: must be from 0 to below 1")
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
 
@@ -234,14 +309,16 @@ def _plan(args, trained, signs):
     if trained is None:
         name = args.first_stage or ("tiny" if signs else "vq-f16")
         return VQGAN_PRESETS[name], name
-    names = [name for name, preset in VQGAN_PRESETS.items() if preset == trained.config]
+    plan = trained.model.config
+    names = [name for name, preset in VQGAN_PRESETS.items()
+             if preset == replace(plan, K=preset.K)]              # a refit may have changed K
     name = names[0] if names else "own"
     if args.first_stage and args.first_stage != name:
         raise UserError(f"--first-stage {args.first_stage}: {args.vqgan} is {name}; leave the flag "
                         "out, it is read from the file")
     if args.stage == "vqgan":
         raise UserError("--stage vqgan trains a first stage, --vqgan brings one; give only one")
-    return trained.config, name
+    return plan, name
 
 
 def recipe_for(stage, name, args):
@@ -272,7 +349,8 @@ def smaller_command(argv, settings, affordable):
         if settings["perceptual"] == "vgg":
             flags["--perceptual"] = "squeeze"
     flags["--out"] = f"runs/{settings['data']}-small"
-    gone = {*flags, "--epochs", "--batch-size", "--micro-batch", "--lr", "--disc-start"}
+    gone = {*flags, "--epochs", "--batch-size", "--micro-batch", "--lr", "--disc-start",
+            "--unet", "--timesteps", "--ema"}
     kept, dropped = [], False
     for word in argv:                     # each of these flags has a value, as "--x v" or "--x=v"
         name = word.split("=")[0]

@@ -149,7 +149,8 @@ class Progress:
             return
         self.shown = now
         rate = (step - self.first) / max(now - self.start, 1e-9)
-        shown = [name for name in ("pixel", "perceptual", "gan", "lambda") if name in terms]
+        shown = [name for name in ("pixel", "perceptual", "gan", "lambda", "vlb")
+                 if name in terms]
         line = "  ".join([f"{self.name} {step}/{self.steps}",
                           *(f"{name} {terms[name]:.4g}" for name in shown),
                           f"{rate * self.batch_size:.3g} images/s",

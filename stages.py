@@ -1,31 +1,35 @@
-"""What one training step of each stage is, and the papers' numbers. AVQ Sec. 3.2, 4, Appendix A.
+"""What one training step of each stage is, and the papers' numbers. AVQ Sec. 3.2, 4; DDM Sec. 4.1.
 
-    vqgan     x --VQGAN--> x_hat                              Eq. 2 (or 11) + lambda Eq. 7
-    decoder   x, mask --frozen VQGAN, AsymDecoder--> x_hat    Eq. 6 + lambda Eq. 7
+    vqgan     x --VQGAN--> x_hat                              AVQ Eq. 2 (or 11) + lambda Eq. 7
+    refit     x --frozen encoder, codes; decoder--> x_hat     the same; the codes are new
+    decoder   x, mask --frozen VQGAN, AsymDecoder--> x_hat    AVQ Eq. 6 + lambda Eq. 7
+    prior     z_0, t --noise--> z_t --UNet--> logits          DDM Eq. 7
 
-In the first stage everything trains, in the second only the decoder. A stage is four functions:
-build a `Trainee`, make its gradients for one (micro-)batch, validate it, and turn it into a state
-dict. The loop around them is in train.py; the losses are in losses.py. RECIPES holds every number
-of the papers' training, so notebooks and `train.py --help` read the same table.
+In the first everything trains, in the others what is named last. A stage is built as a `Trainee`,
+which makes its gradients for one (micro-)batch at a time, moves, and turns into a state dict. The
+loop around that is in train.py, what a stage starts from in begin.py, its validation in
+validation.py; losses are in losses.py and diffusion.py. RECIPES holds every number of the papers'
+training, so notebooks and `train.py --help` read the same table.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from asym_decoder import AsymDecoder, AsymVQGAN
+from diffusion import MultinomialDiffusion
 from distributed import mean_over_ranks, wrap
+from ema import EMA
 from losses import (
     LPIPS,
     PatchDiscriminator,
     discriminator_loss,
     generator_gradient,
-    pixel_loss,
 )
-from metrics import pre_error
+from timesteps import Timesteps
 from vqgan import VQGAN
 
 STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random seed
@@ -52,14 +56,17 @@ class Recipe:
     disc_start:    float = 0.29        # below 1 a fraction of the steps, from 1 on a step
     ndf:           int   = 64          # the discriminator's width
     disc_layers:   int   = 3           # and its strided layers
+    disc_factor:   float = 1.0         # on its learning rate
     latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
     p_full:        float = 0.5         # share of full masks among the decoder's
     mask_kind:     str   = "thick"     # of the others, masks.MASK_KINDS
+    max_maps:      int   = 0           # the prior sees the codes of so many images; 0: of all
+    code_start:    bool  = False       # its embedding and last layer start from the codebook
 
 
 # AVQ Sec. 4's "Implementation details", the authors' configuration where the paper is silent, and
 # the first stages' own; what none of them states is in OURS.
-# [AVQ Sec. 4]  deviation D10, deviation D21
+# [AVQ Sec. 4] [DDM Sec. 4.1]  deviations D10 D21 D46
 RECIPES = {
     "vqgan": {
         "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, lambda_rule="taming",
@@ -69,6 +76,12 @@ RECIPES = {
         "tiny": Recipe(batch_size=8, lr=2e-3, steps=1800, warmup=50, min_lr=1e-4,
                        lambda_rule="taming", disc_start=0.8, ndf=32, disc_layers=2),
     },
+    "refit": {
+        "vq": Recipe(batch_size=8, lr=1e-6, steps=50_000, lambda_rule="taming", disc_start=0,
+                     disc_factor=2.0),
+        "tiny": Recipe(batch_size=8, lr=5e-5, steps=150, lambda_rule="taming", disc_start=0,
+                       disc_factor=2.0, ndf=32, disc_layers=2),
+    },
     "decoder": {
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
                        start_trunk=True, trunk_factor=0.1),
@@ -77,10 +90,17 @@ RECIPES = {
         "tiny": Recipe(batch_size=8, lr=6e-3, steps=2000, warmup=50, min_lr=1e-5,
                        start_trunk=True, trunk_factor=0.3, disc_start=0.8, ndf=32, disc_layers=2),
     },
+    "prior": {
+        **dict.fromkeys(("paper117", "ddpm117"), Recipe(
+            batch_size=180, lr=1e-4, betas=(0.9, 0.999), steps=1_000_000, min_lr=1e-8)),
+        "tiny": Recipe(batch_size=16, lr=4e-3, betas=(0.9, 0.99), steps=2200, warmup=50,
+                       min_lr=1e-5, max_maps=12_000, code_start=True),
+    },
 }
 # Our own numbers: single fields, or all that a recipe states.
 OURS = {("vqgan", "vq"): {"steps"}, ("vqgan", "kl"): {"steps"}, ("vqgan", "tiny"): "all",
-        ("decoder", "large2"): "all", ("decoder", "tiny"): "all"}
+        ("refit", "vq"): {"steps"}, ("refit", "tiny"): "all",
+        ("decoder", "large2"): "all", ("decoder", "tiny"): "all", ("prior", "tiny"): "all"}
 
 
 def run_length(recipe, images):
@@ -125,10 +145,37 @@ class Batch:
     rows:       torch.Tensor | None      # (n,) int64, the samples whose mask is not full; None: all
     generators: list | None              # one for each sample, for the KL latent's noise
 
+    def first(self, n):
+        """The first n samples of a batch whose masks are all partial, for pictures."""
+        return replace(self, x=self.x[:n], mask=self.mask[:n])
+
+    def heaviest(self):
+        """The same images half masked, so that the decoder's branch has work with each of them."""
+        mask = torch.zeros_like(self.mask)
+        mask[..., :mask.shape[3] // 2] = 1
+        return replace(self, mask=mask, rows=torch.arange(len(mask), device=mask.device))
+
+
+@dataclass
+class CodeBatch:
+    """One micro-batch of the prior, on the device."""
+
+    indices:    torch.Tensor             # (B,h,w) int64, z_0
+    generators: list | None              # one for each sample, for t and its noise
+    x:          torch.Tensor | None      # (B,3,H,W), the pictures; only of held-out maps
+
+    def first(self, n):
+        """The first n samples, for pictures."""
+        return replace(self, indices=self.indices[:n], x=self.x[:n])
+
+    def heaviest(self):
+        """The same: every map is the same work."""
+        return self
+
 
 def training_batch(items, seed, stage, device, channels_last=False):
     """A training loader's dict -> Batch."""
-    x, mask = _pixels(items, device, channels_last)
+    x, mask = pixels(items["image"], device, channels_last), _mask(items, device)
     rows = [i for i, full in enumerate(items["full"]) if not full]
     return Batch(x, mask, torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
                  image_generators(seed, stage, items["position"]))
@@ -136,42 +183,75 @@ def training_batch(items, seed, stage, device, channels_last=False):
 
 def validation_batch(items, device, channels_last=False):
     """A validation loader's dict -> Batch, for the modes of the latents and all masks partial."""
-    x, mask = _pixels(items, device, channels_last)
+    x, mask = pixels(items["image"], device, channels_last), _mask(items, device)
     return Batch(x, mask, rows=None, generators=None)
 
 
-def _pixels(items, device, channels_last):
-    """Images and masks cross to the device as uint8; floats are made there."""
+def pixels(image, device, channels_last=False):
+    """uint8 (B,3,H,W) -> x float32 in [-1,1]. Bytes cross to the device; floats are made there."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = items["image"].to(device, non_blocking=True).to(memory_format=layout)
-    return x.float() / 127.5 - 1, items["mask"].to(device, non_blocking=True).float()
+    image = image.to(device, non_blocking=True).to(memory_format=layout)
+    return image.float() / 127.5 - 1
+
+
+def _mask(items, device):
+    return items["mask"].to(device, non_blocking=True).float()
+
+
+def code_batch(items, seed, device):
+    """A training loader's dict of codes.CodeItems -> CodeBatch."""
+    return CodeBatch(items["indices"].to(device, non_blocking=True),
+                     image_generators(seed, "prior", items["position"]), x=None)
 
 
 @dataclass
 class Trainee:
-    """The networks and optimisers of one stage."""
+    """The networks and optimisers of one stage, and what its checkpoint says of its start."""
 
     stage:                  str
     recipe:                 Recipe
     device:                 torch.device
-    model:                  nn.Module            # VQGAN or AsymVQGAN
-    discriminator:          nn.Module
-    perceptual:             LPIPS | None
+    model:                  nn.Module                    # VQGAN, AsymVQGAN or UNet
+    optimizers:             dict                         # "generator", of model; "discriminator"
     precision:              str = "fp32"
-    optimizers:             dict = field(default_factory=dict)
-    parallel_model:         nn.Module = None     # `model`, in DDP where processes are several
-    parallel_discriminator: nn.Module = None     # `discriminator`, likewise
-    parent:                 str | None = None    # hash of the frozen first stage
+    parallel_model:         nn.Module = None             # `model`, in DDP where processes are many
+    discriminator:          nn.Module | None = None      # None for a prior, as the next two are
+    parallel_discriminator: nn.Module | None = None      # `discriminator`, likewise
+    perceptual:             LPIPS | None = None
+    first_stage:            VQGAN | None = None          # of a prior: what made its codes, frozen
+    diffusion:              MultinomialDiffusion | None = None   # of a prior
+    timesteps:              Timesteps | None = None      # of a prior
+    ema:                    EMA | None = None            # of a prior
+    parent:                 str | None = None            # hash of the first stage it started from
+    config:                 dict = field(default_factory=dict)   # its file's, beside the settings
+    facts:                  dict = field(default_factory=dict)   # found at the start, for the file
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def parallel_networks(self):
+        """What DDP may be around: a list."""
+        networks = self.parallel_model, self.parallel_discriminator
+        return [network for network in networks if network is not None]
+
+    def denoise(self, z_t, t):
+        """The prior's logits (B,K,h,w) of maps z_t at times t, in training."""
+        with self.autocast():
+            return self.parallel_model(z_t, t)
 
 
 def build_vqgan(config, recipe, device, perceptual=None, precision="fp32", channels_last=False):
     """A first stage to train, from a VQGANConfig. [AVQ Sec. 3.1]"""
     model = VQGAN(config).to(device)
     groups = [{"params": list(model.parameters()), "factor": 1.0}]
-    return _trainee("vqgan", model, groups, recipe, device, perceptual, precision, channels_last)
+    return _players("vqgan", model, groups, recipe, device, perceptual, precision, channels_last)
+
+
+def build_refit(model, recipe, device, perceptual=None, precision="fp32", channels_last=False):
+    """A VQGAN whose decoder is to follow its new codes (refit.install_codebook). [DDM Sec. 4.1]"""
+    trained = [p for p in model.to(device).parameters() if p.requires_grad]
+    groups = [{"params": trained, "factor": 1.0}]
+    return _players("refit", model, groups, recipe, device, perceptual, precision, channels_last)
 
 
 def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, precision="fp32",
@@ -189,38 +269,56 @@ def build_decoder(first_stage, preset, blend, recipe, device, perceptual=None, p
     trunk_factor = recipe.trunk_factor if started else 1.0
     groups = [{"params": decoder.trunk_parameters(), "factor": trunk_factor},
               {"params": decoder.branch_parameters(), "factor": 1.0}]
-    return _trainee("decoder", model, groups, recipe, device, perceptual, precision, channels_last)
+    return _players("decoder", model, groups, recipe, device, perceptual, precision, channels_last)
 
 
-def _trainee(stage, model, groups, recipe, device, perceptual, precision, channels_last):
+def build_prior(unet, diffusion, decay, first_stage, recipe, device, precision="fp32",
+                channels_last=False):
+    """A denoiser of a frozen first stage's codes to train, with its average. [DDM Sec. 4.1]
+
+    unet, diffusion: as prior.denoiser gives them; decay: EMA's.
+    """
+    unet.to(device).train()
+    first_stage.to(device).eval().requires_grad_(False)
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+        first_stage.to(memory_format=torch.channels_last)
+    groups = [{"params": list(unet.parameters()), "factor": 1.0}]
+    return Trainee("prior", recipe, device, unet, {"generator": _adam(groups, recipe, device)},
+                   precision, wrap(unet, device), first_stage=first_stage, diffusion=diffusion,
+                   timesteps=Timesteps(diffusion.T), ema=EMA(unet, decay))
+
+
+def _players(stage, model, groups, recipe, device, perceptual, precision, channels_last):
+    """The Trainee of a stage with a discriminator."""
     discriminator = PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers).to(device)
     if device.type == "cuda":                    # there is none for CPU  deviation D19
         discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
     if channels_last:                            # before DDP, whose buckets take the layout of now
         model.to(memory_format=torch.channels_last)
         discriminator.to(memory_format=torch.channels_last)
-    fused = device.type == "cuda"
-    optimizers = {
-        "generator": torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=fused),
-        "discriminator": torch.optim.Adam(
-            [{"params": list(discriminator.parameters()), "factor": 1.0}],
-            lr=recipe.lr, betas=recipe.betas, fused=fused),
-    }
+    its_own = [{"params": list(discriminator.parameters()), "factor": recipe.disc_factor}]
+    optimizers = {"generator": _adam(groups, recipe, device),
+                  "discriminator": _adam(its_own, recipe, device)}
     model.train()
-    return Trainee(stage, recipe, device, model, discriminator, perceptual, precision, optimizers,
-                   wrap(model, device), wrap(discriminator, device))
+    return Trainee(stage, recipe, device, model, optimizers, precision, wrap(model, device),
+                   discriminator, wrap(discriminator, device), perceptual)
+
+
+def _adam(groups, recipe, device):
+    return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type == "cuda")
 
 
 def set_learning_rates(trainee, step, steps, disc_start):
-    """Both optimisers' rates for `step`. The discriminator's schedule starts when it does."""
+    """Set all rates for `step`; the generator's. The discriminator's schedule starts with it."""
     r = trainee.recipe
     schedule = r.lr, r.warmup, r.min_lr
     rates = {"generator": learning_rate(step, steps, *schedule),
              "discriminator": learning_rate(max(0, step - disc_start), max(1, steps - disc_start),
                                             *schedule)}
-    for name, rate in rates.items():
-        for group in trainee.optimizers[name].param_groups:
-            group["lr"] = max(rate * group["factor"], min(r.min_lr, rate))
+    for name, optimizer in trainee.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = max(rates[name] * group["factor"], min(r.min_lr, rates[name]))
     return rates["generator"]
 
 
@@ -233,6 +331,14 @@ def vqgan_step(trainee, batch, gan_on, scale=1.0):
     with trainee.autocast():
         x_hat, extra = trainee.parallel_model(batch.x, generator=batch.generators)
     return _backward(trainee, batch.x, x_hat, extra, gan_on, scale)
+
+
+def refit_step(trainee, batch, gan_on, scale=1.0):
+    """Add one micro-batch's gradients of a refitted decoder to .grad. [DDM Sec. 3.2]
+
+    As vqgan_step, of which the frozen encoder and codes make the latent's loss a constant.
+    """
+    return vqgan_step(trainee, batch, gan_on, scale)
 
 
 def decoder_step(trainee, batch, gan_on, scale=1.0):
@@ -257,9 +363,10 @@ def _backward(trainee, x, x_hat, extra, gan_on, scale):
         trainee.perceptual, trainee.discriminator if gan_on else None, r.gan, r.lambda_rule)
     outputs, gradients = [x_hat], [gradient * scale]
     if "latent_loss" in extra:
-        outputs.append(extra["latent_loss"])
-        gradients.append(torch.full_like(extra["latent_loss"], r.latent_weight * scale))
         terms["latent"] = extra["latent_loss"].detach()
+        if extra["latent_loss"].requires_grad:                   # not that of a frozen encoder
+            outputs.append(extra["latent_loss"])
+            gradients.append(torch.full_like(extra["latent_loss"], r.latent_weight * scale))
     torch.autograd.backward(outputs, gradients)
     if gan_on:
         terms |= discriminator_backward(trainee, x, x_hat.detach(), scale)
@@ -279,18 +386,37 @@ def discriminator_backward(trainee, x, x_hat, scale=1.0):
             "logits_fake": fake.detach().mean()}
 
 
+def prior_step(trainee, batch, gan_on, scale=1.0):
+    """Add one micro-batch's gradients of the prior to .grad. [DDM Sec. 4.1]
+
+    One t for each map, by importance, and one draw of the bound; gan_on means nothing here.
+    Returns {"vlb": the bound in nats a map, as this draw estimates it}, detached.
+    """
+    t, p = trainee.timesteps.draw(batch.generators)                         # (B), (B)
+    loss, terms = trainee.diffusion.loss(trainee.denoise, batch.indices, t, p, batch.generators)
+    (loss * scale).backward()
+    trainee.timesteps.observe(t, terms)
+    return {"vlb": loss.detach() * batch.indices[0].numel()}
+
+
 def optimizer_step(trainee, gan_on):
-    """Move the weights by the gradients in .grad, then clear these."""
+    """Move the weights by the gradients in .grad, then clear these; a prior's average follows.
+
+    Every process must call this.
+    """
     for name, optimizer in trainee.optimizers.items():
         if name == "generator" or gan_on:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    if trainee.ema is not None:
+        trainee.timesteps.update()
+        trainee.ema.update(trainee.model)
 
 
 def gradient_norm(trainee, gan_on):
     """The norm of all gradients, a 0-d tensor: the cheapest way to see one that is not finite."""
-    names = ["generator", "discriminator"] if gan_on else ["generator"]
-    groups = [group for name in names for group in trainee.optimizers[name].param_groups]
+    groups = [group for name, optimizer in trainee.optimizers.items()
+              if name == "generator" or gan_on for group in optimizer.param_groups]
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads)
 
@@ -306,85 +432,8 @@ def global_terms(terms):
     return dict(zip(names, mean_over_ranks(values).tolist()))
 
 
-@torch.no_grad()
-def validate_vqgan(trainee, batches):
-    """{"val_pixel", "val_perceptual"} over held-out batches."""
-    trainee.model.eval()
-    totals = _Means()
-    for batch in batches:
-        with trainee.autocast():
-            x_hat = trainee.model.decode(trainee.model.encode(batch.x))
-        totals.add("val_pixel", pixel_loss(x_hat, batch.x), len(batch.x))
-        _perceptual(trainee, totals, x_hat, batch.x)
-    trainee.model.train()
-    return totals.means()
-
-
-@torch.no_grad()
-def validate_decoder(trainee, batches):
-    """{"val_pixel" (no mask), "val_pixel_masked", "val_pre_error", ...} over held-out batches."""
-    model = trainee.model
-    model.eval()
-    totals = _Means()
-    for batch in batches:
-        with trainee.autocast():
-            z = model.encode(batch.x)
-            plain, masked = model.decode(z), model.decode(z, image=batch.x, mask=batch.mask)
-        totals.add("val_pixel", pixel_loss(plain, batch.x), len(batch.x))
-        totals.add("val_pixel_masked", pixel_loss(masked, batch.x), len(batch.x))
-        totals.add("val_pre_error", pre_error(masked, batch.x, batch.mask).mean(), len(batch.x))
-        _perceptual(trainee, totals, plain, batch.x)
-    model.train()
-    return totals.means()
-
-
-def _perceptual(trainee, totals, x_hat, x):
-    if trainee.perceptual is not None:
-        totals.add("val_perceptual", trainee.perceptual(x_hat, x).mean(), len(x))
-
-
-class _Means:
-    """Means over images of values that come a batch at a time."""
-
-    def __init__(self):
-        self.sums, self.counts = {}, {}
-
-    def add(self, name, value, count):
-        self.sums[name] = self.sums.get(name, 0.0) + value.item() * count
-        self.counts[name] = self.counts.get(name, 0) + count
-
-    def means(self):
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-
-@torch.no_grad()
-def vqgan_columns(trainee, batch):
-    """Columns of a picture people can judge a first stage by: {caption: (B,3,H,W)}."""
-    model = trainee.model
-    model.eval()
-    with trainee.autocast():
-        columns = {"original": batch.x, "reconstruction": model.decode(model.encode(batch.x))}
-    model.train()
-    return columns
-
-
-@torch.no_grad()
-def decoder_columns(trainee, batch):
-    """Columns of a picture people can judge a decoder by: {caption: (B,3,H,W)}."""
-    model = trainee.model
-    model.eval()
-    with trainee.autocast():
-        z = model.encode(batch.x)
-        columns = {"original": batch.x, "masked": batch.x * (1 - batch.mask),
-                   "vanilla": model.first_stage.decode(z),
-                   "ours, with mask": model.decode(z, image=batch.x, mask=batch.mask),
-                   "ours, without": model.decode(z)}
-    model.train()
-    return columns
-
-
 def stage_weights(trainee):
-    """The state dict of a checkpoint: taming's keys for vqgan, the authors' `decoder.*` else."""
+    """A checkpoint's state dict: taming's keys for vqgan and refit, the authors' for decoder."""
     return {name: value for name, value in trainee.model.state_dict().items()
             if not _is_frozen(name)}
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from test_stages import batch, decoder, part, vqgan
+from test_stages import batch, code_batch, decoder, part, prior, refit, vqgan
 
 import budget
 import stages
@@ -14,8 +14,8 @@ def one_image():
     return part(batch(), 0, 1)
 
 
-@pytest.mark.parametrize(("build", "step"), [(vqgan, stages.vqgan_step),
-                                             (decoder, stages.decoder_step)])
+@pytest.mark.parametrize(("build", "step"), [
+    (vqgan, stages.vqgan_step), (refit, stages.refit_step), (decoder, stages.decoder_step)])
 def test_a_trial_leaves_no_trace(build, step):
     trainee = build()
     networks = trainee.model, trainee.discriminator
@@ -30,6 +30,21 @@ def test_a_trial_leaves_no_trace(build, step):
         assert all(p.grad is None for p in network.parameters())
     assert torch.equal(torch.get_rng_state(), noise)
     assert not any(optimizer.state for optimizer in trainee.optimizers.values())
+
+
+def test_a_priors_trial_leaves_no_trace():
+    trainee = prior()
+    before, noise = copy.deepcopy(trainee.model.state_dict()), torch.get_rng_state()
+    size, seconds = budget.trial(trainee, stages.prior_step, code_batch(0, 1))
+    assert size > 0
+    assert seconds > 0
+    for name, value in trainee.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in trainee.model.parameters())
+    assert torch.equal(torch.get_rng_state(), noise)
+    trainee.timesteps.update()
+    assert trainee.timesteps.counts.sum() == 0                  # nothing it saw is remembered
+    assert trainee.ema.updates == 0
 
 
 def test_a_trial_measures_the_branch_even_where_the_image_would_be_under_a_full_mask():

@@ -1,12 +1,14 @@
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
+import tiny_runs
 from tiny_runs import write_first_stage
 
 import options
 from distributed import UserError
-from options import parse, resolve, smaller_command
+from options import chosen_stages, parse, resolve, smaller_command
 from stages import RECIPES
 
 
@@ -72,12 +74,76 @@ def test_how_a_run_is_run_is_not_among_its_settings():
     ("--seed -1", "--seed -1: must not be negative"),
     ("--workers -1", "--workers -1: must not be negative"),
     ("--disc-start -0.5", "--disc-start -0.5: must not be negative"),
+    ("--codes 0", "--codes 0: must be positive"),
+    ("--refit-samples 100", "--refit-samples 100 cannot make 256 codes"),
+    ("--timesteps 1", "--timesteps 1: must be at least 2"),
+    ("--ema 1", "--ema 1.0: must be from 0 to below 1"),
     ("--vqgan nowhere", "nowhere: no such run folder"),
 ])
 def test_a_mistake_names_the_flag_and_the_mend(words, message, monkeypatch):
     monkeypatch.setitem(options.ASYM_PRESETS, "odd", (1.1, 1))       # no multiple of norm_groups
     with pytest.raises(UserError, match=message):
         settings(*words.split())
+
+
+def stages_of(*words):
+    args = parse(list(words))
+    return chosen_stages(args, *resolve(args))
+
+
+def test_the_stages_are_all_or_the_one_asked_for_in_order():
+    assert stages_of() == (["vqgan", "refit", "decoder", "prior"], None)
+    for name in ("vqgan", "refit", "decoder", "prior"):
+        assert stages_of("--stage", name) == ([name], None)
+
+
+def test_a_kl_latent_has_no_codes_to_rebuild_or_to_learn():
+    names, why = stages_of("--data", "imagenet", "--first-stage", "kl-f8")
+    assert names == ["vqgan", "decoder"]
+    assert "kl-f8 has a KL latent" in why
+    assert settings("--first-stage", "kl-f8", "--data", "imagenet")["prior"] is None
+    assert stages_of("--first-stage", "kl-f8", "--stage", "decoder") == (["decoder"], None)
+    for name in ("refit", "prior"):
+        with pytest.raises(UserError, match=f"--stage {name}: kl-f8 has a KL latent"):
+            stages_of("--first-stage", "kl-f8", "--stage", name)
+
+
+def test_a_given_first_stage_is_not_trained_again_nor_a_finished_refit_rebuilt(tmp_path):
+    where = ("--vqgan", str(tmp_path / "run"), "--size", "32")
+    write_first_stage(tmp_path / "run")
+    assert stages_of(*where, "--unet", "tiny")[0] == ["refit", "decoder", "prior"]
+    write_first_stage(tmp_path / "run", stage="refit")
+    assert stages_of(*where, "--unet", "tiny")[0] == ["decoder", "prior"]
+    assert stages_of(*where, "--unet", "tiny", "--stage", "refit")[0] == ["refit"]
+
+
+def test_a_grid_that_the_unet_cannot_halve_is_refused_where_the_prior_is_to_be_trained():
+    with pytest.raises(UserError, match=r"--size 72 .* 18 x 18 codes.* a multiple of 16"):
+        stages_of("--size", "72")
+    assert stages_of("--size", "72", "--stage", "vqgan")[0] == ["vqgan"]
+
+
+def test_the_prior_and_its_codes_have_the_papers_sizes_unless_told_otherwise():
+    tiny, paper = settings(), settings("--data", "imagenet")
+    assert (paper["refit"], tiny["refit"]["K"]) == ({"K": 1024, "samples": 20_000}, 256)
+    assert (paper["prior"]["unet"], paper["prior"]["T"], paper["prior"]["ema"]) == (
+        "paper117", 4000, 0.9999)
+    assert (paper["prior"]["form"], paper["prior"]["residual"]) == ("theta", "onehot")
+    assert (tiny["prior"]["unet"], tiny["prior"]["T"], tiny["prior"]["residual"]) == (
+        "tiny", 100, "none")
+    own = settings("--codes", "64", "--refit-samples", "900", "--unet", "ddpm117", "--timesteps",
+                   "50", "--ema", "0")
+    assert own["refit"] == {"K": 64, "samples": 900}
+    assert (own["prior"]["net"]["num_blocks"], own["prior"]["T"], own["prior"]["ema"]) == (3, 50, 0)
+    assert own["recipes"]["prior"]["batch_size"] == 180
+
+
+def test_a_first_stage_whose_codes_were_rebuilt_is_still_of_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setitem(options.VQGAN_PRESETS, "tiny", replace(tiny_runs.TINY, K=77))
+    write_first_stage(tmp_path / "run")
+    found = settings("--vqgan", str(tmp_path / "run"), "--size", "32")
+    assert (found["first_stage_name"], found["first_stage"]["K"]) == ("tiny", 8)
+    assert (found["prior"]["unet"], found["refit"]["K"]) == ("tiny", 8)
 
 
 def test_flags_are_not_guessed_from_their_beginnings(capsys):
@@ -91,7 +157,7 @@ def test_a_given_first_stage_brings_its_plan(tmp_path):
     write_first_stage(tmp_path / "run")
     found, first_stage = resolve(parse(["--vqgan", str(tmp_path / "run"), "--size", "32"]))
     assert found["first_stage_name"] == "own"
-    assert found["first_stage"]["ch"] == first_stage.config.ch == 8
+    assert found["first_stage"]["ch"] == first_stage.model.config.ch == 8
     assert found["vqgan"] == str((tmp_path / "run").resolve())
     for flag, value in (("--first-stage", "vq-f8"), ("--stage", "vqgan")):
         with pytest.raises(UserError, match=flag):
@@ -127,7 +193,7 @@ def test_help_marks_our_own_numbers_and_tells_those_outside_the_recipes():
 
 def test_a_health_check_takes_500_steps_unless_told_otherwise():
     found = settings("--overfit", "8", "--data", "imagenet")
-    assert [recipe["steps"] for recipe in found["recipes"].values()] == [500, 500]
+    assert [recipe["steps"] for recipe in found["recipes"].values()] == [500] * 4
     assert settings("--overfit", "8", "--epochs", "3")["recipes"]["decoder"]["epochs"] == 3
 
 

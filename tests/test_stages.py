@@ -6,11 +6,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from train_process import SMALL
+from train_process import SMALL, SMALL_UNET
 
 import stages
+import validation
+from diffusion import MultinomialDiffusion
 from losses import adaptive_weight, discriminator_loss, generator_gan_loss, pixel_loss
-from stages import RECIPES, Batch, Recipe, learning_rate
+from refit import install_codebook
+from stages import RECIPES, Batch, CodeBatch, Recipe, learning_rate
+from unet import UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
 
 CPU = torch.device("cpu")
@@ -43,6 +47,27 @@ def decoder(blend="add", latent="vq", recipe=SMALL_RECIPE, **options):
 def vqgan(latent="vq", recipe=SMALL_RECIPE, **options):
     torch.manual_seed(3)
     return stages.build_vqgan(replace(CONFIG, latent=latent), recipe, CPU, **options)
+
+
+def refit(recipe=SMALL_RECIPE, **options):
+    torch.manual_seed(3)
+    model = VQGAN(CONFIG)
+    install_codebook(model, torch.randn(12, CONFIG.embed_dim))
+    return stages.build_refit(model, recipe, CPU, **options)
+
+
+def prior(recipe=RECIPES["prior"]["tiny"], T=8, **options):
+    torch.manual_seed(3)
+    unet = UNet(UNetConfig(**SMALL_UNET), CONFIG.K, T)
+    torch.nn.init.normal_(unet.logits.weight, std=0.3)               # not the start's exact zeros
+    return stages.build_prior(unet, MultinomialDiffusion(CONFIG.K, T), 0.9, VQGAN(CONFIG), recipe,
+                              CPU, **options)
+
+
+def code_batch(low=0, high=4):
+    generator = torch.Generator().manual_seed(1)
+    indices = torch.randint(CONFIG.K, (4, 8, 8), generator=generator)
+    return CodeBatch(indices[low:high], stages.image_generators(0, "prior", range(low, high)), None)
 
 
 @contextmanager
@@ -84,6 +109,21 @@ def test_the_first_stages_recipes_are_tamings():
         assert recipe.lr == pytest.approx(4.5e-6 * recipe.batch_size)
         assert (recipe.min_lr, recipe.warmup, recipe.lambda_rule) == (0, 0, "taming")
     assert (vq.disc_start, kl.disc_start, kl.latent_weight) == (250_001, 50_001, 1e-6)
+
+
+def test_refits_recipe_is_the_papers():
+    paper = RECIPES["refit"]["vq"]
+    assert (paper.batch_size, paper.lr, paper.disc_factor * paper.lr) == (8, 1e-6, 2e-6)
+    assert (paper.disc_start, paper.min_lr, paper.lambda_rule) == (0, 0, "taming")
+
+
+def test_the_priors_recipe_is_the_papers():
+    paper = RECIPES["prior"]["paper117"]
+    assert (paper.batch_size, paper.lr, paper.steps, paper.betas) == (
+        180, 1e-4, 1_000_000, (0.9, 0.999))
+    rates = [learning_rate(step, paper.steps, paper.lr, paper.warmup, paper.min_lr)
+             for step in (0, 500_000, 999_999)]
+    assert rates == pytest.approx([1e-4, 0.5e-4, 0], abs=2e-8)            # a cosine to (nearly) 0
 
 
 def test_a_recipe_survives_json():
@@ -186,6 +226,88 @@ def test_before_its_start_the_discriminator_is_not_touched():
     assert not trainee.optimizers["discriminator"].state
 
 
+def test_a_refits_discriminator_learns_at_twice_the_decoders_rate():
+    trainee = refit(recipe=replace(RECIPES["refit"]["vq"], ndf=8))
+    stages.set_learning_rates(trainee, 5, 100, 0)
+    rates = {name: optimizer.param_groups[0]["lr"]
+             for name, optimizer in trainee.optimizers.items()}
+    assert rates == pytest.approx({"generator": 1e-6, "discriminator": 2e-6})
+
+
+def test_a_refit_step_gives_the_gradients_of_a_vqgan_with_these_codes():
+    trainee = refit()
+    free = stages.build_vqgan(trainee.model.config, SMALL_RECIPE, CPU)
+    free.model.load_state_dict(trainee.model.state_dict())
+    free.discriminator.load_state_dict(trainee.discriminator.state_dict())
+    terms = stages.refit_step(trainee, batch(), gan_on=True)
+    expected = stages.vqgan_step(free, batch(), gan_on=True)
+    assert terms == expected
+    found = gradients(trainee.model)
+    assert {name.split(".")[0] for name in found} == {"decoder", "post_quant_conv"}
+    everything = gradients(free.model)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, everything[name]), name
+
+
+def test_training_a_refit_leaves_encoder_and_codes_bit_identical():
+    trainee = refit()
+    before = copy.deepcopy(trainee.model.state_dict())
+    for step in range(3):
+        stages.set_learning_rates(trainee, step, 3, 0)
+        stages.refit_step(trainee, batch(), gan_on=True)
+        stages.optimizer_step(trainee, gan_on=True)
+    for name, value in trainee.model.state_dict().items():
+        moved = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(value, before[name]) != moved, name
+
+
+def test_a_prior_step_descends_on_the_bound_at_the_times_of_its_images():
+    trainee, data = prior(), code_batch()
+    terms = stages.prior_step(trainee, data, gan_on=False)
+    slow, data = prior(), code_batch()
+    t, p = slow.timesteps.draw(data.generators)
+    z_t = slow.diffusion.q_sample(data.indices, t, data.generators)
+    log_x = slow.model(z_t, t).log_softmax(1)
+    nats = sum(slow.diffusion.kl(log_x[i:i + 1], z_t[i:i + 1], data.indices[i:i + 1], t[i:i + 1],
+                                 t[i:i + 1] - 1).sum() / p[i] for i in range(4)) / 4
+    nats = nats + 64 * slow.diffusion.prior_kl()
+    (nats / 64).backward()
+    assert terms["vlb"].item() == pytest.approx(nats.item(), rel=1e-4)
+    assert_close(gradients(trainee.model), gradients(slow.model), 1e-3)
+
+
+def test_a_priors_micro_batches_add_up_and_its_history_is_of_whole_steps():
+    with float64():
+        trainee = prior()
+        stages.prior_step(trainee, code_batch(), gan_on=False)
+        parts = prior()
+        for low in (0, 2):
+            stages.prior_step(parts, code_batch(low, low + 2), gan_on=False, scale=0.5)
+        assert parts.timesteps.counts.sum() == 0                     # not before the step is done
+    assert_close(gradients(parts.model), gradients(trainee.model), 1e-6)
+    trainee.timesteps.update()
+    parts.timesteps.update()
+    assert torch.equal(parts.timesteps.counts, trainee.timesteps.counts)
+    torch.testing.assert_close(parts.timesteps.losses, trainee.timesteps.losses)
+
+
+def test_a_priors_step_moves_model_average_and_history_and_nothing_else():
+    trainee = prior()
+    first_stage = copy.deepcopy(trainee.first_stage.state_dict())
+    before = copy.deepcopy(trainee.model.state_dict())
+    for step in range(3):
+        stages.set_learning_rates(trainee, step, 3, 10)
+        stages.prior_step(trainee, code_batch(), gan_on=False)
+        stages.optimizer_step(trainee, gan_on=step > 1)              # GANs are not its affair
+    assert all(not torch.equal(value, before[name])
+               for name, value in trainee.model.state_dict().items() if name != "logits.bias")
+    assert (trainee.ema.updates, trainee.timesteps.counts.sum()) == (3, 12)
+    assert any(not torch.equal(trainee.ema.weights[name], value)
+               for name, value in trainee.model.state_dict().items())
+    for name, value in trainee.first_stage.state_dict().items():
+        assert torch.equal(value, first_stage[name]), name
+
+
 @pytest.mark.parametrize("blend", ["add", "concat"])
 def test_training_the_decoder_leaves_the_first_stage_bit_identical(blend):
     trainee = decoder(blend)
@@ -242,6 +364,29 @@ def test_bf16_networks_learn_with_float32_losses_and_weights():
     assert all(p.dtype == torch.float32 for p in trainee.model.parameters())
 
 
+def test_a_bf16_prior_learns_with_a_float32_loss_and_float32_weights():
+    trainee = prior(precision="bf16")
+    losses = []
+    for _ in range(30):
+        terms = stages.prior_step(trainee, code_batch(), gan_on=False)
+        stages.optimizer_step(trainee, gan_on=False)
+        losses.append(terms["vlb"])
+    assert losses[0].dtype == torch.float32
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert all(p.dtype == torch.float32 for p in trainee.model.parameters())
+
+
+def test_a_compiled_prior_has_the_same_gradients_and_is_validated_uncompiled():
+    eager, compiled = prior(), prior()
+    torch._dynamo.reset()
+    compiled.model.compile(backend="aot_eager")
+    for trainee in (eager, compiled):
+        stages.prior_step(trainee, code_batch(), gan_on=False)
+    assert_close(gradients(compiled.model), gradients(eager.model), 1e-3)
+    data = replace(code_batch(), generators=None)
+    assert validation.validate_prior(compiled, [data]) == validation.validate_prior(eager, [data])
+
+
 @pytest.mark.parametrize(("stage", "backend"), [
     ("decoder", "aot_eager"),
     pytest.param("vqgan", "aot_eager", marks=pytest.mark.slow),
@@ -288,10 +433,39 @@ def test_the_gradient_norm_is_that_of_the_players_that_move():
     torch.testing.assert_close(stages.gradient_norm(trainee, gan_on=False), alone)
 
 
+def test_a_priors_validation_takes_the_average_and_the_same_noise_and_gives_the_weights_back():
+    trainee = prior()
+    data = replace(code_batch(), generators=None)
+    whole = validation.validate_prior(trainee, [data])
+    parts = [replace(data, indices=data.indices[i:j]) for i, j in ((0, 3), (3, 4))]
+    assert validation.validate_prior(trainee, parts)["val_vlb"] == pytest.approx(whole["val_vlb"])
+    model = copy.deepcopy(trainee.model).eval()
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    expected = trainee.diffusion.vlb(model, data.indices, generators, validation.STRATA)["vlb"]
+    assert whole["val_vlb"] == pytest.approx(expected.mean().item())
+    torch.nn.init.normal_(trainee.model.logits.weight)               # the average stays
+    before = copy.deepcopy(trainee.model.state_dict())
+    assert validation.validate_prior(trainee, [data]) == whole
+    for name, value in trainee.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert trainee.model.training
+
+
+def test_a_priors_pictures_are_its_samples_and_always_the_same():
+    trainee = prior()
+    data = replace(code_batch(), generators=None, x=torch.zeros(4, 3, 16, 16)).first(2)
+    columns = validation.prior_columns(trainee, data)
+    assert list(columns) == ["held out", "its codes, decoded", "new codes, 8 steps"]
+    assert {image.shape for image in columns.values()} == {(2, 3, 16, 16)}
+    again = validation.prior_columns(trainee, data)
+    assert all(torch.equal(columns[name], again[name]) for name in columns)
+    assert not torch.equal(columns["its codes, decoded"], columns["new codes, 8 steps"])
+
+
 @pytest.mark.parametrize("stage", ["vqgan", "decoder"])
 def test_validation_means_do_not_depend_on_the_batches_and_training_mode_returns(stage):
     trainee = vqgan() if stage == "vqgan" else decoder()
-    validate = stages.validate_vqgan if stage == "vqgan" else stages.validate_decoder
+    validate = validation.validate_vqgan if stage == "vqgan" else validation.validate_decoder
     data = batch(full=(False,) * 4)
     parts = [Batch(data.x[i:j], data.mask[i:j], None, None) for i, j in ((0, 3), (3, 4))]
     one, two = validate(trainee, [replace(data, rows=None)]), validate(trainee, parts)

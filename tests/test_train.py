@@ -28,15 +28,17 @@ from train_process import (
 
 import checkpoint
 import train as program
+from convert import load
 from figures import curves
 from options import parse, resolve
+from prior import load_prior
 
-STAGES = ["vqgan", "decoder"]
+STAGES = ["vqgan", "refit", "decoder", "prior"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed, both stages and report: (folder, what it printed, seconds)."""
+    """A run that nothing disturbed, all stages and report: (folder, what it printed, seconds)."""
     out = tmp_path_factory.mktemp("whole") / "run"
     call(print)                                        # the server is there before the clock runs
     start = time.monotonic()
@@ -48,7 +50,7 @@ def whole(tmp_path_factory):
 def before(stage, whole, out):
     """`out` as it was when the undisturbed run began `stage`."""
     later = STAGES[STAGES.index(stage):]
-    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("report*", *later))
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("report*", "codes", *later))
 
 
 def finish(out, *more):
@@ -71,7 +73,7 @@ def test_a_run_leaves_the_files_that_the_readme_names(whole, tmp_path):
         assert [line["step"] for line in log_lines(out / stage)] == list(range(7))
     config = json.loads((out / "config.json").read_text())
     assert config["recipes"]["decoder"]["steps"] == 6
-    assert config["images"] == {"train": 50_000, "val": 1_000}
+    assert config["images"] == {"train": 50_000, "val": 100}
     assert "--steps 6" in (out / "command.txt").read_text()
     assert {"report.md", "report.json", "report.png"} <= {path.name for path in out.iterdir()}
     assert f"writing to {out}" in text
@@ -84,9 +86,18 @@ def test_a_checkpoint_holds_what_the_design_says(whole):
                           "step", "parent", "extra"}
     assert (state["stage"], state["step"], state["images"]) == ("decoder", 6, 24)
     assert all(name.startswith("decoder.") for name in state["model"])
-    first = checkpoint.load(whole[0] / "vqgan" / "last.pt")
+    first = checkpoint.load(whole[0] / "refit" / "last.pt")
     assert state["parent"] == checkpoint.weights_hash(first["model"])
     assert "encoder.conv_in.weight" in first["model"]
+    assert first["config"]["first_stage"]["K"] == first["extra"]["K"] == 12
+    vqgan = checkpoint.load(whole[0] / "vqgan" / "last.pt")
+    assert first["parent"] == checkpoint.weights_hash(vqgan["model"])
+    prior = checkpoint.load(whole[0] / "prior" / "last.pt")
+    assert prior["parent"] == state["parent"]
+    assert prior["ema"]["updates"] == 6
+    assert prior["model"].keys() == prior["ema"]["weights"].keys()
+    assert prior["extra"]["timesteps"]["counts"].sum() == 24          # each image has its t
+    assert (prior["extra"]["grid"], prior["extra"]["K"]) == ([16, 16], 12)
 
 
 def test_the_discriminator_starts_at_its_step_and_not_before(whole):
@@ -130,8 +141,8 @@ def kill_and_continue(stage, folder, out, kills, longest, *more):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_kills_at_random_moments_change_no_bit(stage, whole, tmp_path):
-    # A stage takes about a third of the whole run.
-    assert kill_and_continue(stage, whole[0], tmp_path / "run", 3, 0.3 * whole[2]) >= 1
+    # A stage takes about a fifth of the whole run.
+    assert kill_and_continue(stage, whole[0], tmp_path / "run", 3, 0.2 * whole[2]) >= 1
 
 
 @pytest.mark.slow
@@ -140,7 +151,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(stage, tmp_path):
     start = time.monotonic()
     finish(tmp_path / "long", "--steps", "200")
     seconds = time.monotonic() - start
-    hits = kill_and_continue(stage, tmp_path / "long", tmp_path / "run", 20, 0.04 * seconds,
+    hits = kill_and_continue(stage, tmp_path / "long", tmp_path / "run", 20, 0.02 * seconds,
                              "--steps", "200")
     assert hits == 20
 
@@ -154,26 +165,65 @@ def test_kills_change_no_bit_of_a_concat_decoder(whole, tmp_path):
     assert kill_and_continue("decoder", concat, tmp_path / "run", 5, 0.3 * whole[2], *more) >= 1
 
 
-@pytest.mark.parametrize(("call", "count"), [
-    ("save", 1), ("save", 4), ("save", 5), ("replace", 5), ("link", 2)])
-def test_a_kill_inside_a_save_changes_no_bit(call, count, whole, tmp_path):
+@pytest.mark.parametrize(("stage", "call", "count"), [
+    ("decoder", "save", 1), ("decoder", "save", 4), ("decoder", "save", 5),
+    ("decoder", "replace", 5), ("decoder", "link", 2), ("refit", "save", 1),
+    ("refit", "replace", 4),
+    ("prior", "replace", 2),                             # that of the codes
+    ("prior", "save", 5)])
+def test_a_kill_inside_a_save_changes_no_bit(stage, call, count, whole, tmp_path):
     out = tmp_path / "run"
-    before("decoder", whole[0], out)
-    status, text = train(out, "--stage", "decoder", prepare=partial(die_inside, call, count))
+    before(stage, whole[0], out)
+    status, text = train(out, "--stage", stage, prepare=partial(die_inside, call, count))
     assert status == KILLED, text
-    finish(out, "--stage", "decoder")
-    assert_same_run(whole[0], out, "decoder")
+    finish(out, "--stage", stage)
+    assert_same_run(whole[0], out, stage)
 
 
-def test_a_truncated_last_falls_back_to_previous_and_ends_the_same(whole, tmp_path):
+@pytest.mark.parametrize("stage", ["decoder", "prior"])
+def test_a_truncated_last_falls_back_to_previous_and_ends_the_same(stage, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
-    last = out / "decoder" / "last.pt"
+    last = out / stage / "last.pt"
     last.write_bytes(last.read_bytes()[:-1000])
     text = finish(out)
     assert "continuing from" in text
     assert "from step 4" in text
-    assert_same_run(whole[0], out, "decoder")
+    assert_same_run(whole[0], out, stage)
+
+
+def test_a_refit_that_goes_on_builds_no_codes_anew_and_keeps_encoder_and_codes(whole, tmp_path):
+    out = tmp_path / "run"
+    before("refit", whole[0], out)
+    finish(out, "--stage", "refit", "--max-hours", "1e-9")
+    text = finish(out, "--stage", "refit")
+    assert "sampling" not in text
+    assert "from step 1" in text
+    vqgan, refit, ours = (checkpoint.load(folder / "last.pt")["model"] for folder in (
+        whole[0] / "vqgan", whole[0] / "refit", out / "refit"))
+    for name in refit:
+        assert torch.equal(ours[name], refit[name]), name
+        frozen = name.startswith(("encoder.", "quant_conv."))
+        if not name.startswith("quantize."):
+            assert torch.equal(refit[name], vqgan[name]) == frozen, name
+    start = checkpoint.load(whole[0] / "refit" / "previous.pt")["model"]
+    assert torch.equal(start["quantize.embedding.weight"], refit["quantize.embedding.weight"])
+    assert len(refit["quantize.embedding.weight"]) == 12
+
+
+def test_the_codes_are_made_once_and_again_where_they_are_lost(whole, tmp_path):
+    out = tmp_path / "run"
+    before("prior", whole[0], out)
+    finish(out, "--stage", "prior", "--max-hours", "1e-9")
+    (codes,) = (out / "codes").iterdir()
+    made = codes.stat().st_mtime_ns
+    finish(out, "--stage", "prior", "--max-hours", "1e-9")
+    assert codes.stat().st_mtime_ns == made
+    codes.unlink()
+    finish(out, "--stage", "prior")
+    assert codes.exists()
+    (original,) = (whole[0] / "codes").iterdir()
+    assert codes.read_bytes() == original.read_bytes()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -245,10 +295,10 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path):
 
 def test_a_later_stages_mistake_shows_before_the_first_stage_is_trained(tmp_path):
     photos = write_photos(tmp_path / "photos", 4)
-    args = ["--data", "folder", "--root", str(photos), "--size", "32", "--micro-batch", "12"]
-    status, text = train(tmp_path / "run", args=args)       # vqgan takes 96 images, decoder 80
+    args = ["--data", "folder", "--root", str(photos), "--size", "128", "--micro-batch", "8"]
+    status, text = train(tmp_path / "run", args=args)    # vqgan takes 96 images, prior 180
     assert status == 2
-    assert "--micro-batch 12 does not divide the 80 images" in text
+    assert "--micro-batch 8 does not divide the 180 images" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -293,16 +343,18 @@ def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
     assert "finish it first" in text
 
 
-def test_another_first_stage_under_a_decoder_is_refused(whole, tmp_path):
+@pytest.mark.parametrize(("below", "stage"), [
+    ("vqgan", "refit"), ("refit", "decoder"), ("refit", "prior")])
+def test_another_first_stage_under_a_stage_is_refused(below, stage, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
-    state = checkpoint.load(out / "vqgan" / "last.pt")
+    state = checkpoint.load(out / below / "last.pt")
     state["model"]["encoder.conv_in.weight"] += 1
-    checkpoint.save(out / "vqgan" / "last.pt", state)
-    status, text = train(out, "--stage", "decoder")
+    checkpoint.save(out / below / "last.pt", state)
+    status, text = train(out, "--stage", stage)
     assert status == 2
     assert "another first stage" in text
-    assert "--out NEW_RUN" in text
+    assert f"--stage {stage} --vqgan {out} --out NEW_RUN" in text
 
 
 def test_a_decoder_without_a_first_stage_is_refused_by_name(tmp_path):
@@ -368,27 +420,44 @@ def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tm
     text = finish(tmp_path / "run", *more)
     assert "is not finished" not in text
     assert "held-out = train L1 on 2 images" in text
+    assert "held-out = train bound, nats a map, on 2 images" in text
     lines = log_lines(tmp_path / "run" / "decoder")
     assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]
     assert "no GAN loss in this run" in text
     assert not (tmp_path / "run" / "vqgan").exists()
+    assert not (tmp_path / "run" / "refit").exists()               # the given one is a refit
     assert not (tmp_path / "run" / "report.json").exists()
 
 
-def test_without_the_trial_step_the_weights_are_the_same(whole, tmp_path):
-    status, text = train(tmp_path / "run", "--stage", "vqgan", prepare=no_trial)
+def test_on_a_given_first_stage_the_runs_own_refit_is_what_the_others_stand_on(whole, tmp_path):
+    out = tmp_path / "run"
+    text = finish(out, "--vqgan", str(whole[0] / "vqgan" / "last.pt"))
+    assert "refit, decoder, prior at 32 px" in text
+    refit = checkpoint.load(out / "refit" / "last.pt")
+    parent = checkpoint.weights_hash(refit["model"])
+    assert load(out).parent == load_prior(out).parent == parent
+    assert refit["parent"] == checkpoint.load(whole[0] / "refit" / "last.pt")["parent"]
+    assert "finished before" in finish(out, "--vqgan", str(whole[0] / "vqgan" / "last.pt"))
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "prior"])
+def test_without_the_trial_step_the_weights_are_the_same(stage, whole, tmp_path):
+    before(stage, whole[0], tmp_path / "run")
+    status, text = train(tmp_path / "run", "--stage", stage, prepare=no_trial)
     assert status == 0, text
-    assert_same_run(whole[0], tmp_path / "run", "vqgan")
+    assert_same_run(whole[0], tmp_path / "run", stage)
 
 
 def no_trial():
     program.trial = lambda *args: (1, 1.0)
 
 
-def test_workers_change_no_bit(whole, tmp_path):
-    status, text = train(tmp_path / "run", "--stage", "vqgan", "--workers", "2")
+@pytest.mark.parametrize("stage", ["vqgan", "refit"])
+def test_workers_change_no_bit(stage, whole, tmp_path):
+    before(stage, whole[0], tmp_path / "run")
+    status, text = train(tmp_path / "run", "--stage", stage, "--workers", "2")
     assert status == 0, text
-    assert_same_run(whole[0], tmp_path / "run", "vqgan")
+    assert_same_run(whole[0], tmp_path / "run", stage)
 
 
 def test_micro_batches_give_the_same_weights_but_for_rounding(whole, tmp_path):
@@ -397,8 +466,30 @@ def test_micro_batches_give_the_same_weights_but_for_rounding(whole, tmp_path):
     finish(tmp_path / "two", *more, "--micro-batch", "2")
     one, two = (checkpoint.load(tmp_path / name / "vqgan" / "last.pt") for name in ("one", "two"))
     assert two["extra"]["micro_batch"] == 2
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, atol=1e-4, rtol=1e-3, msg=name)
+    assert_nearly(one["model"], two["model"])
+
+
+def assert_nearly(one, two):
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_priors_micro_batches_and_processes_see_the_same_noise(whole, tmp_path):
+    for name in ("micro", "ranks"):
+        before("prior", whole[0], tmp_path / name)
+    finish(tmp_path / "micro", "--stage", "prior", "--micro-batch", "2")
+    results = ranks(tmp_path / "ranks", "--stage", "prior")
+    assert [status for status, _ in results] == [0, 0], results
+    one, *others = (checkpoint.load(run / "prior" / "last.pt")
+                    for run in (whole[0], tmp_path / "micro", tmp_path / "ranks"))
+    for other in others:
+        assert_nearly(one["model"], other["model"])
+        assert_nearly(one["ema"]["weights"], other["ema"]["weights"])
+        history, theirs = one["extra"]["timesteps"], other["extra"]["timesteps"]
+        assert torch.equal(theirs["counts"], history["counts"])
+        torch.testing.assert_close(theirs["losses"], history["losses"], rtol=1e-3, atol=1e-4)
+    codes = [next((run / "codes").iterdir()).read_bytes() for run in (whole[0], tmp_path / "ranks")]
+    assert codes[0] == codes[1]
 
 
 def test_days_are_announced_with_a_command_that_works(tmp_path):
@@ -417,7 +508,7 @@ def test_check_data_names_the_bad_file(tmp_path):
     for i in range(3):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    more = ("--data", "folder", "--root", str(tmp_path), "--check-data")
+    more = ("--data", "folder", "--root", str(tmp_path), "--check-data", "--stage", "vqgan")
     status, text = train(tmp_path / "run", *more)
     assert status == 1
     assert "broken.jpg" in text
@@ -451,6 +542,21 @@ def test_two_processes_write_one_run_and_one_process_continues_it(whole, tmp_pat
             assert b[key] == pytest.approx(a[key], rel=1e-3), key
     text = (out / "command.txt").read_text().splitlines()
     assert text[0].startswith("torchrun --nproc_per_node=2 train.py")
+
+
+def test_two_processes_rebuild_the_codebook_of_one_and_one_continues_them(whole, tmp_path):
+    out = tmp_path / "run"
+    before("refit", whole[0], out)
+    results = ranks(out, "--stage", "refit", "--max-hours", "1e-9")
+    assert [status for status, _ in results] == [0, 0], results
+    one, two = (checkpoint.load(run / "refit" / "last.pt") for run in (whole[0], out))
+    name = "quantize.embedding.weight"
+    assert torch.equal(two["model"][name], one["model"][name])
+    assert two["extra"]["val"] == one["extra"]["val"]
+    finish(out, "--stage", "refit")
+    for a, b in zip(log_lines(whole[0] / "refit")[:4], log_lines(out / "refit")):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
 
 
 def test_a_failure_on_one_rank_shows_its_traceback_and_ends_all(tmp_path):

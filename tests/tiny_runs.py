@@ -6,11 +6,17 @@ import torch
 
 import checkpoint
 from asym_decoder import AsymDecoder
+from ema import EMA
+from prior import denoiser
 from vqgan import VQGAN, VQGANConfig
 
 TINY = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4,
                    embed_dim=4, K=8, norm_groups=4)
 SIZE = 32
+PRIOR = {"unet": "tiny", "T": 6, "schedule": "cosine", "form": "theta", "residual": "none",
+         "ema": 0.5, "net": {"layout": "ddpm", "width": 8, "mults": [1, 2], "num_blocks": 1,
+                             "attention": "full", "attn_levels": [1], "time_width": 8,
+                             "norm_groups": 4}}
 
 
 def settings(vqgan=None, blend="add", **others):
@@ -21,10 +27,10 @@ def settings(vqgan=None, blend="add", **others):
             "decoder": {"preset": "tiny", "ch": 8, "num_res_blocks": 1, "blend": blend}, **others}
 
 
-def write_stage(run, stage, weights, config, parent=None, finished=True):
+def write_stage(run, stage, weights, config, parent=None, finished=True, extra=None):
     state = {"format": 1, "stage": stage, "config": config, "model": weights, "ema": None,
              "optimizers": {}, "images": 16, "step": 2, "parent": parent,
-             "extra": {"finished": finished}}
+             "extra": {"finished": finished} | (extra or {})}
     checkpoint.save(run / stage / "last.pt", state)
 
 
@@ -50,3 +56,20 @@ def write_run(run, **options):
     """A first stage and a decoder on it in one run folder."""
     _, parent = write_first_stage(run)
     return write_decoder(run, parent, **options)
+
+
+def write_prior(run, parent, grid=(16, 16), seed=2, finished=True, **options):
+    """A UNet with random weights in RUN/prior/last.pt; what it draws depends on what it sees.
+
+    options: those of `settings`.
+    """
+    torch.manual_seed(seed)
+    unet, _ = denoiser(PRIOR, TINY.K)
+    for parameter in unet.parameters():
+        if not parameter.any():                  # layers that start at zero would be silent
+            torch.nn.init.normal_(parameter, std=0.5)
+    state = {"format": 1, "stage": "prior", "config": settings(**options) | {"prior": PRIOR},
+             "model": unet.state_dict(), "ema": EMA(unet, 0.5).state_dict(), "optimizers": {},
+             "images": 16, "step": 2, "parent": parent,
+             "extra": {"finished": finished, "K": TINY.K, "grid": list(grid)}}
+    checkpoint.save(run / "prior" / "last.pt", state)

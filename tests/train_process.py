@@ -24,8 +24,11 @@ FORK.set_forkserver_preload(["train", "pytest"])
 
 SMALL = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_levels": (), "z_channels": 4,
          "embed_dim": 4, "K": 16, "norm_groups": 4}
+SMALL_UNET = {"layout": "ddpm", "width": 8, "mults": (1, 2), "num_blocks": 1, "attention": "full",
+              "attn_levels": (1,), "time_width": 8, "norm_groups": 4}
 ARGS = ["--size", "32", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--workers", "0",
-        "--disc-start", "3", "--device", "cpu"]
+        "--disc-start", "3", "--device", "cpu", "--refit-samples", "40", "--codes", "12",
+        "--timesteps", "4"]
 KILLED = -signal.SIGKILL
 NUMBERS = itertools.count()
 
@@ -40,7 +43,7 @@ class Started:
         self.process = FORK.Process(target=_train, args=(argv, str(self.text), env or {}, prepare))
         self.process.start()
 
-    def end(self, timeout=60):
+    def end(self, timeout=300):
         """(exit status, everything printed)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -100,10 +103,17 @@ def _train(argv, text, env, prepare):
 
 def shrink():
     """train, on a first stage of a few thousand weights, with few held-out images, no curves."""
+    import begin
+    import data
+    import timesteps
     import train as program
+    import unet
     import vqgan
     vqgan.VQGAN_PRESETS["tiny"] = vqgan.VQGANConfig(**SMALL)
-    program.VALIDATION_IMAGES = 8
+    unet.UNET_PRESETS["tiny"] = unet.UNetConfig(**SMALL_UNET)
+    begin.VALIDATION_IMAGES = 8
+    timesteps.HISTORY = 1                          # the draws are by importance from step 3 or so
+    data.SIGNS_LENGTH["val"] = 100                 # whose codes refit counts
     program.curves = lambda *_: None               # two thirds of the time of so short a run
     program.evaluate_runs = partial(program.evaluate_runs, n=4)
     return program

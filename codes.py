@@ -1,0 +1,118 @@
+"""The code maps that the prior learns: each picture encoded once, and the order of the maps.
+
+    pictures --views, encode--> indices (n,h,w) --> RUN/codes/SPLIT-KEY.npy         code_maps
+    position in the run -> epoch, permuted row -> a map (h,w)                        CodeItems
+    maps for training, maps held out -> nats by the frequencies alone                histogram_nats
+
+The first stage is frozen, so a picture's codes are the same at every look: encoding it again in
+each epoch would cost more than the prior's own step. Not here: what a step with these maps is
+(stages.py).
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import BadFiles, Order, views
+from distributed import gather_objects, on_rank0, print0, rank, world_size
+
+BATCH = 64              # pictures encoded at once; another number might round otherwise
+
+
+def code_maps(encode, dataset, n, K, parent, folder, workers=0):
+    """The codes of the first n pictures in their fixed view: (n,h,w) uint16, int32 for K > 65,536.
+
+    deviation D47
+    encode: image uint8 (b,3,H,W) -> indices (b,h,w), with the first stage whose hash is `parent`.
+    folder: where the file is kept that they are memory-mapped from. It is made once for a first
+    stage, a data set and n, as a whole or not at all.
+    Every process must call this: they share the pictures, in whole batches, so that their number
+    changes no bit. UserError: from the data set.
+    """
+    key = f"{parent}|{dataset.describe()}|{dataset.size}|{n}"
+    name = f"{dataset.split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    path, dtype = Path(folder) / name, np.uint16 if K <= 2**16 else np.int32
+    if not on_rank0(path.exists):
+        rounds = _encoded(encode, dataset, n, dtype, workers)
+        if rank() == 0:
+            _write(path, n, dtype, rounds)
+        else:
+            for _ in rounds:
+                pass
+        on_rank0(lambda: None)               # nobody looks for the file before it has its name
+    return np.load(path, mmap_mode="r")
+
+
+def _encoded(encode, dataset, n, dtype, workers):
+    """Yields every process's next batch of codes (b,h,w), in the order of the pictures, as a list.
+
+    The same list on each process; the last one may be short.
+    """
+    starts = range(0, n, BATCH)
+    mine = (range(start, min(start + BATCH, n)) for start in starts[rank()::world_size()])
+    pictures = views(dataset, mine, workers)
+    bad_files, next_line = BadFiles(len(dataset)), time.monotonic() + 10
+    for start in starts[::world_size()]:
+        image, bad = next(pictures, (None, set()))
+        codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
+        shares = gather_objects((codes, bad))
+        for path in bad_files.update(set().union(*(bad for _, bad in shares))):
+            print0(f"skipped, cannot be decoded: {path}")
+        bad_files.check()
+        if time.monotonic() > next_line:
+            print0(f"encoding: {start:,} of {n:,} pictures")
+            next_line = time.monotonic() + 10
+        yield [codes for codes, _ in shares if codes is not None]
+
+
+def _write(path, n, dtype, rounds):
+    """The codes of all rounds into a .npy file, which has its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            for codes in (codes for shares in rounds for codes in shares):
+                if file.tell() == 0:
+                    np.lib.format.write_array_header_1_0(file, {
+                        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                        "fortran_order": False, "shape": (n, *codes.shape[1:])})
+                file.write(codes.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class CodeItems:
+    """Map-style data set over positions 0, 1, 2, ... of the maps in a run, as data.TrainingItems.
+
+    codes: (n,h,w), any integers. Items: indices int64 (h,w), position, bad (always empty).
+    """
+
+    def __init__(self, codes, seed, stage_id):
+        self.codes, self.order = codes, Order(len(codes), (seed, stage_id))
+
+    def __getitem__(self, position):
+        indices = self.codes[self.order[position]].astype(np.int64)                 # (h, w)
+        return {"indices": torch.from_numpy(indices), "position": position, "bad": ()}
+
+
+def histogram_nats(codes, held_out, K):
+    """Nats a map that held_out (m,h,w) costs by the frequencies of codes (n,h,w) at each cell.
+
+    The mean over the held-out maps: what a model can reach that knows where a cell is, but not its
+    neighbours. Each count begins at one (Laplace), so that no code is impossible.
+    """
+    cells = codes[0].size
+    first = np.arange(cells) * K                                                    # (h·w)
+    counts = np.ones(cells * K, np.int64)
+    for start in range(0, len(codes), 4096):
+        part = codes[start:start + 4096].reshape(-1, cells)                         # (b, h·w)
+        counts += np.bincount((part + first).ravel(), minlength=cells * K)
+    nats = -np.log(counts / (len(codes) + K))                                       # (h·w·K)
+    return nats[held_out.reshape(-1, cells).astype(np.int64) + first].sum(1).mean().item()

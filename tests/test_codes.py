@@ -1,0 +1,116 @@
+"""codes.py: pictures encoded once, and what their frequencies alone are worth."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from train_process import call
+
+import codes
+from codes import CodeItems, code_maps, histogram_nats
+from data import Order, Signs, training_batches
+from distributed import UserError
+
+
+def brightness(image):
+    """uint8 (b,3,32,32) -> 4 x 4 codes in [0,256): the mean of each 8 x 8 square."""
+    return image.float().mean(1).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)).long()
+
+
+def expected(n, limit=None):
+    dataset = Signs("train", 32, limit=limit)
+    images = [torch.from_numpy(dataset.read(i)[0]).permute(2, 0, 1) for i in range(n)]
+    return brightness(torch.stack(images)).numpy()
+
+
+def test_row_i_has_the_codes_of_picture_i_whatever_the_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "BATCH", 4)
+    maps = code_maps(brightness, Signs("train", 32), 10, 256, "parent", tmp_path)
+    assert isinstance(maps, np.memmap)
+    assert (maps.dtype, maps.shape) == (np.uint16, (10, 4, 4))
+    np.testing.assert_array_equal(maps, expected(10))
+
+
+@pytest.mark.parametrize(("K", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
+def test_the_largest_code_fits_into_its_type(K, dtype, tmp_path):
+    maps = code_maps(lambda image: torch.full((len(image), 2, 2), K - 1), Signs("train", 32), 3, K,
+                     "parent", tmp_path)
+    assert maps.dtype == dtype
+    assert (maps == K - 1).all()
+
+
+def test_a_file_serves_again_for_the_same_first_stage_data_and_number_only(tmp_path):
+    code_maps(brightness, Signs("train", 32), 5, 256, "parent", tmp_path)
+
+    def refuse(image):
+        raise AssertionError("encoded again")
+
+    again = code_maps(refuse, Signs("train", 32), 5, 256, "parent", tmp_path)
+    np.testing.assert_array_equal(again, expected(5))
+    others = [(Signs("train", 32), 5, "other"), (Signs("val", 32), 5, "parent"),
+              (Signs("train", 32), 4, "parent"), (Signs("train", 64), 5, "parent"),
+              (Signs("train", 32, seed=1), 5, "parent")]
+    for dataset, n, parent in others:
+        with pytest.raises(AssertionError, match="encoded again"):
+            code_maps(refuse, dataset, n, 256, parent, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1                  # nor is half a file left behind
+
+
+def share(folder):
+    from distributed import setup
+    setup("cpu")
+    codes.BATCH = 4
+    maps = code_maps(brightness, Signs("train", 32), 10, 256, "parent", folder)
+    np.testing.assert_array_equal(maps, expected(10))
+
+
+def test_two_processes_share_the_pictures_and_both_see_the_whole_file(tmp_path):
+    assert call(share, tmp_path, ranks=2) == [0, 0]
+    np.testing.assert_array_equal(
+        code_maps(None, Signs("train", 32), 10, 256, "parent", tmp_path), expected(10))
+
+
+class Spoilt(Signs):
+    def read(self, index, rng=None):
+        return super().read(index, rng)[0], (f"{index}.png",) if index >= self.first else ()
+
+
+def test_files_that_cannot_be_decoded_are_named_once_and_too_many_are_refused(tmp_path, capsys):
+    dataset = Spoilt("train", 32, limit=40)
+    dataset.first = 38
+    code_maps(brightness, dataset, 40, 256, "parent", tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        f"skipped, cannot be decoded: {i}.png" for i in (38, 39)]
+    dataset.first = 10
+    with pytest.raises(UserError, match="30 of 40 files"):
+        code_maps(brightness, dataset, 40, 256, "other", tmp_path)
+
+
+def test_items_are_the_maps_in_the_order_of_pictures_and_leave_the_file_alone():
+    maps = np.arange(12, dtype=np.uint16).reshape(3, 2, 2)
+    items, order = CodeItems(maps, seed=5, stage_id=3), Order(3, (5, 3))
+    batch = next(training_batches(items, 0, 1, 6))
+    assert batch["indices"].dtype == torch.int64
+    assert batch["position"] == list(range(6))
+    for position, indices in enumerate(batch["indices"]):
+        np.testing.assert_array_equal(indices, maps[order[position]])
+    batch["indices"] += 1
+    assert maps.max() == 11
+
+
+def test_histogram_nats_are_those_of_counting_by_hand(monkeypatch):
+    rng = np.random.default_rng(0)
+    maps, held_out = rng.integers(0, 4, (6, 2, 3)), rng.integers(0, 4, (5, 2, 3))
+    nats = 0
+    for one in held_out:
+        for cell in np.ndindex(2, 3):
+            count = sum(other[cell] == one[cell] for other in maps)
+            nats -= math.log((count + 1) / (6 + 4))
+    assert histogram_nats(maps.astype(np.uint16), held_out, 4) == pytest.approx(nats / 5)
+
+
+def test_with_no_more_than_one_map_seen_a_histogram_is_nearly_uniform():
+    maps = np.zeros((1, 4, 4), np.uint16)
+    nats = histogram_nats(maps, maps + 1, 1000)
+    assert nats == pytest.approx(16 * math.log(1001))
