@@ -1,0 +1,416 @@
+"""Photo + mask -> picture: VQ-DDM fills the hole's codes, the asymmetric decoder draws it.
+
+    python inpaint.py PHOTO MASK --run RUN -o out.png
+
+    photo, mask --prepare--> x, mask, padded; known, on the grid of codes
+    x, its hole in one colour --encode--> codes --complete, window by window--> codes --> z
+    z, x, mask --decode--> x_hat --cut, round--> picture                DDM Sec. 4.4, AVQ Sec. 3.2
+
+Known codes are the photo's, known pixels the asymmetric decoder's own; `--composite` pastes the
+photo's over them. What the photo shows under the mask is never looked at.
+
+The prior draws maps of the one size that it was trained on. A hole that is too large for one of
+them is drawn in a smaller copy of the photo, enlarged and encoded, so that its content is of one
+piece; with `--tile` it is drawn window by window instead, sharper and with less sense. The photo
+passes through encoder and decoder as a whole, so memory grows with its area.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from asym_decoder import AsymVQGAN
+from budget import duration
+from canvas import prepare, shrink
+from compare import all_of_float32
+from completion import complete, fill_with_mean, windows
+from convert import load
+from data import load_image
+from distributed import UserError, exit_on_user_error, print0, setup
+from figures import image_grid, show_masked
+from folders import decoded, read_mask
+from prior import load_prior
+from run_folder import Progress
+
+STEPS = 100                                      # at most, where nobody says
+DECODERS = ("asym", "vanilla", "paste")
+TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
+DRAWING = ("samples", "steps", "resample", "temperature", "seed", "tile",
+           "prior")                              # flags that are about the prior
+
+_COMPLETION_STREAM = 301      # first number of the keys of random streams; data.py has others
+
+
+# -- from hole to picture --------------------------------------------------------------------------
+
+
+def canvas_to_draw_on(canvas, f, grid, tile=False):
+    """Where the prior draws: this canvas, where one window is enough or `tile`; else a smaller.
+
+    deviation D49
+    """
+    one = len(windows(~canvas.known[0], grid)) == 1
+    return canvas if one or tile else shrink(canvas, f, grid)
+
+
+def latents(model, canvas, prior=None, drawn=None, *, samples=1, seed=0, steps=None, resample=1,
+            temperature=1.0):
+    """Yields the latent (1,d,h,w) of each sample; without a prior, that of the filled photo alone.
+
+    drawn: the canvas to draw on, this one (None) or what `shrink` made of it. Sample i depends on
+    (seed, i), not on how many there are. steps: None for STEPS, or for all where the prior has
+    fewer.
+    """
+    drawn = drawn or canvas
+    filled = fill_with_mean(drawn.x, drawn.mask)                                    # (1,3,H',W')
+    if prior is None:
+        yield model.encode(filled)                                                  # (1, d, h, w)
+        return
+    first_stage, steps = _first_stage(model), steps or min(STEPS, prior.diffusion.T)
+    indices = first_stage.indices(filled)                                           # (1, h, w)
+    for i in range(samples):
+        key = np.random.SeedSequence((_COMPLETION_STREAM, seed, i))
+        generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        codes = complete(prior, indices, drawn.known, [generator], steps, resample, temperature)
+        z = first_stage.quantize.lookup(codes)                                      # (1, d, h, w)
+        yield z if drawn is canvas else model.encode(_enlarged(model, z, drawn, canvas))
+
+
+def _enlarged(model, z, small, canvas):
+    """canvas.x, its hole filled with the picture of z on the smaller canvas: (1,3,H',W')."""
+    decoder = "vanilla" if model is _first_stage(model) else "asym"
+    (H, W), picture = canvas.hole.shape, Image.fromarray(decode(model, z, small, decoder))
+    large = np.array(picture.resize((W, H), Image.Resampling.BICUBIC))              # (H, W, 3)
+    photo = np.where(canvas.hole[..., None], large, canvas.photo)
+    grid = canvas.known.shape[1:]
+    return prepare(photo, canvas.hole, model.config.f, grid, canvas.x.device).x
+
+
+def _first_stage(model):
+    return model.first_stage if isinstance(model, AsymVQGAN) else model
+
+
+def decode(model, z, canvas, decoder="asym", composite=False):
+    """The picture of latent z (1,d,h,w): uint8 (H,W,3), rounded. [AVQ Sec. 3.2]
+
+    decoder: "asym", which is given the known pixels; "vanilla", the first stage's own; "paste",
+    the latter with the photo's known pixels over it, bit for bit, as `composite` has them over any.
+    """
+    if decoder == "asym":
+        x_hat = model.decode(z, image=canvas.x, mask=canvas.mask)                   # (1,3,H',W')
+    else:
+        x_hat = _first_stage(model).decode(z)                                       # (1,3,H',W')
+    unit = (canvas.cut(x_hat).clamp(-1, 1) + 1) / 2                                 # (3, H, W)
+    picture = (unit * 255).round().byte().permute(1, 2, 0).cpu().numpy()            # (H, W, 3)
+    if composite or decoder == "paste":
+        picture = np.where(canvas.hole[..., None], picture, canvas.photo)
+    return picture
+
+
+@torch.no_grad()
+def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=False, tile=False,
+                  **drawing):
+    """The photo with its hole filled: uint8 (H,W,3). [DDM Sec. 4.4] [AVQ Sec. 3.2]
+
+    model: an AsymVQGAN, or a VQGAN for the decoders "vanilla" and "paste" (see `decode`).
+    photo: uint8 (H,W,3), any size; mask: (H,W), other than 0 = to be generated. prior: what
+    load_prior gives; None leaves the codes of the photo with its hole in one colour. tile: see
+    `canvas_to_draw_on`. drawing: seed, steps, resample, temperature of `latents`.
+    A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks and
+    a prior of other codes, ValueError for shapes that differ and for steps that the prior lacks.
+    """
+    hole = np.asarray(mask) != 0                                                    # (H, W)
+    if photo.shape != (*hole.shape, 3):
+        raise ValueError(f"a photo of shape {photo.shape} needs a mask of {photo.shape[:2]}, not "
+                         f"{hole.shape}")
+    if not hole.any():
+        return photo.copy()
+    check_models(model, prior, decoder)
+    device = next(model.parameters()).device
+    f, grid = model.config.f, prior.grid if prior else (1, 1)
+    canvas = prepare(photo, hole, f, grid, device)
+    drawn = canvas_to_draw_on(canvas, f, grid, tile) if prior else None
+    (z,) = latents(model, canvas, prior, drawn, **drawing)
+    return decode(model, z, canvas, decoder, composite)
+
+
+def check_models(model, prior, decoder, name="this model"):
+    """Raise UserError unless the model has the decoder, and the prior, if any, knows its codes."""
+    first_stage = _first_stage(model)
+    if decoder == "asym" and model is first_stage:
+        raise UserError(f"{name} has no asymmetric decoder: train one by train.py --stage decoder "
+                        "--vqgan RUN --out NEW_RUN, or take the first stage's, --decoder vanilla")
+    if decoder != "asym" and first_stage.decoder is None:
+        raise UserError(f"{name} came without the first stage's own decoder, so there is no "
+                        f"--decoder {decoder}: leave that out for the asymmetric one")
+    if prior and not _same_codes(first_stage, prior.first_stage):
+        raise UserError(f"the prior is of other codes than those of {name}: both must stand on one "
+                        "first stage; train a prior on this one by train.py --stage prior --vqgan "
+                        "RUN --out NEW_RUN, and name it by --prior NEW_RUN")
+
+
+def _same_codes(first_stage, other):
+    if first_stage.config.latent != "vq":
+        return False
+    ours, theirs = (owner.quantize.embedding.weight.cpu() for owner in (first_stage, other))
+    return torch.equal(ours, theirs)
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+def main():
+    args = _parser().parse_args()
+    _check(args)
+    outputs, comparison = _outputs(args)
+    device = setup(args.device)
+    photo, hole = read_pair(args.photo, args.mask, args.invert_mask)
+    if not hole.any():
+        print0("nothing is to be generated: the photo is written as it is")
+        for path in outputs:
+            _write(photo, path)
+        print0("wrote " + ", ".join(map(str, outputs)))
+        return
+    model, prior = _open_models(args, device)
+    f, grid = model.config.f, prior.grid if prior else (1, 1)
+    canvas = prepare(photo, hole, f, grid, device)
+    drawn = canvas_to_draw_on(canvas, f, grid, args.tile) if prior else None
+    drawing = {"steps": prior and _steps(args.steps, prior), "resample": args.resample or 1,
+               "temperature": args.temperature or 1.0, "seed": args.seed or 0}
+    _announce(args, canvas, drawn, prior, drawing)
+    try:
+        _make(args, model, prior, canvas, drawn, drawing, outputs, comparison)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px are too many for the "
+                        "device's memory; make photo and mask smaller, or --device cpu") from None
+
+
+def _make(args, model, prior, canvas, drawn, drawing, outputs, comparison):
+    """Draw and write all pictures."""
+    names = [args.decoder]
+    if comparison and args.decoder != "vanilla" and _first_stage(model).decoder is not None:
+        names = ["vanilla", args.decoder]
+    columns, start = {name: [] for name in names}, time.perf_counter()
+    with all_of_float32(), torch.inference_mode():
+        prior = prior and _with_progress(prior, drawn, len(outputs), drawing)
+        made = latents(model, canvas, prior, drawn, samples=len(outputs), **drawing)
+        for path, z in zip(outputs, made):
+            for name in names:
+                pasted = args.composite and name == args.decoder
+                columns[name].append(decode(model, z, canvas, name, pasted))
+            _write(columns[args.decoder][-1], path)
+    if comparison:
+        _compare(canvas, columns, args, comparison)
+    made = ", ".join(map(str, [*outputs, *([comparison] if comparison else [])]))
+    print0(f"wrote {made} ({duration(time.perf_counter() - start)})")
+
+
+def read_pair(photo_path, mask_path, invert=False):
+    """(photo uint8 (H,W,3), hole bool (H,W)) from two files; prints what is to be known of them.
+
+    A mask of another size is resized to the photo's, to the nearest pixel. Raises UserError for a
+    file that is missing or cannot be decoded.
+    """
+    for path in (photo_path, mask_path):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+    photo = np.array(decoded(photo_path, load_image))                               # (H, W, 3)
+    mask, remarks = read_mask(mask_path, invert)                                    # (1, h, w)
+    for remark in remarks.values():
+        print0(f"warning: {remark}")
+    size, own = (photo.shape[1], photo.shape[0]), (mask.shape[2], mask.shape[1])
+    if own == size:
+        return photo, mask[0].bool().numpy()
+    print0(f"{mask_path}: {own[0]} x {own[1]} px, resized to the photo's {size[0]} x {size[1]}, to "
+           "the nearest pixel")
+    resized = Image.fromarray(mask[0].numpy()).resize(size, Image.Resampling.NEAREST)
+    return photo, np.array(resized) != 0
+
+
+def _open_models(args, device):
+    """(model, Prior or None) that the flags name. Raises UserError for what cannot be used."""
+    loaded, prior = load(args.run, device), None
+    _warn_unless_finished(args.run, loaded)
+    if not args.no_prior:
+        where = args.prior or args.run
+        if loaded.model.config.latent != "vq":
+            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: fill "
+                            "the hole by Stable Diffusion (README), or see by --no-prior what "
+                            "the hole in one colour becomes")
+        try:
+            prior = load_prior(where, device)
+        except UserError as error:
+            mend = "" if args.prior else "; name one in another run by --prior"
+            raise UserError(f"{error}{mend}; or see by --no-prior what the hole in one colour "
+                            "becomes") from None
+        _warn_unless_finished(f"the prior in {where}", prior)
+    check_models(loaded.model, prior, args.decoder, args.run)
+    return loaded.model, prior
+
+
+def _warn_unless_finished(name, model):
+    if not model.finished:
+        print0(f"warning: {name} is not trained to its end (step {model.step})")
+
+
+def _steps(asked, prior):
+    T = prior.diffusion.T
+    if asked and asked > T:
+        raise UserError(f"--steps {asked}: this prior has T = {T}; give 1 to {T}")
+    return asked or min(STEPS, T)
+
+
+def _announce(args, canvas, drawn, prior, drawing):
+    """Print what is going to happen."""
+    H, W = canvas.hole.shape
+    print0(f"{args.photo}: {W} x {H} px, {canvas.hole.mean():.1%} to be generated; pixels by "
+           f"{args.run}, decoder {args.decoder}{', photo pasted' * args.composite}")
+    _announce_padding(canvas)
+    if prior is None:
+        print0("no prior: the codes are those of the photo with its hole in one colour")
+        return
+    if drawn is not canvas:
+        print0(f"the hole is too large for one window of the prior: drawn in a copy of "
+               f"{drawn.hole.shape[1]} x {drawn.hole.shape[0]} px and enlarged (--tile draws it at "
+               "full size)")
+        _announce_padding(drawn)
+    (h, w), count = drawn.known.shape[1:], len(windows(~drawn.known[0], prior.grid))
+    how = f"one window of {prior.grid[1]} x {prior.grid[0]}" if count == 1 else (
+        f"{count} windows of {prior.grid[1]} x {prior.grid[0]}, one after the other")
+    how = "all at once" if (h, w) == prior.grid else how
+    print0(f"codes by the prior in {args.prior or args.run}: {(~drawn.known).sum():,} of {w} x "
+           f"{h}, {how}; {drawing['steps']} of {prior.diffusion.T:,} steps, resample "
+           f"{drawing['resample']}, temperature {drawing['temperature']:g}, seed {drawing['seed']}")
+
+
+def _announce_padding(canvas):
+    (H, W), (padded_H, padded_W) = canvas.hole.shape, canvas.mask.shape[2:]
+    if (padded_H, padded_W) != (H, W):
+        print0(f"{W} x {H} px are padded to {padded_W} x {padded_H}, mirrored, and cut afterwards")
+
+
+def _with_progress(prior, drawn, samples, drawing):
+    """The Prior, its network counting its calls on a progress line."""
+    steps, count = drawing["steps"], len(windows(~drawn.known[0], prior.grid))
+    calls = samples * count * (steps + (steps - 1) * (drawing["resample"] - 1))
+    progress, done = Progress("denoising", 0, calls, samples / calls), 0
+
+    def unet(z_t, t):
+        nonlocal done
+        logits = prior.unet(z_t, t)
+        done += 1
+        progress.show(done, {})
+        if done == calls:
+            progress.close()
+        return logits
+
+    return replace(prior, unet=unet)
+
+
+def _compare(canvas, columns, args, path):
+    """Write original, masked picture and what each decoder made of it, a row a sample."""
+    x, mask = canvas.cut(canvas.x), canvas.cut(canvas.mask)                         # (C, H, W)
+    count = len(columns[args.decoder])
+    pictures = {"original": [x] * count, "masked": [show_masked(x, mask)] * count}
+    for name, made in columns.items():
+        pasted = ", photo pasted" * (args.composite and name == args.decoder)
+        pictures[TITLES[name] + pasted] = [
+            torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1 for picture in made]
+    if "vanilla" not in columns:
+        print0("the first stage came without its own decoder, so the comparison has none of it")
+    _writing(path, lambda: image_grid(pictures, path))
+
+
+def _write(picture, path):
+    _writing(path, lambda: Image.fromarray(picture).save(path))
+
+
+def _writing(path, write):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or "
+                        "choose another -o") from None
+
+
+def _outputs(args):
+    """([path of each sample], path of the comparison or None). UserError: not to be written to."""
+    out = Path(args.out or f"{Path(args.photo).stem}-inpainted.png")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"-o {out}: pictures are PNG files, so that no pixel changes; give a name "
+                        "that ends with .png")
+    numbers = range(1, (args.samples or 1) + 1)
+    outputs = [out.with_name(f"{out.stem}-{i}.png") for i in numbers] if args.samples else [out]
+    comparison = out.with_name(f"{out.stem}-compare.png") if args.compare else None
+    for path in [*outputs, *([comparison] if comparison else [])]:
+        for source in (args.photo, args.mask):
+            if path.exists() and Path(source).exists() and path.samefile(source):
+                raise UserError(f"{path} would be written over {source}; choose another -o")
+    return outputs, comparison
+
+
+def _check(args):
+    """Raise UserError for numbers out of range and flags that contradict one another."""
+    for flag, least in (("samples", 1), ("steps", 1), ("resample", 1), ("seed", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: the least is {least}")
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature}: must be positive")
+    for flag in DRAWING:
+        if args.no_prior and getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is for the prior, and --no-prior does without; leave one of "
+                            "them out")
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        description="Fill the hole that a mask leaves in a photo: codes by a run's prior, pixels "
+                    "by its asymmetric decoder.")
+    add = parser.add_argument
+    add("photo", metavar="PHOTO", help="the photo, of any size")
+    add("mask", metavar="MASK",
+        help="white (from 128 on) = to be generated; resized to the photo where it has another "
+             "size")
+    add("--run", required=True, metavar="RUN",
+        help="a run folder of train.py; with --no-prior anything that convert.py reads")
+    add("-o", "--out", metavar="FILE",
+        help="the picture, a PNG file (default: PHOTO's name with -inpainted.png, here)")
+    add("--samples", type=int, metavar="N",
+        help="N completions, FILE-1.png to FILE-N.png (default: one, FILE itself)")
+    add("--steps", type=int, metavar="N",
+        help=f"steps of the prior (default: {STEPS}, or all where it has fewer)")
+    add("--resample", type=int, metavar="U",
+        help="take each step U times, which ties the hole closer to what is known (default: 1, "
+             "the paper's)")
+    add("--temperature", type=float, metavar="X",
+        help="below 1 likelier and less diverse codes (default: 1)")
+    add("--seed", type=int, metavar="S", help="other completions (default: 0)")
+    add("--tile", action="store_true", default=None,
+        help="draw a hole that is too large for the prior at full size, window by window, each "
+             "seeing half of what was drawn before (default: in a smaller copy, then enlarged)")
+    add("--prior", metavar="RUN2",
+        help="a run with another prior on the same first stage (default: RUN)")
+    add("--no-prior", action="store_true",
+        help="keep the codes of the photo with its hole in the mean colour of the rest")
+    add("--decoder", choices=DECODERS, default="asym",
+        help="asym; vanilla, the first stage's own; paste, the latter with the photo's known "
+             "pixels over it (default: asym)")
+    add("--composite", action="store_true",
+        help="the photo's known pixels over the decoder's own, bit for bit")
+    add("--compare", action="store_true",
+        help="write FILE-compare.png, too: original, masked, vanilla decoder, ours, side by side")
+    add("--invert-mask", action="store_true", help="the mask is black where to be generated")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
