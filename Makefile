@@ -10,7 +10,7 @@ RUFF   := 0.17.5
 .PHONY: help demo test lint
 
 help:
-	@echo "make demo             both stages on the embedded signs, then the report (runs/signs-tiny)"
+	@echo "make demo             all four stages on the embedded signs, then the report (runs/signs-tiny)"
 	@echo "make demo STEPS=50    a short run of 50 steps a stage, in a folder of its own"
 	@echo "make test             the tests; ARGS='-m slow', ARGS=tests/test_masks.py, ..."
 	@echo "make lint             ruff $(RUFF)"

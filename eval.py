@@ -1,14 +1,18 @@
 """The paper's tables, on trained runs or on pictures made by anything.
 
-    python eval.py RUN [RUN ...]                    what each decoder does to known pixels
-    python eval.py RUN ... --latents DIR ...        the same on latents that another program made
-    python eval.py --pred DIR --real DIR ...        pictures of Stable Diffusion, of anything
+    python eval.py RUN [RUN ...]                   what each decoder does to known pixels
+    python eval.py RUN [RUN ...] --table 6         samples of the run's prior, by each decoder
+    python eval.py RUN --table ddm1                which codes are in use, before and after ReFiT
+    python eval.py RUN --nearest                   samples and their nearest training pictures
+    python eval.py RUN ... --latents DIR ...       known pixels, of latents that others made
+    python eval.py --pred DIR --real DIR ...       pictures of Stable Diffusion, of anything
     python eval.py --pred DIR --real DIR --unpaired samples, against other pictures
 
     pictures (data set, folders) -> compare.decode_all, or --pred -> tally.py -> report.py
 
 Writes report.md, report.json and, of runs, report.png (whole pictures) and report_crops.png (cut
-out where fine detail is half known). [AVQ Tab. 2] [AVQ Tab. 3]
+out where fine detail is half known); of a run with a prior its pictures, too. [AVQ Tab. 2]
+[AVQ Tab. 3]
 """
 
 import argparse
@@ -21,8 +25,9 @@ from pathlib import Path
 import torch
 
 from clip_score import CLIP_MODELS
+from code_report import CodeReport
 from compare import all_of_float32, dataset_pictures, decode_all, open_runs
-from data import BadFiles, open_dataset
+from data import BadFiles, Signs, open_dataset
 from distributed import (
     UserError,
     exit_on_user_error,
@@ -35,14 +40,16 @@ from distributed import (
 from examples import Examples
 from figures import image_grid
 from folders import MatchedFolders, PictureFolder, folder_pictures
+from generated import Samples
 from losses import TRUNKS
+from nearest import show_nearest
 from report import make_report, rows_of
 from run_folder import Progress, write_text
 from tables import PAPER_TABLES, report_text
 from tally import REAL, Tally, open_networks, tally_batches
 
 EXAMPLES = 6                                     # rows of the pictures
-MADE_TABLES, CLIP_TABLES = ("1", "4", "5"), ("4", "5")
+MADE_TABLES, CLIP_TABLES, SAMPLE_TABLES = ("1", "4", "5"), ("4", "5"), ("6", "10")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Options:
     clip:       str                = "ViT-B/32"
     table:      str | None         = None
     out:        str | None         = None
+    steps:      int | None         = None    # of samples; None: 25, or all where those are fewer
 
     def networks(self, config, references):
         """The tally.Networks of an evaluation whose runs have this config."""
@@ -79,33 +87,64 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
     """
     device = torch.device(options.device)
     runs = open_runs(paths, device)
-    config = next((run.loaded.config for run in runs if "data" in run.loaded.config), {})
+    config = _config(runs)
     networks = options.networks(config, folders is not None and folders.refs)
-    bad = None
+    out = Path(options.out) if options.out else _default_out(paths)
+    examples, bad, codes = Examples(EXAMPLES), None, None
     if folders is None:
-        name, size = data or config.get("data", "imagenet"), size or config.get("size", 256)
-        dataset = open_dataset(name, root or config.get("root"), "val", size)
-        n = min(n or (500 if name == "signs" else 1000), len(dataset))
+        where, dataset = _held_out(config, data, root, size)
+        asked, size = n, dataset.size
+        n = _default_n(dataset, n)
         batch_size = options.batch_size or max(1, min(16, 2**18 // size**2))
         bad, about = BadFiles(len(dataset)), dataset.describe()
         masks = {"kind": "thick", "size": size, "seed": 0}
         batches = dataset_pictures(dataset, n, batch_size, device, bad)
+        codes = CodeReport(runs, [Path(path) for path in paths], where, dataset)
     else:
         n, about, masks = len(folders), folders.describe(), _given(folders)
         batches = folder_pictures(folders, options.batch_size or 4, device)
-    out = Path(options.out) if options.out else _default_out(paths)
     print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {about}; "
            f"the report goes to {out}")
-    examples = Examples(EXAMPLES)
+
+    def seen(pictures, outputs):
+        examples.offer(pictures, outputs)
+        if codes:
+            codes.offer(pictures)
+
+    decode = partial(decode_all, runs)
     with all_of_float32(), torch.inference_mode():
-        tally = tally_batches(_shown(batches, n, partial(decode_all, runs)),
-                              partial(decode_all, runs), n, networks, examples.offer)
+        if codes and options.table == "ddm1":
+            codes.count(asked, batch_size, device, networks.inception)
+        tally = tally_batches(_shown(batches, n, decode), decode, n, networks, seen)
+        rows = rows_of(_named(runs), tally, networks.lpips_net)
+        if codes:
+            codes.finish(n, rows, out, device, options.steps)
     examples.over_ranks()
-    rows = rows_of([(run.name, run.loaded.config.get("decoder")) for run in runs], tally,
-                   networks.lpips_net)
     report = make_report(rows, n, device, masks, config.get("seed"),
-                         networks.notes | _notes(runs, bad))
-    return _finish(report, about, options.table, out, examples)
+                         networks.notes | _notes(runs, bad) | (codes.notes if codes else {}),
+                         codes and codes.codebook(), codes and codes.prior)
+    return _finish(report, about, options.table, out, examples, codes)
+
+
+def _named(runs):
+    """What report.rows_of calls runs."""
+    return [(run.name, run.loaded.config.get("decoder")) for run in runs]
+
+
+def _config(runs):
+    """The settings of the first run that was trained here; {} where all are public."""
+    return next((run.loaded.config for run in runs if "data" in run.loaded.config), {})
+
+
+def _held_out(config, data, root, size):
+    """({"data", "root", "size"}, that data set's held-out pictures); None: the run's own."""
+    where = {"data": data or config.get("data", "imagenet"), "root": root or config.get("root"),
+             "size": size or config.get("size", 256)}
+    return where, open_dataset(where["data"], where["root"], "val", where["size"])
+
+
+def _default_n(dataset, n):
+    return min(n or (500 if isinstance(dataset, Signs) else 1000), len(dataset))
 
 
 def _given(folders):
@@ -128,7 +167,7 @@ def _shown(batches, n, decode=None):
         progress.close()
 
 
-def _notes(runs, bad):
+def _notes(runs, bad=None):
     """What the reader of the report must know of the runs and of the files."""
     notes = {}
     unfinished = [f"{run.name} (step {run.loaded.step})" for run in runs if not run.loaded.finished]
@@ -145,6 +184,36 @@ def _default_out(paths):
     if len(paths) > 1:
         return (first if first.is_dir() else first.parent) / "compare"
     return first if first.is_dir() else first.parent
+
+
+# -- on samples ------------------------------------------------------------------------------------
+
+
+def evaluate_samples(paths, options=Options(), *, n=None, data=None, root=None):
+    """As evaluate_runs, of samples: those of one run's prior, under every decoder, without a mask.
+
+    FID is of n samples against the first n held-out pictures; without the network for it, only the
+    picture is made. Raises UserError, also where no run has a prior on the decoders' first stage.
+    """
+    device = torch.device(options.device)
+    runs = open_runs(paths, device)
+    samples = Samples(map(Path, paths), runs, device, options.steps, options.batch_size)
+    _, dataset = _held_out(samples.prior.config, data, root, None)
+    networks = replace(options, lpips="none").networks({}, references=False)
+    n = _default_n(dataset, n) if networks.inception else EXAMPLES
+    out = Path(options.out) if options.out else _default_out(paths) / "generated"
+    about = f"{n:,} {samples.describe()}, against as many of {dataset.describe()}"
+    print0(f"evaluating {', '.join(run.name for run in runs)} on {about}; the report goes to {out}")
+    decode = partial(decode_all, runs)
+    with all_of_float32(), torch.inference_mode():
+        tally = tally_batches(_shown(samples.pictures(dataset, n), n, decode), decode, n, networks,
+                              samples.keep)
+    rows, masks = rows_of(_named(runs), tally), {"kind": None, "size": None, "seed": None}
+    notes = {"fid": "of samples, against held-out pictures"} | networks.notes | _notes(runs)
+    notes |= dict.fromkeys(("lpips", "clip_score"), "not computed: a sample has no original")
+    report = make_report(rows, n, device, masks, samples.prior.config["seed"], notes,
+                         prior=samples.figures(rows))
+    return _finish(report, about, options.table, out, pictures=samples.write(out))
 
 
 # -- on folders ------------------------------------------------------------------------------------
@@ -186,18 +255,26 @@ def evaluate_sets(pred, real, options=Options()):
 # -- the report ------------------------------------------------------------------------------------
 
 
-def _finish(report, about, number, out, examples=None):
-    """Print the tables and write the files; rank 0 alone does."""
+def _finish(report, about, number, out, examples=None, codes=None, pictures=None):
+    """Print the tables and write the files; rank 0 alone does.
+
+    codes: a CodeReport, with its own text and pictures; pictures: {file name: title} of others.
+    """
     if rank() == 0:
-        text = report_text(report, about, number)
+        text = report_text(report, about, number if number != "ddm1" else None)
+        if codes:
+            text = f"{text}\n\n{codes.text(number == 'ddm1')}".rstrip()
         print0("\n" + text)
-        made = write_report(report, text, examples, out)
+        made = write_report(report, text, examples, out, codes.pictures if codes else pictures)
         print0("wrote " + ", ".join(str(path) for path in made))
     return report
 
 
-def write_report(report, text, examples, out):
-    """Write report.md, report.json and, with examples, the two pictures into `out`; their paths."""
+def write_report(report, text, examples, out, others=None):
+    """Write report.md, report.json and, with examples, their two pictures into `out`; the paths.
+
+    others: {file name: title} of pictures that are there already.
+    """
     made = [out / "report.md", out / "report.json"]
     out.mkdir(parents=True, exist_ok=True)
     several = len({row["run"] for row in report["rows"]}) > 1
@@ -213,7 +290,11 @@ def write_report(report, text, examples, out):
     if pictures:
         pictures = ("The pictures were chosen by the detail on both sides of the mask's border, "
                     "whatever the decoders made of it; then cut out where that is.\n\n" + pictures)
-    write_text(made[0], f"# Known pixels\n\n{text}\n\n`{report['command']}`, commit "
+    for name, title in (others or {}).items():
+        made.append(out / name)
+        pictures += f"![{title}]({name})\n\n"
+    title = "Known pixels" if report["masks"]["kind"] else "Pictures"
+    write_text(made[0], f"# {title}\n\n{text}\n\n`{report['command']}`, commit "
                f"{report['commit']}\n\n{pictures}")
     write_text(made[1], json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return made
@@ -232,7 +313,7 @@ def main():
     args = _parser().parse_args()
     _check(args)
     options = Options(setup(args.device), args.batch_size, args.lpips, args.weights, args.fid,
-                      args.clip, args.table, args.out)
+                      args.clip, args.table, args.out, args.steps)
     if args.unpaired:
         pred = PictureFolder("--pred", args.pred, args.n)
         evaluate_sets(pred, PictureFolder("--real", args.real), options)
@@ -244,6 +325,12 @@ def main():
                                  invert_mask=args.invert_mask, limit=args.n)
     if args.pred:
         evaluate_folders(folders, options)
+    elif args.nearest:
+        show_nearest(Path(args.runs[0]), options.device, net=options.lpips, weights=options.weights,
+                     steps=options.steps, n=args.n, root=args.root, out=options.out,
+                     batch_size=options.batch_size)
+    elif args.table in SAMPLE_TABLES:
+        evaluate_samples(args.runs, options, n=args.n, data=args.data, root=args.root)
     else:
         evaluate_runs(args.runs, options, n=args.n, data=args.data, root=args.root, size=args.size,
                       folders=folders)
@@ -254,7 +341,8 @@ def _check(args):
     if bool(args.runs) == bool(args.pred):
         raise UserError("give either runs, as in eval.py RUN, or pictures, as in eval.py --pred "
                         "DIR --real DIR")
-    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size), ("--size", args.size)):
+    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size), ("--size", args.size),
+                        ("--steps", args.steps)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: give a number from 1 on")
     for flag in ("pred", "masks", "refs", "latents"):
@@ -268,6 +356,14 @@ def _check(args):
     if args.unpaired and (not args.pred or args.masks or args.refs or args.table):
         raise UserError("--unpaired is for FID and inception score of two sets alone: eval.py "
                         "--pred DIR --real DIR --unpaired")
+    about_runs = "--nearest" if args.nearest else f"--table {args.table}"
+    if (args.nearest or args.table in (*SAMPLE_TABLES, "ddm1")) and (args.pred or args.real):
+        raise UserError(f"{about_runs} is about a run and its own data set: eval.py RUN "
+                        f"{about_runs}")
+    if args.nearest and (len(args.runs) > 1 or args.table):
+        raise UserError("--nearest is about one run, and no table: eval.py RUN --nearest")
+    if args.nearest and args.lpips == "none":
+        raise UserError("--nearest measures by LPIPS: choose another --lpips than none")
     if args.table in MADE_TABLES and not (args.pred or args.latents):
         raise UserError(f"--table {args.table} is about pictures that a generator made: give them "
                         "with --pred DIR --real DIR, or its latents with RUN --latents DIR "
@@ -299,13 +395,20 @@ def _parser():
     add("--invert-mask", action="store_true", help="the masks are black where generated")
     add("--unpaired", action="store_true",
         help="PRED and REAL are sets of other pictures: FID and inception score alone")
-    add("--table", choices=PAPER_TABLES, help="print this table of the paper, too")
+    add("--table", choices=(*PAPER_TABLES, "ddm1"),
+        help="print this table, too: AVQ's by number; of these, 6 and 10 are about samples, which "
+             "are measured instead; ddm1: DDM's Table 1, codes in use, of both splits")
+    add("--nearest", action="store_true",
+        help="show samples and the ten training pictures nearest to each by LPIPS, instead")
+    add("--steps", type=int, metavar="S",
+        help="reverse steps of samples (default: 25, or all where the prior has fewer)")
     add("--data", choices=("signs", "imagenet", "folder"),
         help="held-out pictures for the runs (default: the run's --data; else imagenet)")
     add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
     add("--size", type=int, metavar="PX", help="their size (default: the run's --size; else 256)")
     add("-n", type=int, metavar="N",
-        help="pictures (default: all given ones; of a run's held-out ones at most 1000, signs 500)")
+        help="pictures (default: all given ones; of a run's held-out ones at most 1000, signs 500; "
+             "--table ddm1 and --nearest look at all)")
     add("--batch-size", type=int, metavar="B",
         help="pictures at once (default: 16 up to 128 px, 4 at 256, 1 at 512; of folders 8, of "
              "folders with runs 4)")

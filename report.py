@@ -1,7 +1,8 @@
 """report.json: what eval.py found, in one fixed form. [AVQ Tab. 2]
 
     tally.Tally, names of its decoders --make_report--> {"rows": [one for each (run, decoder,
-                                                         bucket)], "notes": ..., ...}
+                                                         bucket)], "codebook": ..., "prior": ...,
+                                                         "notes": ..., ...}
 
 report.json holds numbers or null, never NaN or infinity: null is what was not computed or is not
 finite, and `notes` says why. Nothing is measured here; how rows are printed is in tables.py.
@@ -24,6 +25,9 @@ REPORT_KEYS = {"version", "command", "commit", "device", "seed", "n", "range", "
                "codebook", "prior", "notes"}
 ROW_KEYS = {"run", "decoder", "blend", "size", "bucket", "n", *MEASURES, *SETS, "lpips_net",
             "images_per_s"}
+CODEBOOK_KEYS = {"K", "usage_train", "usage_val", "perplexity_val", "rfid"}
+PRIOR_KEYS = {"vlb_nats", "uniform_nats", "histogram_nats", "steps"}       # nats a map of codes
+STEP_KEYS = {"n", "sampler", "seconds", "fid"}
 NOTES = {
     "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
@@ -33,20 +37,21 @@ NOTES = {
     "is_mean": "over 10 splits in order, or as many as there are pictures; of all pictures only",
     "is_std": "population standard deviation over the splits",
     "images_per_s": "decoding alone, of all images, each process; paste costs what vanilla does",
-    "codebook": "not computed: about the first stage, not its decoders",
-    "prior": "not computed: this version has no prior",
+    "codebook": "not computed: the pictures are not of a run's data set",
+    "prior": "not computed: no run here has one",
 }
 
 
-def make_report(rows, n, device, masks, seed=None, notes=None):
+def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
     """report.json's contents. Raises ValueError as `validate`.
 
     rows: from `rows_of`; n: pictures measured; device: a torch.device; masks: {"kind", "size",
-    "seed"}; seed: the run's; notes: {column: reason} besides NOTES.
+    "seed"}; seed: the run's; notes: {column: reason} besides NOTES; codebook, prior: dicts with
+    CODEBOOK_KEYS and PRIOR_KEYS, of which "steps" lists dicts with STEP_KEYS.
     """
     report = {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": _commit(),
               "device": _describe(device), "seed": seed, "n": n, "range": "[0,1]", "masks": masks,
-              "rows": rows, "codebook": None, "prior": None, "notes": NOTES | (notes or {})}
+              "rows": rows, "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
     validate(report)
     return report
 
@@ -80,6 +85,12 @@ def validate(report):
             raise ValueError(f"report.json: wrong keys in a row {sorted(row.keys() ^ ROW_KEYS)}")
         if row["decoder"] not in DECODERS or row["bucket"] not in BUCKETS:
             raise ValueError(f"report.json: no such row {row['decoder']}, {row['bucket']}")
+    codebook, prior = report["codebook"], report["prior"]
+    parts = [(codebook, CODEBOOK_KEYS), (prior, PRIOR_KEYS),
+             *((step, STEP_KEYS) for step in (prior or {}).get("steps", ()))]
+    for part, keys in parts:
+        if part is not None and part.keys() != keys:
+            raise ValueError(f"report.json: wrong keys {sorted(part.keys() ^ keys)}")
     json.dumps(report, allow_nan=False)
 
 

@@ -1,13 +1,16 @@
 """report.json as tables to read: all columns, the bins of mask area, and the papers' own tables.
 
     report --table--> one row a decoder --bucket_table--> one row a decoder and bin
-           --paper_table(report, "2")--> columns and rows as the paper prints them, its own below
+           --paper_table(report, "2")--> columns and rows as AVQ prints them, its own below
+    codebooks --codebook_table--> DDM's Table 1; its "prior" --prior_table, steps_table--> two more
 
 Everything is Markdown with aligned columns, which reads as well in a terminal. [AVQ Tab. 2]
 """
 
+import math
 from dataclasses import dataclass
 
+from diffusion import bits_per_dim
 from report import SHARED
 
 # Columns: (head, measure, how a number is written). pre_error in units of 1e-5 as in the paper.
@@ -22,6 +25,13 @@ COLUMNS = {
 }
 
 
+ABOUT_PAPER = ("The paper's own figures are of other pictures and of inpainted holes; it states no "
+               "range for Pre_error, and Tables 4 and 5 print it without e-5, taken here as meant.")
+ABOUT_SAMPLES = ("Our pictures are samples of VQ-DDM, our generator, not COCO's captions painted "
+                 "by Stable Diffusion, and are compared with the run's own data set: what can be "
+                 "compared are the decoders with one another.")
+
+
 @dataclass(frozen=True)
 class PaperTable:
     """What a table of the paper has: its columns, its rows, and the figures it prints."""
@@ -30,10 +40,11 @@ class PaperTable:
     cells:    tuple      # (bucket, measure) of each column
     decoders: tuple      # the rows of report.json that belong into it
     paper:    dict       # {method: figures}, as printed
+    about:    str = ABOUT_PAPER    # what to bear in mind when comparing
 
 
 _ALL_FID, _ALL_LPIPS, _ALL_ERROR = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
-_CLIP = ("all", "clip_score")
+_CLIP, _IS = ("all", "clip_score"), ("all", "is_mean")
 _OURS = ("asym", "asym-nomask")
 
 PAPER_TABLES = {
@@ -65,13 +76,21 @@ PAPER_TABLES = {
                     {"Paint-by-Example": (85.67, 588.86e-5), "base": (86.24, 1.37e-5),
                      "base w/o mask": (86.15, 478.47e-5), "large": (86.35, 0.76e-5),
                      "large w/o mask": (86.32, 451.67e-5)}),
+    # [AVQ Tab. 6]
+    "6": PaperTable("the modules without a mask; samples of our generator, not COCO",
+                    (_ALL_FID, _IS), ("vanilla", "asym-nomask"),
+                    {"StableDiffusion": (19.88, 37.55), "base w/o mask": (19.92, 37.52),
+                     "large w/o mask": (19.75, 37.64)}, ABOUT_SAMPLES),
     # [AVQ Tab. 9]
     "9": PaperTable("larger decoders, ImageNet", (_ALL_FID, _ALL_LPIPS, _ALL_ERROR), ("asym",),
                     {"base": (7.60, 0.137, 5.7e-5), "large": (7.55, 0.136, 2.6e-5),
                      "large2": (7.49, 0.134, 2.1e-5)}),
+    # [AVQ Tab. 10]
+    "10": PaperTable("larger decoders without a mask; samples of our generator, not COCO",
+                     (_ALL_FID, _IS), ("asym-nomask",),
+                     {"base w/o mask": (19.92, 37.52), "large w/o mask": (19.75, 37.64),
+                      "large2 w/o mask": (19.68, 37.74)}, ABOUT_SAMPLES),
 }
-ABOUT_PAPER = ("The paper's own figures are of other pictures and of inpainted holes; it states no "
-               "range for Pre_error, and Tables 4 and 5 print it without e-5, taken here as meant.")
 
 
 # -- all columns -----------------------------------------------------------------------------------
@@ -195,7 +214,86 @@ def paper_table(report, number):
     for method, figures in paper.paper.items():
         lines.append([f"paper: {method}", "", *(COLUMNS[name][1](value) for value, (_, name)
                                                 in zip(figures, paper.cells))])
-    return f"Table {number}: {paper.title}\n\n{aligned(lines)}\n\n{ABOUT_PAPER}"
+    return f"Table {number}: {paper.title}\n\n{aligned(lines)}\n\n{paper.about}"
+
+
+# -- codes and their prior -------------------------------------------------------------------------
+
+# Model, latent size, K; usage on CelebA-HQ and ImageNet, FID of the reconstructions of each.
+# [DDM Tab. 1]
+DDM_TABLE_1 = (
+    ("VQ-VAE-2", "cascade", "512", "~65 %", "-", "-", "~10"),
+    ("DALL-E", "32x32", "8,192", "-", "-", "-", "32.01"),
+    ("VQ-GAN", "16x16", "16,384", "-", "5.96 %", "-", "4.98"),
+    ("VQ-GAN", "16x16", "1,024", "31.85 %", "33.67 %", "10.18", "7.94"),
+    ("ReFiT, P = 100k", "16x16", "1,024", "-", "100 %", "-", "4.98"),
+    ("ReFiT, P = 20k", "16x16", "1,024", "97.07 %", "100 %", "5.59", "5.99"),
+    ("ReFiT, P = 20k", "16x16", "512", "93.06 %", "100 %", "5.64", "6.95"),
+)
+ABOUT_TABLE_1 = ("The paper counts usage on \"the test set or training set\", CelebA-HQ's FID "
+                 "against training pictures, ImageNet's against held-out ones; ours is against "
+                 "held-out ones.")
+HOURS_FOR = 50_000       # samples, as in DDM's Figs. 5 and 6
+
+
+def codebook_table(rows):
+    """The columns of DDM's Table 1: one row a codebook. [DDM Tab. 1]
+
+    rows: [{"name", "latent", "K", "usage_train", "usage_val", "perplexity_val", "rfid"}].
+    """
+    lines = [["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
+              "rFID"]]
+    for row in rows:
+        lines.append([row["name"], row["latent"], f"{row['K']:,}",
+                      _written(row["usage_train"], _percent), _written(row["usage_val"], _percent),
+                      _written(row["perplexity_val"], "{:,.1f}".format),
+                      _written(row["rfid"], "{:.2f}".format)])
+    return aligned(lines)
+
+
+def ddm_table_1():
+    """The rows that the paper prints."""
+    head = ["paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
+            "rFID, ImageNet"]
+    return f"{aligned([head, *DDM_TABLE_1])}\n\n{ABOUT_TABLE_1}"
+
+
+def prior_table(prior, K):
+    """What a held-out map of codes costs by report.json's "prior", beside what it costs others."""
+    uniform, histogram = prior["uniform_nats"], prior["histogram_nats"]
+    cells = round(uniform / math.log(K))
+    lines = [["model of the codes", "nats a map", "bits a code", "of the histogram's"]]
+    for name, nats in (("all codes alike", uniform),
+                       ("how often each occurs at each cell", histogram),
+                       ("VQ-DDM, an upper bound", prior["vlb_nats"])):
+        lines.append([name, f"{nats:,.1f}", f"{bits_per_dim(nats, cells):.3f}",
+                      _percent(nats / histogram)])
+    return aligned(lines)
+
+
+def steps_table(steps, batch_size):
+    """Quality and time by the number of reverse steps. [DDM Fig. 5] [DDM Fig. 6]
+
+    steps: as in report.json, or as sample.measure gives them; batch_size: samples that "seconds"
+    is the time for.
+    """
+    own_bound = ["nats a map"] * all("nats" in row for row in steps)
+    lines = [["steps", "sampler", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}",
+              *own_bound, "FID"]]
+    for row in steps:
+        hours = row["seconds"] / batch_size * HOURS_FOR / 3600
+        lines.append([f"{row['n']:,}", row["sampler"], short(row["seconds"]), short(hours),
+                      *(f"{row['nats']:,.1f}" for _ in own_bound),
+                      _written(row["fid"], "{:.2f}".format)])
+    return aligned(lines)
+
+
+def _written(value, how):
+    return "n/a" if value is None else how(value)
+
+
+def _percent(share):
+    return f"{100 * share:.1f} %"
 
 
 # -- the whole text --------------------------------------------------------------------------------
@@ -210,12 +308,12 @@ def report_text(report, about, number=None):
     masks, row, notes = report["masks"], report["rows"][0], report["notes"]
     drawn = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at most "
              f"half the picture, seed {masks['seed']}")
-    lines = [f"{drawn if masks['size'] else about}; {report['device']}.",
-             "pre_error: mean squared error of known pixels for images in [0,1], in units of 1e-5 "
+    units = ["pre_error: mean squared error of known pixels for images in [0,1], in units of 1e-5 "
              "as the paper prints it; 4 times that in [-1,1]; gain: vanilla's over the row's.",
              "PSNR in dB on known pixels; seam in [0,1]"
-             + (f"; LPIPS by {row['lpips_net']}" if row["lpips_net"] else "") + ".",
-             "", table(report)]
+             + (f"; LPIPS by {row['lpips_net']}" if row["lpips_net"] else "") + "."]
+    lines = [f"{drawn if masks['size'] else about}; {report['device']}.",
+             *(units if masks["kind"] or row["lpips_net"] else []), "", table(report)]
     if number:
         lines += ["", paper_table(report, number)]
     if bins := bucket_table(report):

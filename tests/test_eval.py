@@ -11,12 +11,20 @@ import torch
 from PIL import Image
 from ports import free_port
 from tiny_reports import assert_alike
-from tiny_runs import SIZE, settings, write_decoder, write_first_stage, write_run, write_stage
+from tiny_runs import (
+    SIZE,
+    settings,
+    write_decoder,
+    write_first_stage,
+    write_prior,
+    write_run,
+    write_stage,
+)
 
 import checkpoint
 import eval as program
 import tally
-from data import Signs
+from data import SIGNS_LENGTH, Signs
 from distributed import UserError
 from eval import Options
 from fid import FeatureStatistics, inception_score
@@ -125,6 +133,9 @@ def test_nothing_is_measured_in_tf32_or_with_gradients(run, monkeypatch):
 
 
 def test_two_processes_find_what_one_does(run, tmp_path):
+    _, parent = write_first_stage(run)
+    write_prior(run, parent)
+
     def call(out, **environment):
         command = [sys.executable, str(ROOT / "eval.py"), str(run), "--device", "cpu", "--no-fid",
                    "-n", "7", "--batch-size", "2", "--out", str(tmp_path / out)]
@@ -139,7 +150,10 @@ def test_two_processes_find_what_one_does(run, tmp_path):
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("one", "two"))
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert_alike(a, b, 1e-9)
-    for name in ("report.png", "report_crops.png"):
+    assert one["codebook"] == two["codebook"]
+    assert one["codebook"]["usage_val"] > 0
+    for name in ("report.png", "report_crops.png", "samples.png", "completions.png",
+                 "inpainting.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -189,6 +203,40 @@ def test_an_unfinished_run_is_said_to_be_one(tmp_path, capsys):
     assert report["notes"]["run"] in capsys.readouterr().out
 
 
+def test_a_prior_comes_with_its_pictures_and_figures(run, capsys):
+    _, parent = write_first_stage(run)
+    write_prior(run, parent)
+    report = program.evaluate_runs([run], QUICK, n=3)
+    assert json.loads((run / "report.json").read_text()) == report
+    assert report["prior"]["steps"][0]["n"] == 6                 # all of them, as they are few
+    assert report["codebook"]["K"] == 8
+    text, printed = (run / "report.md").read_text(), capsys.readouterr().out
+    for name in ("samples.png", "completions.png", "inpainting.png"):
+        assert f"]({name})" in text
+        assert str(run / name) in printed.split("\n")[-2]
+    for shown in (text, printed):
+        assert "Codes in use (held out: 3 pictures" in shown
+        assert "| steps | sampler | seconds for 16 |" in shown
+
+
+def test_table_1_of_the_other_paper_looks_at_all_pictures_unless_told_otherwise(run, monkeypatch):
+    asked = []
+    monkeypatch.setitem(SIGNS_LENGTH, "val", 4)
+    monkeypatch.setattr("code_report.CodeReport.count", lambda self, n, *_: asked.append(n))
+    for n in (None, 3):
+        program.evaluate_runs([run], Options(fid=False, table="ddm1"), n=n)
+    assert asked == [None, 3]
+
+
+def test_table_1_of_the_other_paper_is_counted_and_printed(run, monkeypatch, capsys):
+    monkeypatch.setattr("code_report.WORKERS", 0)
+    _call(monkeypatch, run, "--table", "ddm1", "-n", "3", "--no-fid")
+    report = _saved(run)
+    assert report["codebook"]["usage_train"] > 0
+    assert report["notes"]["codebook"] == "held out: 3 pictures; train: 3"
+    assert "| ReFiT, P = 100k |" in capsys.readouterr().out
+
+
 def test_photos_that_cannot_be_decoded_are_replaced_and_counted(run, tmp_path):
     photos = tmp_path / "photos" / "val"
     for index in range(4):
@@ -223,7 +271,7 @@ def test_the_program_ends_with_0_or_with_2_and_one_line(run, tmp_path):
 
 
 def test_numbers_below_one_are_a_mistake_that_names_the_flag(monkeypatch):
-    for flag in ("-n", "--batch-size"):
+    for flag in ("-n", "--batch-size", "--steps"):
         monkeypatch.setattr(sys, "argv", ["eval.py", "run", flag, "0"])
         with pytest.raises(UserError, match=flag):
             program.main()
@@ -239,7 +287,12 @@ def test_flags_that_lack_or_contradict_others_are_mistakes_that_say_what_to_give
             ("--pred p --real r --masks m --unpaired", "--unpaired is for FID"),
             ("run --table 1", "--table 1 is about pictures that a generator made"),
             ("--pred p --real r --table 2", "--table 2 needs --masks"),
-            ("--pred p --real r --masks m --table 4", "--table 4 has a CLIP score")):
+            ("--pred p --real r --masks m --table 4", "--table 4 has a CLIP score"),
+            ("--pred p --real r --table 6", "--table 6 is about a run and its own data set"),
+            ("run --real r --table ddm1", "--table ddm1 is about a run"),
+            ("--pred p --real r --nearest", "--nearest is about a run"),
+            ("run other --nearest", "--nearest is about one run"),
+            ("run --nearest --table 2", "--nearest is about one run, and no table")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split()])
         with pytest.raises(UserError, match=reason):
             program.main()

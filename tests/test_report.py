@@ -10,6 +10,9 @@ from tiny_reports import CPU, example_report, example_tally
 from report import DECODERS, NOTES, make_report, rows_of, validate
 
 MASKS = {"kind": "thick", "size": 64, "seed": 0}
+CODEBOOK = {"K": 8, "usage_train": None, "usage_val": 0.5, "perplexity_val": 2.0, "rfid": None}
+STEP = {"n": 25, "sampler": "strided", "seconds": 0.5, "fid": None}
+PRIOR = {"vlb_nats": 1.0, "uniform_nats": 3.0, "histogram_nats": 2.0, "steps": [STEP]}
 
 
 def test_each_decoder_has_one_row_a_bin_and_all_and_what_runs_share_is_repeated():
@@ -39,10 +42,20 @@ def test_a_broken_report_is_not_made():
     row = report["rows"][0]
     broken = [{"rows": [*report["rows"], row]}, {"rows": [{**row, "speed": 1}]},
               {"rows": [{**row, "seam": math.nan}]}, {"rows": [{**row, "bucket": "5-15"}]},
-              {"rows": [{**row, "decoder": "best"}]}, {"extra": 1}]
+              {"rows": [{**row, "decoder": "best"}]}, {"extra": 1},
+              {"codebook": {**CODEBOOK, "size": 1}}, {"codebook": {**CODEBOOK, "rfid": math.inf}},
+              {"prior": {**PRIOR, "bits": 1.0}},
+              {"prior": {**PRIOR, "steps": [{**STEP, "nats": 1}]}}]
     for change in broken:
         with pytest.raises(ValueError, match=r"report.json|JSON"):
             validate(report | change)
+
+
+def test_codebook_and_prior_stand_in_the_report_as_they_were_given():
+    report = make_report([], 4, CPU, MASKS, codebook=CODEBOOK, prior=PRIOR)
+    assert (report["codebook"], report["prior"]) == (CODEBOOK, PRIOR)
+    assert example_report()["codebook"] is example_report()["prior"] is None
+    assert example_report()["notes"]["prior"].startswith("not computed")
 
 
 def test_pictures_of_another_program_are_one_decoder_called_files():

@@ -1,10 +1,23 @@
 """The tables that people read."""
 
+import math
+
 import pytest
 from tiny_reports import CPU, example_report, example_tally
 
 from report import make_report, rows_of
-from tables import PAPER_TABLES, bucket_table, paper_table, report_text, table
+from tables import (
+    DDM_TABLE_1,
+    PAPER_TABLES,
+    bucket_table,
+    codebook_table,
+    ddm_table_1,
+    paper_table,
+    prior_table,
+    report_text,
+    steps_table,
+    table,
+)
 
 
 def _cells(text, row):
@@ -67,7 +80,7 @@ def test_the_bins_are_listed_with_their_numbers_of_pictures():
 
 @pytest.mark.parametrize("number", PAPER_TABLES)
 def test_a_table_of_the_paper_has_its_columns_ours_above_and_its_figures_below(number):
-    report = example_report(fid=7.5, lpips=0.125, clip_score=86.0)
+    report = example_report(fid=7.5, lpips=0.125, clip_score=86.0, is_mean=9.0, is_std=0.5)
     text, paper = paper_table(report, number), PAPER_TABLES[number]
     lines = [line for line in text.split("\n") if line.startswith("|")]
     assert all(len(figures) == len(paper.cells) for figures in paper.paper.values())
@@ -108,3 +121,50 @@ def test_pictures_of_another_program_bear_their_folders_name_and_have_no_gain():
     assert "gain" not in table(report)
     assert "| sd-results" in text
     assert "images/s" not in table(report)
+
+
+def test_tables_about_samples_say_whose_they_are():
+    text = paper_table(example_report(fid=7.5, is_mean=9.0, is_std=0.5), "6")
+    assert "samples of our generator, not COCO" in text.split("\n")[0]
+    rows = [_cells(line, 0) for line in text.split("\n") if "paper: base" in line]
+    assert rows == [["paper: base w/o mask", "", "19.92", "37.52"]]
+    assert text.endswith("the decoders with one another.")
+    assert "Pre_error" not in text
+    assert "Pre_error" in paper_table(example_report(), "2")
+
+
+def test_units_of_known_pixels_are_explained_only_where_there_are_masks():
+    report = example_report()
+    assert "pre_error: mean squared error" in report_text(report, "4 of these")
+    report["masks"] = {"kind": None, "size": None, "seed": None}
+    assert "pre_error: mean" not in report_text(report, "4 of these")
+
+
+def test_codebooks_have_the_columns_of_ddms_table_1():
+    rows = [{"name": "before ReFiT", "latent": "16x16", "K": 16384, "usage_train": None,
+             "usage_val": 0.0596, "perplexity_val": 1234.56, "rfid": 4.98},
+            {"name": "after ReFiT", "latent": "16x16", "K": 1024, "usage_train": 1.0,
+             "usage_val": 0.9707, "perplexity_val": 900.0, "rfid": None}]
+    text = codebook_table(rows)
+    assert _cells(text, 2) == ["before ReFiT", "16x16", "16,384", "n/a", "6.0 %", "1,234.6", "4.98"]
+    assert _cells(text, 3) == ["after ReFiT", "16x16", "1,024", "100.0 %", "97.1 %", "900.0", "n/a"]
+    assert all(len(row) == 7 for row in DDM_TABLE_1)
+    assert _cells(ddm_table_1(), 7) == ["ReFiT, P = 20k", "16x16", "1,024", "97.07 %", "100 %",
+                                        "5.59", "5.99"]
+
+
+def test_a_priors_bound_stands_between_what_knows_less():
+    prior = {"uniform_nats": 256 * math.log(64), "histogram_nats": 800.0, "vlb_nats": 600.0}
+    text = prior_table(prior, 64)
+    assert _cells(text, 2)[2:] == ["6.000", "133.1 %"]             # log2 64 bits a code
+    assert _cells(text, 3)[1:] == ["800.0", f"{800 / 256 / math.log(2):.3f}", "100.0 %"]
+    assert _cells(text, 4)[1:] == ["600.0", f"{600 / 256 / math.log(2):.3f}", "75.0 %"]
+
+
+def test_the_table_of_steps_gives_the_papers_hours_and_the_bound_where_it_is_known():
+    row = {"n": 1000, "sampler": "route", "seconds": 11.52, "fid": None}
+    text = steps_table([row, {**row, "fid": 13.2}], 16)
+    assert _cells(text, 0) == ["steps", "sampler", "seconds for 16", "hours for 50,000", "FID"]
+    assert _cells(text, 2) == ["1,000", "route", "11.52", "10.00", "n/a"]
+    assert _cells(text, 3)[-1] == "13.20"
+    assert _cells(steps_table([{**row, "nats": 321.06}], 16), 2)[-2:] == ["321.1", "n/a"]

@@ -1,0 +1,71 @@
+"""Samples of one prior under several decoders: what AVQ's Tables 6 and 10 need a generator for.
+
+    n held-out pictures --originals--> x -------+
+    (seed, i) --Drawing--> codes --lookup--> z -+--> tally.Pictures --compare.decode_all--> x_hat
+
+All decoders read the same codes and none is given a mask. That x and z have nothing to do with one
+another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
+"""
+
+from code_report import STEPS, prior_figures, prior_folder
+from distributed import UserError, rank
+from originals import originals
+from prior import load_prior
+from sample import Drawing, chosen_steps, prior_facts
+from strips import strips
+
+EXAMPLES = 8                                     # samples in the picture, of each decoder
+
+
+class Samples:
+    """The samples of the first of some run folders, `paths`, that has a prior.
+
+    runs: the compare.Runs whose decoders read them. Raises UserError where there is no prior, or
+    none on their first stage.
+    """
+
+    def __init__(self, paths, runs, device, steps=None, batch_size=None):
+        paths = list(paths)
+        self.folder, self.device = prior_folder(paths), device
+        if self.folder is None:
+            raise UserError(f"{paths[0]} has no prior to draw samples from; train one: train.py "
+                            f"--stage prior --vqgan {paths[0]} --out NEW_RUN")
+        self.prior = load_prior(self.folder, device)
+        if self.prior.parent not in {run.loaded.parent for run in runs}:
+            raise UserError(f"the prior in {self.folder} stands on another first stage than these "
+                            "decoders; give decoders that stand on the same one")
+        self.drawing = Drawing(chosen_steps(steps, self.prior.diffusion.T, STEPS),
+                               batch_size=batch_size or 16)
+        self.seconds, self.drawn, self.shown = 0.0, 0, {}
+
+    def describe(self):
+        return f"samples of the prior in {self.folder} ({self.drawing})"
+
+    def pictures(self, dataset, n):
+        """This process's share of n samples, as the z of n pictures of a data set."""
+        pictures = originals(dataset, n, self.drawing.batch_size, self.device)
+        for batch, drawn in zip(pictures, self.drawing.batches(self.prior, n)):
+            _, codes, seconds = drawn
+            batch.z = self.prior.first_stage.quantize.lookup(codes)                 # (b, d, h, w)
+            self.seconds, self.drawn = self.seconds + seconds, self.drawn + len(codes)
+            yield batch
+
+    def keep(self, pictures, outputs):
+        """Keep the first samples to show. outputs: compare.decode_all's."""
+        for key, (x_hat, _) in outputs.items():
+            self.shown.setdefault(key, list(x_hat[:EXAMPLES].cpu()))
+
+    def figures(self, rows):
+        """report.json's "prior"; its FID is that of the first decoder of ours, if any."""
+        ours = [row for row in rows if row["decoder"] == "asym-nomask"] or rows
+        batch = min(self.drawing.batch_size, self.drawn)
+        return prior_figures(prior_facts(self.folder), {
+            "n": self.drawing.steps, "sampler": self.drawing.sampler,
+            "seconds": self.seconds / self.drawn * batch, "fid": ours[0]["fid"]})
+
+    def write(self, out):
+        """Write samples.png, the same samples under each decoder; {file name: title}."""
+        if rank() == 0:
+            strips([(f"{decoder}{f', {run}' if run else ''}", images)
+                    for (run, decoder), images in self.shown.items()], out / "samples.png")
+        return {"samples.png": "the same samples by each decoder"}
