@@ -8,7 +8,7 @@ another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
 """
 
 from code_report import STEPS, prior_figures, prior_folder
-from distributed import UserError, rank
+from distributed import UserError, gather_objects, rank
 from originals import originals
 from prior import load_prior
 from sample import Drawing, chosen_steps, prior_facts
@@ -56,12 +56,16 @@ class Samples:
             self.shown.setdefault(key, list(x_hat[:EXAMPLES].cpu()))
 
     def figures(self, rows):
-        """report.json's "prior"; its FID is that of the first decoder of ours, if any."""
+        """report.json's "prior"; its FID is that of the first decoder of ours, if any.
+
+        Every process must call this.
+        """
         ours = [row for row in rows if row["decoder"] == "asym-nomask"] or rows
-        batch = min(self.drawing.batch_size, self.drawn)
+        seconds, drawn = map(sum, zip(*gather_objects((self.seconds, self.drawn))))
         return prior_figures(prior_facts(self.folder), {
             "n": self.drawing.steps, "sampler": self.drawing.sampler,
-            "seconds": self.seconds / self.drawn * batch, "fid": ours[0]["fid"]})
+            "seconds": seconds / drawn * min(self.drawing.batch_size, drawn),
+            "fid": ours[0]["fid"]})
 
     def write(self, out):
         """Write samples.png, the same samples under each decoder; {file name: title}."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from clip_score import CLIPImageEncoder, clip_score
-from distributed import UserError, gather_objects
+from distributed import UserError, gather_objects, rank
 from fid import FeatureStatistics, InceptionScore
 from inception import InceptionV3
 from losses import LPIPS
@@ -71,11 +71,13 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     networks = Networks(notes={})
 
     def opened(build, *columns):
-        try:
-            return build().to(device)
-        except UserError as error:
-            networks.notes |= dict.fromkeys(columns, f"n/a: {error}")
-            return None
+        network, reason = _attempt(build) if rank() == 0 else (None, None)
+        reason = gather_objects(reason)[0]       # the others need not wait for what cannot come
+        if network is None and reason is None:
+            network, reason = _attempt(build)
+        if reason is not None:
+            networks.notes |= dict.fromkeys(columns, f"n/a: {reason}")
+        return None if reason is not None else network.to(device)
 
     if lpips == "none":
         networks.notes["lpips"] = "not computed: " + (
@@ -96,6 +98,14 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     else:
         networks.notes["clip_score"] = "not computed: it compares with references (--refs)"
     return networks
+
+
+def _attempt(build):
+    """(build(), None), or (None, why a file is missing)."""
+    try:
+        return build(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def measure(x_hat, pictures, networks):

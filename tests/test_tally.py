@@ -191,6 +191,15 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
         open_networks(CPU, tmp_path, "vgg", asked=True)
 
 
+def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(monkeypatch):
+    monkeypatch.setattr(tally, "rank", lambda: 1)
+    monkeypatch.setattr(tally, "gather_objects", lambda own: ["it is not to be had", own])
+    monkeypatch.setattr(tally, "InceptionV3", lambda weights: pytest.fail("looked for"))
+    networks = open_networks(CPU, lpips="none")
+    assert networks.inception is None
+    assert networks.notes["fid"] == "n/a: it is not to be had"
+
+
 def test_what_was_not_asked_for_says_so(tmp_path):
     notes = open_networks(CPU, tmp_path, "none", asked=True, fid=False).notes
     assert notes["lpips"] == "not computed: --lpips none"
