@@ -13,10 +13,10 @@ from compare import first_stage_of
 from data import open_dataset
 from distributed import UserError, on_rank0
 from figures import image_grid
-from prior import load_prior
+from prior import chosen_steps, load_prior, prior_facts
 from prior_pictures import COMPLETIONS, completion_strips, inpainting_columns
 from report import CODEBOOK_KEYS, STEP_KEYS
-from sample import Drawing, chosen_steps, decoder_name, measure, open_decoder, prior_facts
+from sample import Drawing, decoder_name, measure, open_decoder
 from strips import strips
 from tables import codebook_table, ddm_table_1, prior_table, steps_table
 
@@ -149,7 +149,7 @@ def _draw(folder, facts, dataset, steps, device, out):
 
 
 def prior_figures(facts, row):
-    """report.json's "prior". facts: sample.prior_facts'; row: sample.measure's or the like."""
+    """report.json's "prior". facts: prior.prior_facts'; row: sample.measure's or the like."""
     return {"vlb_nats": facts.get("score"), "uniform_nats": facts.get("uniform_nats"),
             "histogram_nats": facts.get("histogram_nats"),
             "steps": [{key: row[key] for key in STEP_KEYS}]}

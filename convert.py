@@ -132,7 +132,7 @@ def _ours(state, source):
         return _loaded(model, state)
     size = state["config"]["decoder"]
     if all(name.startswith("decoder.") for name in state["model"]):
-        first_stage = _first_stage_of(state, source)
+        first_stage = first_stage_of(state, source)
         weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
         decoder = _filled(source, weights, lambda: AsymDecoder(
             first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
@@ -142,17 +142,21 @@ def _ours(state, source):
     return _loaded(model, state)
 
 
-def _first_stage_of(state, source):
-    """The Loaded first stage that a decoder file's contents were trained on."""
-    where = state["config"].get("vqgan") or _run_of(source)
+def first_stage_of(state, source):
+    """The Loaded first stage that a decoder's or prior's file, `state`, was trained on.
+
+    source: that file, or its run folder. Raises UserError where it is missing or has changed.
+    """
+    stage, where = state["stage"], state["config"].get("vqgan") or _run_of(source)
     if not Path(where).exists():
-        raise UserError(f"{source} stands on the first stage {where}, which is not there; bring it "
-                        "back, or start from the folder where the decoder was trained")
+        raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
+                        f"there; bring it back, or start from the folder where the {stage} was "
+                        "trained")
     first_stage = load_first_stage(where)
     if first_stage.parent != state["parent"]:
-        raise UserError(f"{source} was trained on other first-stage weights than {where} holds; "
-                        "bring those back, or train a decoder on these: "
-                        f"train.py --stage decoder --vqgan {where} --out NEW_RUN")
+        raise UserError(f"the {stage} in {source} was trained on other first-stage weights than "
+                        f"{where} holds; bring those back, or train a {stage} on these: "
+                        f"train.py --stage {stage} --vqgan {where} --out NEW_RUN")
     return first_stage
 
 

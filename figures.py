@@ -71,11 +71,11 @@ def image_grid(columns, path, zoom=None):
         left = GAP + step_x * column
         _caption(canvas, lines, font, left + W * zoom // 2, top)
         for row, image in enumerate(images):
-            canvas.paste(_enlarge(image, zoom), (left, top + step_y * row))
+            canvas.paste(enlarge(image, zoom), (left, top + step_y * row))
     canvas.save(_parent_made(path))
 
 
-def _enlarge(image, zoom):
+def enlarge(image, zoom):
     """(3,H,W) in [-1,1] -> a Pillow image, `zoom` times as large, each pixel a square."""
     unit = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
     pixels = (unit * 255).round().byte().permute(1, 2, 0).numpy()               # (H,W,3)

@@ -33,6 +33,7 @@ from PIL import Image, ImageOps
 from data import load_image
 from distributed import UserError, print0, rank, world_size
 from listing import EXTENSIONS, list_images
+from stages import pixels
 from tally import Pictures
 
 LATENTS = (".npy", ".pt")
@@ -330,7 +331,7 @@ class PictureFolder:
         ahead = _read_ahead(self.read, range(rank(), len(self), world_size()), batch_size)
         for batch in _batches(ahead, batch_size, lambda picture: picture.shape):
             indices, pictures = zip(*batch)
-            yield Pictures(list(indices), _signed(torch.stack(pictures).to(device)))
+            yield Pictures(list(indices), pixels(torch.stack(pictures), device))
 
 
 def _read_ahead(read, indices, count):
@@ -363,23 +364,17 @@ def folder_pictures(folders, batch_size, device):
     """This process's share of a MatchedFolders as tally.Pictures. UserError: as item_batches."""
     for batch in item_batches(folders, batch_size, rank(), world_size()):
         items = [item for _, item in batch]
-        pictures = Pictures([index for index, _ in batch], _signed(_stack(items, "real", device)))
+        pictures = Pictures([index for index, _ in batch], pixels(_stack(items, "real"), device))
         if folders.pred:
-            pictures.pred = _signed(_stack(items, "pred", device))                  # (B, 3, H, W)
+            pictures.pred = pixels(_stack(items, "pred"), device)                   # (B, 3, H, W)
         if folders.masks:
-            pictures.mask = _stack(items, "mask", device).float()                   # (B, 1, H, W)
+            pictures.mask = _stack(items, "mask").to(device).float()                # (B, 1, H, W)
         if folders.refs:
-            pictures.refs = [_signed(item.ref.to(device)) for item in items]
+            pictures.refs = [pixels(item.ref, device) for item in items]
         if folders.latents:
-            pictures.z = _stack(items, "z", device)                                 # (B, d, h, w)
+            pictures.z = _stack(items, "z").to(device)                              # (B, d, h, w)
         yield pictures
 
 
-def _stack(items, name, device):
-    """One field of the items on the device; pictures travel as uint8, a quarter of the bytes."""
-    return torch.stack([getattr(item, name) for item in items]).to(device)
-
-
-def _signed(pixels):
-    """uint8 -> float32 in [-1,1]."""
-    return pixels.float() / 127.5 - 1
+def _stack(items, name):
+    return torch.stack([getattr(item, name) for item in items])

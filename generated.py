@@ -10,8 +10,8 @@ another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
 from code_report import STEPS, prior_figures, prior_folder
 from distributed import UserError, gather_objects, rank
 from originals import originals
-from prior import load_prior
-from sample import Drawing, chosen_steps, prior_facts
+from prior import chosen_steps, load_prior
+from sample import Drawing
 from strips import strips
 
 EXAMPLES = 8                                     # samples in the picture, of each decoder
@@ -62,7 +62,7 @@ class Samples:
         """
         ours = [row for row in rows if row["decoder"] == "asym-nomask"] or rows
         seconds, drawn = map(sum, zip(*gather_objects((self.seconds, self.drawn))))
-        return prior_figures(prior_facts(self.folder), {
+        return prior_figures(self.prior.facts, {
             "n": self.drawing.steps, "sampler": self.drawing.sampler,
             "seconds": seconds / drawn * min(self.drawing.batch_size, drawn),
             "fid": ours[0]["fid"]})

@@ -35,16 +35,16 @@ from data import load_image
 from distributed import UserError, exit_on_user_error, print0, setup
 from figures import image_grid, show_masked
 from folders import decoded, read_mask
-from prior import load_prior
+from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress
+from uniform_noise import keyed_generators
 
-STEPS = 100                                      # at most, where nobody says
 DECODERS = ("asym", "vanilla", "paste")
 TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
 DRAWING = ("samples", "steps", "resample", "temperature", "seed", "tile",
            "prior")                              # flags that are about the prior
 
-_COMPLETION_STREAM = 301      # first number of the keys of random streams; data.py has others
+_COMPLETION_STREAM = 403   # first number of the key of the random stream, as in data.py
 
 
 # -- from hole to picture --------------------------------------------------------------------------
@@ -64,20 +64,18 @@ def latents(model, canvas, prior=None, drawn=None, *, samples=1, seed=0, steps=N
     """Yields the latent (1,d,h,w) of each sample; without a prior, that of the filled photo alone.
 
     drawn: the canvas to draw on, this one (None) or what `shrink` made of it. Sample i depends on
-    (seed, i), not on how many there are. steps: None for STEPS, or for all where the prior has
-    fewer.
+    (seed, i), not on how many there are. steps: as for prior.chosen_steps.
     """
     drawn = drawn or canvas
     filled = fill_with_mean(drawn.x, drawn.mask)                                    # (1,3,H',W')
     if prior is None:
         yield model.encode(filled)                                                  # (1, d, h, w)
         return
-    first_stage, steps = _first_stage(model), steps or min(STEPS, prior.diffusion.T)
+    first_stage, steps = _first_stage(model), chosen_steps(steps, prior.diffusion.T)
     indices = first_stage.indices(filled)                                           # (1, h, w)
     for i in range(samples):
-        key = np.random.SeedSequence((_COMPLETION_STREAM, seed, i))
-        generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
-        codes = complete(prior, indices, drawn.known, [generator], steps, resample, temperature)
+        generators = keyed_generators([(_COMPLETION_STREAM, seed, i)])
+        codes = complete(prior, indices, drawn.known, generators, steps, resample, temperature)
         z = first_stage.quantize.lookup(codes)                                      # (1, d, h, w)
         yield z if drawn is canvas else model.encode(_enlarged(model, z, drawn, canvas))
 
@@ -123,7 +121,7 @@ def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=F
     load_prior gives; None leaves the codes of the photo with its hole in one colour. tile: see
     `canvas_to_draw_on`. drawing: seed, steps, resample, temperature of `latents`.
     A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks and
-    a prior of other codes, ValueError for shapes that differ and for steps that the prior lacks.
+    a prior of other codes, and for steps that the prior lacks; ValueError for shapes that differ.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
@@ -181,8 +179,9 @@ def main():
     f, grid = model.config.f, prior.grid if prior else (1, 1)
     canvas = prepare(photo, hole, f, grid, device)
     drawn = canvas_to_draw_on(canvas, f, grid, args.tile) if prior else None
-    drawing = {"steps": prior and _steps(args.steps, prior), "resample": args.resample or 1,
-               "temperature": args.temperature or 1.0, "seed": args.seed or 0}
+    drawing = {"steps": prior and chosen_steps(args.steps, prior.diffusion.T),
+               "resample": args.resample or 1, "temperature": args.temperature or 1.0,
+               "seed": args.seed or 0}
     _announce(args, canvas, drawn, prior, drawing)
     try:
         _make(args, model, prior, canvas, drawn, drawing, outputs, comparison)
@@ -257,13 +256,6 @@ def _open_models(args, device):
 def _warn_unless_finished(name, model):
     if not model.finished:
         print0(f"warning: {name} is not trained to its end (step {model.step})")
-
-
-def _steps(asked, prior):
-    T = prior.diffusion.T
-    if asked and asked > T:
-        raise UserError(f"--steps {asked}: this prior has T = {T}; give 1 to {T}")
-    return asked or min(STEPS, T)
 
 
 def _announce(args, canvas, drawn, prior, drawing):

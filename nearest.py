@@ -17,8 +17,8 @@ from data import open_dataset
 from distributed import gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
-from prior import load_prior
-from sample import Drawing, chosen_steps, open_decoder, prior_facts
+from prior import chosen_steps, load_prior
+from sample import Drawing, open_decoder
 from stages import pixels
 from strips import strips
 from tables import aligned
@@ -120,7 +120,7 @@ def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, 
     trained_with = "vgg" if config["perceptual"] == "none" else config["perceptual"]
     lpips = AllPairs(net or trained_with, weights or config["weights"]).to(device)
     dataset = open_dataset(config["data"], root or config["root"], "train", config["size"])
-    n = min(n or prior_facts(folder).get("maps") or len(dataset), len(dataset))
+    n = min(n or prior.facts.get("maps") or len(dataset), len(dataset))
     drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS), batch_size=SAMPLES)
     print0(f"{SAMPLES} samples of {folder} ({drawing}) and the nearest of {n:,} of "
            f"{dataset.describe()}, by LPIPS ({lpips.net}); the picture goes to {out}")

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from convert import load_first_stage
+from convert import first_stage_of
 from diffusion import MultinomialDiffusion
 from distributed import UserError
 from unet import UNet, UNetConfig
 from vqgan import VQGAN
+
+STEPS = 100     # that a map is drawn in, where nobody says
 
 
 @dataclass
@@ -34,6 +36,12 @@ class Prior:
     step:        int
     finished:    bool                   # whether its training came to its end
     parent:      str                    # checkpoint.weights_hash of the first stage
+    facts:       dict                   # what training noted; see prior_facts
+
+    @property
+    def device(self):
+        """Where the network and the first stage are."""
+        return self.first_stage.quantize.embedding.weight.device
 
 
 def denoiser(settings, K):
@@ -56,20 +64,31 @@ def load_prior(path, device="cpu"):
     path = Path(path)
     state = _read(path)
     config, extra = state["config"], state["extra"]
-    where = config["vqgan"] or (path if path.is_dir() else path.parent.parent)
-    if not Path(where).exists():
-        raise UserError(f"{path} stands on the first stage {where}, which is not there; bring it "
-                        "back, or start from the folder where the prior was trained")
-    first_stage = load_first_stage(where)
-    if first_stage.parent != state["parent"]:
-        raise UserError(f"the prior in {path} was trained on other first-stage weights than "
-                        f"{where} holds; bring those back, or train a prior on these: "
-                        f"train.py --stage prior --vqgan {where} --out NEW_RUN")
+    first_stage = first_stage_of(state, path)
     unet, diffusion = denoiser(config["prior"], extra["K"])
     unet.load_state_dict(state["ema"]["weights"])
     return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
                  first_stage.model.to(device), tuple(extra["grid"]), config, state["step"],
-                 bool(extra.get("finished")), state["parent"])
+                 bool(extra.get("finished")), state["parent"], extra)
+
+
+def prior_facts(path):
+    """What training noted in the file of the prior at `path`, a run folder or that file: a dict.
+
+    "score" is its bound on held-out maps in nats a map, "maps" how many pictures it has learnt,
+    "K" and "grid" what these are made of. Raises UserError where there is none.
+    """
+    return _read(Path(path))["extra"]
+
+
+def chosen_steps(asked, T, most=STEPS):
+    """The number of steps where `asked` of T are wanted; None for `most`, or T if that is less.
+
+    Raises UserError.
+    """
+    if asked is not None and not 1 <= asked <= T:
+        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
+    return asked or min(most, T)
 
 
 def _read(path):

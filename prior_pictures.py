@@ -16,6 +16,7 @@ from diffusion import known_cells
 from figures import show_masked
 from masks import box_mask, evaluation_mask
 from stages import pixels
+from uniform_noise import keyed_generators
 
 RESAMPLE = 5
 PICTURES, COMPLETIONS = 2, 3        # of each of the paper's masks, and of each picture
@@ -69,9 +70,7 @@ def inpainting_columns(prior, model, dataset, steps):
 
 def _completed(prior, x, mask, number, steps):
     """Codes (B,h,w) of x with the hole filled; picture i's noise is a function of (number, i)."""
-    keys = [np.random.SeedSequence((_STREAM, number, i)) for i in range(len(x))]
-    generators = [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
-                  for key in keys]
+    generators = keyed_generators((_STREAM, number, i) for i in range(len(x)))
     indices = prior.first_stage.indices(fill_with_mean(x, mask))                    # (B, h, w)
     known = known_cells(mask, prior.first_stage.config.f)                           # (B, h, w)
     return complete(prior, indices, known, generators, steps, RESAMPLE)
@@ -80,12 +79,8 @@ def _completed(prior, x, mask, number, steps):
 def _read(prior, dataset, indices):
     """x (B,3,H,W) of pictures of a data set, from its start again where it is short."""
     images = [dataset.read(index % len(dataset))[0] for index in indices]
-    return pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), _device(prior))
+    return pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prior.device)
 
 
 def _masks(prior, masks):
-    return torch.from_numpy(np.stack(masks)).float()[:, None].to(_device(prior))    # (B, 1, H, W)
-
-
-def _device(prior):
-    return next(prior.unet.parameters()).device
+    return torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)

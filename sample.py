@@ -19,10 +19,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import checkpoint
 from asym_decoder import AsymVQGAN
 from compare import all_of_float32
 from convert import load
@@ -32,14 +30,14 @@ from distributed import UserError, exit_on_user_error, print0, setup, wait_for, 
 from fid import FeatureStatistics
 from inception import InceptionV3
 from originals import originals, shares
-from prior import load_prior
+from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress, write_text
 from strips import strips
 from tables import steps_table
 from tally import FEATURES
-from validation import STRATA
+from uniform_noise import keyed_generators
+from validation import held_out_bound
 
-STEPS = 100             # where the prior has so many, and nobody says
 _SAMPLE_STREAM = 401    # first number of the key of the random stream, as in data.py
 
 
@@ -58,12 +56,10 @@ class Drawing:
 
     def codes(self, prior, positions):
         """The codes of samples `positions`, by a prior.Prior: (B,h,w) int64, on its device."""
-        keys = [np.random.SeedSequence((_SAMPLE_STREAM, self.seed, i)) for i in positions]
-        generators = [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
-                      for key in keys]
+        generators = keyed_generators((_SAMPLE_STREAM, self.seed, i) for i in positions)
         return prior.diffusion.sample(
             prior.unet, (len(positions), *prior.grid), self.steps, generators, sampler=self.sampler,
-            temperature=self.temperature, device=device_of(prior))
+            temperature=self.temperature, device=prior.device)
 
     def batches(self, prior, n):
         """(positions, codes (b,h,w), seconds it took) of samples 0..n-1, this process's share.
@@ -73,28 +69,14 @@ class Drawing:
         for number, positions in enumerate(shares(n, self.batch_size)):
             if number == 0:
                 replace(self, steps=1).codes(prior, positions)
-            wait_for(device_of(prior))
+            wait_for(prior.device)
             start = time.perf_counter()
             codes = self.codes(prior, positions)                                    # (b, h, w)
-            wait_for(device_of(prior))
+            wait_for(prior.device)
             yield positions, codes, time.perf_counter() - start
 
     def __str__(self):
         return f"{self.steps} step{'s' * (self.steps > 1)}, {self.sampler}"
-
-
-def chosen_steps(asked, T, most=STEPS):
-    """The number of steps where `asked` of T are wanted; None for `most`, or T if that is less.
-
-    Raises UserError.
-    """
-    if asked is not None and not 1 <= asked <= T:
-        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
-    return asked or min(most, T)
-
-
-def device_of(prior):
-    return next(prior.unet.parameters()).device
 
 
 def open_decoder(path, prior, choice=None):
@@ -110,20 +92,11 @@ def open_decoder(path, prior, choice=None):
                         "--stage decoder, or give --decoder vanilla")
     if choice == "vanilla" or not there:
         return prior.first_stage
-    loaded = load(run, device_of(prior))
+    loaded = load(run, prior.device)
     if loaded.parent != prior.parent:
         raise UserError(f"the decoder and the prior in {run} stand on different first stages; "
                         "train one of them again, or give --decoder vanilla")
     return loaded.model
-
-
-def prior_facts(path):
-    """What training noted in the file of the prior at `path`, a run folder or that file: a dict.
-
-    "score" is its bound on held-out maps in nats a map, "maps" how many pictures it has learnt.
-    """
-    state = checkpoint.latest(path / "prior") if path.is_dir() else checkpoint.load(path)
-    return state["extra"]
 
 
 def decoder_name(model):
@@ -170,7 +143,8 @@ def measure(prior, model, drawing, n, reference=None):
         seconds, first = seconds + took, positions[0]
         if first < n:
             shown.append(x_hat[:n - first].cpu())
-            nats += _bound(prior, codes[:n - first], first).sum().item()
+            codes = codes[:n - first]
+            nats += held_out_bound(prior.diffusion, prior.unet, codes, first).sum().item()
         if reference and first < reference.n:
             statistics.update(reference.features(x_hat[:reference.n - first]))
         progress.show(first // drawing.batch_size + 1, {})
@@ -179,12 +153,6 @@ def measure(prior, model, drawing, n, reference=None):
            "seconds": seconds / total * min(drawing.batch_size, total), "nats": nats / n,
            "fid": statistics.frechet(reference.statistics) if reference else None}
     return row, torch.cat(shown)                                                    # (n, 3, H, W)
-
-
-def _bound(prior, codes, first):
-    """(B,) float64, as validation.validate_prior has it of held-out maps: at the same noise."""
-    generators = [torch.Generator().manual_seed(first + i) for i in range(len(codes))]
-    return prior.diffusion.vlb(prior.unet, codes, generators, STRATA)["vlb"]        # (B)
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -211,7 +179,7 @@ def main():
         measured = [measure(prior, model, drawing, args.n, reference) for drawing in drawings]
     rows, pictures = zip(*measured)
     batch_size = min(args.batch_size, max(args.n, reference.n if reference else 0))
-    held_out = prior_facts(path).get("score")
+    held_out = prior.facts.get("score")
     print0(f"\n{steps_table(rows, batch_size)}\n\nnats a map: the prior's own bound, less is "
            "likelier and may be too much alike"
            + (f"; held-out pictures: {held_out:,.1f}" if held_out else "") + f"\nFID: {note}")

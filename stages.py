@@ -15,7 +15,6 @@ training, so notebooks and `train.py --help` read the same table.
 import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +29,7 @@ from losses import (
     generator_gradient,
 )
 from timesteps import Timesteps
+from uniform_noise import keyed_generators
 from vqgan import VQGAN
 
 STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random seed
@@ -132,8 +132,7 @@ def learning_rate(step, steps, peak, warmup, min_lr):
 
 def image_generators(seed, stage, positions):
     """One CPU generator for each image, a function of (seed, stage, position in the run) alone."""
-    keys = [np.random.SeedSequence((seed, STAGE_IDS[stage], p)) for p in positions]
-    return [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys]
+    return keyed_generators((seed, STAGE_IDS[stage], p) for p in positions)
 
 
 @dataclass

@@ -9,10 +9,9 @@ as decoders are compared in, are figures.image_grid's.
 import math
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from figures import BACKGROUND, FONT_SIZE, GAP, INK, LINE
+from figures import BACKGROUND, FONT_SIZE, GAP, INK, LINE, enlarge
 
 WIDTH = 128              # px that an image takes, about
 
@@ -41,16 +40,8 @@ def strips(groups, path, across=None):
         ImageDraw.Draw(canvas).text((GAP, top), caption, INK, font)
         top += LINE
         for first in range(0, len(images), across):
-            row = torch.stack(images[first:first + across])                     # (n, 3, H, W)
-            for place, picture in enumerate(_pixels(row, zoom)):
-                canvas.paste(picture, (GAP + place * (W * zoom + GAP), top))
+            for place, image in enumerate(images[first:first + across]):
+                canvas.paste(enlarge(image, zoom), (GAP + place * (W * zoom + GAP), top))
             top += H * zoom + GAP
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
-
-
-def _pixels(images, zoom):
-    """Pillow's images of (n,3,H,W) in [-1,1], `zoom` times as large, each pixel a square."""
-    values = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    for picture in values.permute(0, 2, 3, 1).numpy():                          # (H, W, 3)
-        yield Image.fromarray(picture.repeat(zoom, 0).repeat(zoom, 1))

@@ -26,6 +26,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -51,6 +52,12 @@ def per_image(generator, B):
         return generator
     seeds = torch.randint(2**63 - 1, (B,), generator=generator)                     # (B)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+def keyed_generators(keys):
+    """A CPU generator for each key, a tuple of integers >= 0, and a function of it alone."""
+    states = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys)
+    return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
 def uniforms(generators, *shape):

@@ -53,18 +53,22 @@ def validate_decoder(trainee, batches):
 
 @torch.no_grad()
 def validate_prior(trainee, batches):
-    """{"val_vlb"}: the bound in nats a map over held-out CodeBatches, at the same noise each time.
-
-    An image's t and noise depend on its place among the held-out ones alone.
-    """
+    """{"val_vlb"}: the bound in nats a map over held-out CodeBatches, the noise always the same."""
     totals, done = _Means(), 0
     with _averaged(trainee) as model:
         for batch in batches:
-            generators = _generators(done, len(batch.indices))
-            nats = trainee.diffusion.vlb(model, batch.indices, generators, STRATA)["vlb"]   # (B)
+            nats = held_out_bound(trainee.diffusion, model, batch.indices, done)    # (B)
             totals.add("val_vlb", nats.mean(), len(nats))
             done += len(nats)
     return totals.means()
+
+
+def held_out_bound(diffusion, model, indices, first):
+    """The bound of maps (B,h,w), in nats: (B,) float64. first: the place of the first of them.
+
+    A map's t and noise depend on its place alone, so that bounds can be compared.
+    """
+    return diffusion.vlb(model, indices, _generators(first, len(indices)), STRATA)["vlb"]   # (B)
 
 
 @contextmanager

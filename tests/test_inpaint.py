@@ -25,6 +25,7 @@ import inpaint
 from canvas import prepare
 from completion import complete, fill_with_mean, windows
 from convert import load_model
+from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error
 from inpaint import canvas_to_draw_on, decode, inpaint_photo, latents, read_pair
 from prior import load_prior
@@ -75,7 +76,7 @@ def test_a_picture_is_the_decoding_of_the_completed_codes_with_the_photo_beside_
                           for i in range(0, 16, 2)])[None]
     first_stage = model.first_stage
     indices = first_stage.indices(fill_with_mean(x, mask))
-    key = np.random.SeedSequence((301, 7, 0)).generate_state(1, np.uint64)[0]
+    key = np.random.SeedSequence((403, 7, 0)).generate_state(1, np.uint64)[0]
     codes = prior.diffusion.inpaint(prior.unet, indices, known, 4, 2,
                                     [torch.Generator().manual_seed(int(key))])
     assert torch.equal(codes[known], indices[known])
@@ -191,7 +192,7 @@ def test_tiles_are_drawn_on_the_codes_of_the_whole_photo(models):
     canvas = prepare(photo_of(40, 60), box(40, 60, 0, 40, 10, 50), 2, GRID)
     (z,) = latents(model, canvas, prior, canvas, steps=2, seed=3)
     indices = model.first_stage.indices(fill_with_mean(canvas.x, canvas.mask))
-    key = np.random.SeedSequence((301, 3, 0)).generate_state(1, np.uint64)[0]
+    key = np.random.SeedSequence((403, 3, 0)).generate_state(1, np.uint64)[0]
     codes = complete(prior, indices, canvas.known, [torch.Generator().manual_seed(int(key))], 2)
     assert torch.equal(z, model.first_stage.quantize.lookup(codes))
 
@@ -206,10 +207,10 @@ def test_unless_told_a_prior_takes_all_its_steps_up_to_100(models, monkeypatch):
 
     monkeypatch.setattr(inpaint, "complete", note)
     list(latents(model, canvas, prior))
-    monkeypatch.setattr(inpaint, "STEPS", 4)
-    list(latents(model, canvas, prior))
+    longer = replace(prior, diffusion=MultinomialDiffusion(prior.diffusion.K, 400))
+    list(latents(model, canvas, longer))
     list(latents(model, canvas, prior, steps=5, resample=2, temperature=0.5))
-    assert asked == [(PRIOR["T"], 1, 1.0), (4, 1, 1.0), (5, 2, 0.5)]
+    assert asked == [(PRIOR["T"], 1, 1.0), (100, 1, 1.0), (5, 2, 0.5)]
 
 
 def test_models_that_do_not_belong_together_are_refused(models, tmp_path):
@@ -416,7 +417,7 @@ MISTAKES = [
     (("photo.png", "gone.png"), "gone.png: no such file"),
     (("text.png", "mask.png"), "text.png: cannot be decoded"),
     (("--run", "nowhere"), "nowhere: no such run folder"),
-    (("--steps", "7"), "--steps 7: this prior has T = 6; give 1 to 6"),
+    (("--steps", "7"), "--steps: give numbers from 1 to T = 6, which this prior has"),
     (("--steps", "0"), "--steps 0: the least is 1"),
     (("--samples", "0"), "--samples 0: the least is 1"),
     (("--resample", "0"), "--resample 0: the least is 1"),

@@ -5,38 +5,23 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import TINY, settings, write_decoder, write_first_stage
-from train_process import SMALL_UNET
+from tiny_runs import PRIOR, TINY, write_decoder, write_first_stage, write_prior
 
 import checkpoint
 from distributed import UserError
-from ema import EMA
-from prior import denoiser, load_prior
-
-NET = {name: list(v) if isinstance(v, tuple) else v for name, v in SMALL_UNET.items()}
-PRIOR = {"unet": "tiny", "net": NET, "T": 6, "schedule": "cosine", "form": "mixture",
-         "residual": "likelihood", "ema": 0.5}
-
-
-def write_prior(run, parent, finished=True, **options):
-    """A prior with random weights in RUN/prior/last.pt, and another average of them; the latter."""
-    torch.manual_seed(1)
-    config = settings(**options) | {"prior": PRIOR}
-    unet, _ = denoiser(PRIOR, TINY.K)
-    ema = EMA(unet, 0.5)
-    for value in ema.weights.values():
-        value.normal_()
-    state = {"format": 1, "stage": "prior", "config": config, "model": unet.state_dict(),
-             "ema": ema.state_dict(), "optimizers": {}, "images": 16, "step": 2, "parent": parent,
-             "extra": {"finished": finished, "K": TINY.K, "grid": [16, 16]}}
-    checkpoint.save(run / "prior" / "last.pt", state)
-    return ema.weights
+from prior import chosen_steps, denoiser, load_prior, prior_facts
 
 
 def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path):
     first_stage, parent = write_first_stage(tmp_path)
-    weights = write_prior(tmp_path, parent)
-    for path in (tmp_path, tmp_path / "prior" / "last.pt"):
+    write_prior(tmp_path, parent)
+    file = tmp_path / "prior" / "last.pt"
+    state = checkpoint.load(file)
+    weights = {name: torch.randn_like(value) for name, value in state["model"].items()}
+    state["ema"]["weights"] = weights
+    state["config"]["prior"] |= {"form": "mixture", "residual": "likelihood"}
+    checkpoint.save(file, state)
+    for path in (tmp_path, file):
         prior = load_prior(path)
         assert prior.unet.state_dict().keys() == weights.keys()
         for name, value in prior.unet.state_dict().items():
@@ -45,6 +30,7 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
         assert (diffusion.K, diffusion.T, diffusion.form, diffusion.residual) == (
             TINY.K, 6, "mixture", "likelihood")
         assert (prior.grid, prior.step, prior.finished, prior.parent) == ((16, 16), 2, True, parent)
+        assert prior.facts == state["extra"]
         for module in (prior.unet, prior.first_stage):
             assert not module.training
             assert not any(p.requires_grad for p in module.parameters())
@@ -88,5 +74,20 @@ def test_a_run_without_a_prior_says_how_to_train_one(tmp_path):
 def test_settings_name_the_network_and_the_process():
     unet, diffusion = denoiser(PRIOR | {"T": 9}, 5)
     assert (unet.K, unet.T, diffusion.K, diffusion.T) == (5, 9, 5, 9)
-    assert dataclasses.asdict(unet.config)["mults"] == SMALL_UNET["mults"]
-    assert unet.config.width == SMALL_UNET["width"]
+    assert dataclasses.asdict(unet.config)["mults"] == tuple(PRIOR["net"]["mults"])
+    assert unet.config.width == PRIOR["net"]["width"]
+
+
+def test_what_training_noted_is_read_without_the_first_stage(tmp_path):
+    write_prior(tmp_path, "0" * 64)
+    facts = prior_facts(tmp_path)
+    assert facts == prior_facts(tmp_path / "prior" / "last.pt")
+    assert (facts["K"], facts["grid"], facts["finished"]) == (TINY.K, [16, 16], True)
+
+
+def test_steps_are_a_hundred_or_all_unless_asked_for():
+    assert [chosen_steps(None, 50), chosen_steps(None, 4000), chosen_steps(7, 4000)] == [50, 100, 7]
+    assert chosen_steps(None, 4000, most=25) == 25
+    for asked in (0, 51):
+        with pytest.raises(UserError, match="from 1 to T = 50"):
+            chosen_steps(asked, 50)

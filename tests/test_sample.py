@@ -12,7 +12,7 @@ from data import Signs
 from distributed import UserError
 from fid import FeatureStatistics
 from prior import load_prior
-from sample import Drawing, chosen_steps, measure, open_decoder, open_reference
+from sample import Drawing, measure, open_decoder, open_reference
 from validation import STRATA
 
 CPU, T = torch.device("cpu"), 6
@@ -83,14 +83,6 @@ def test_what_a_device_does_once_is_not_in_the_seconds(run, monkeypatch):
     seconds = [took for _, _, took in Drawing(3, batch_size=2).batches(prior, 5)]
     assert seconds == [1.0, 1.0, 1.0]
     assert calls == [1, 3, 3, 3]
-
-
-def test_steps_are_a_hundred_or_all_unless_asked_for():
-    assert [chosen_steps(None, 50), chosen_steps(None, 4000), chosen_steps(7, 4000)] == [50, 100, 7]
-    assert chosen_steps(None, 4000, most=25) == 25
-    for asked in (0, 51):
-        with pytest.raises(UserError, match="from 1 to T = 50"):
-            chosen_steps(asked, 50)
 
 
 # -- decoders --------------------------------------------------------------------------------------
