@@ -138,7 +138,7 @@ def main():
             for name in names:
                 train_stage(name, run)
         close()                      # the others need not wait while rank 0 evaluates
-        if "decoder" in names and not args.overfit and rank() == 0:
+        if (args.out / "decoder" / "last.pt").exists() and not args.overfit and rank() == 0:
             report_unless_there(run)
     return 0
 
@@ -170,9 +170,10 @@ def report_bad_files(datasets, workers):
 
 
 def report_unless_there(run):
-    """The table over this run, unless the one that is there is younger than the weights."""
-    report, weights = run.out / "report.json", run.out / "decoder" / "last.pt"
-    if report.exists() and report.stat().st_mtime >= weights.stat().st_mtime:
+    """The table over this run, unless the one that is there is younger than all its weights."""
+    report = run.out / "report.json"
+    trained = max(path.stat().st_mtime for path in run.out.glob("*/last.pt"))
+    if report.exists() and report.stat().st_mtime >= trained:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
         options = Options(run.device, weights=run.settings["weights"], fid=False)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,23 @@ def test_a_finished_run_says_so_and_leaves_everything_alone(whole, tmp_path):
     (out / "report.json").unlink()
     assert "report.json" in finish(out)
     assert (out / "report.json").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_trained_again_makes_the_report_old(stage, tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(program, "evaluate_runs", lambda runs, *args, **more: reported.append(runs))
+    for name in (*STAGES, "report"):
+        file = tmp_path / name / "last.pt" if name in STAGES else tmp_path / "report.json"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    run = SimpleNamespace(out=tmp_path, device="cpu", settings={"weights": None, "root": None})
+    program.report_unless_there(run)
+    assert not reported
+    written = (tmp_path / "report.json").stat().st_mtime
+    os.utime(tmp_path / stage / "last.pt", (written + 1, written + 1))
+    program.report_unless_there(run)
+    assert reported == [[tmp_path]]
 
 
 # -- kills -----------------------------------------------------------------------------------------
