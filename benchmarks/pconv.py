@@ -3,13 +3,12 @@
     python benchmarks/pconv.py [--rounds 31] [--system-malloc]
 
 The forms run in turns and medians are compared, so that a slow moment of the machine falls on
-all alike. On Linux the process keeps freed memory meanwhile: whether a form's 8 MiB buffers are
-fetched anew from the system depends on what ran before it, and outweighs the arithmetic in
-question. `--system-malloc` measures with that.
+all alike. On Linux the process keeps freed memory meanwhile, as the programs do: whether a form's
+8 MiB buffers are fetched anew from the system depends on what ran before it, and outweighs the
+arithmetic in question. `--system-malloc` measures with that.
 """
 
 import argparse
-import ctypes
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from distributed import keep_freed_memory
 from pconv import PartialConv2d
 
 CASES = {"k3 s1": (3, 1), "k4 s2": (4, 2)}                 # kernel, stride; padding 1
@@ -43,14 +43,6 @@ def published(layer, x, valid):
     return ((raw - bias) * ratio + bias) * updated
 
 
-def keep_freed_memory():
-    """Ask glibc neither to map buffers below 32 MiB singly nor to give the heap's top back."""
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, 32 << 20)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
 def seconds(forward, x):
     """Wall time of one forward and backward pass of `forward(x)`."""
     x.grad = None
@@ -61,7 +53,7 @@ def seconds(forward, x):
 
 def main(argv=None):
     args = arguments(argv)
-    if sys.platform == "linux" and not args.system_malloc:
+    if not args.system_malloc:
         keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Signs, TrainingItems, training_batches
+from distributed import keep_freed_memory
 from stages import (
     RECIPES,
     STAGE_IDS,
@@ -48,6 +49,7 @@ def arguments(argv):
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=21, help="runs of each form")
+    parser.add_argument("--system-malloc", action="store_true", help="do not keep freed memory")
     return parser.parse_args(argv)
 
 
@@ -97,6 +99,8 @@ def seconds(step, device):
 def main(argv=None):
     args = arguments(argv)
     torch.set_num_threads(args.threads)
+    if not args.system_malloc:
+        keep_freed_memory()
     steps = cases(args.device, half_full(args.size, args.batch_size))
     runs = [[seconds(step, args.device) for step in steps.values()]
             for _ in range(args.rounds + 2)][2:]
