@@ -47,7 +47,7 @@ from stages import (
 )
 from vqgan import VQGANConfig
 
-VALIDATION_IMAGES, SAMPLE_IMAGES = 64, 6
+VALIDATION_IMAGES, VALIDATION_MAPS, SAMPLE_IMAGES = 64, 256, 6
 ENCODED = 32            # pictures at once where codes are counted
 
 
@@ -289,7 +289,7 @@ def held_out_codes(run, trainee, items, size):
     Notes in trainee.facts what those maps cost a model that knows nothing and one that knows only
     how often each code occurs at each cell, both in nats a map.
     """
-    n, K = min(VALIDATION_IMAGES, len(run.val_set)), trainee.first_stage.config.K
+    n, K = min(VALIDATION_MAPS, len(run.val_set)), trainee.first_stage.config.K
     ranges = (range(i, min(i + size, n)) for i in range(0, n, size))
     batches = [CodeBatch(_indices(run, trainee, image), None, pixels(image, run.device))
                for image, _ in views(run.val_set, ranges)]

@@ -101,9 +101,11 @@ def parse(argv=None):
 
 def _add_codes(add):
     add("--codes", type=int, metavar="K",
-        help="size of the rebuilt codebook (default: as large as before)")
+        help="size of the rebuilt codebook (default: half of a tiny first stage's, else as large "
+             "as before)")
     add("--refit-samples", type=int, metavar="P",
-        help="features that it is built from (default: 5000 for a tiny first stage, else 20000)")
+        help="features that it is built from (default: 5000 for a tiny first stage, else 20000, or "
+             "16 a code where that is more)")
     add("--unet", choices=list(UNET_PRESETS),
         help="the prior's network (default: tiny on a tiny first stage, else paper117)")
     add("--timesteps", type=int, metavar="T",
@@ -215,7 +217,8 @@ def _code_settings(args, plan, plan_name):
     if plan.latent != "vq":
         return {"refit": None, "prior": None}
     tiny = plan_name == "tiny"
-    refit = {"K": args.codes or plan.K, "samples": args.refit_samples or (5000 if tiny else 20_000)}
+    K = args.codes or (plan.K // 2 if tiny else plan.K)
+    refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}
     if refit["samples"] < refit["K"]:
         raise UserError(f"--refit-samples {refit['samples']} cannot make {refit['K']} codes; give "
                         "many more of them, or fewer --codes")

@@ -15,7 +15,7 @@ import torch
 from losses import pixel_loss
 from metrics import pre_error
 
-STRATA = 8              # times t at which a held-out map's bound is looked at, and t = 1
+STRATA = 4              # times t at which a held-out map's bound is looked at, and t = 1
 SAMPLE_STEPS = 25       # of the pictures
 
 

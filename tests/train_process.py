@@ -111,7 +111,7 @@ def shrink():
     import vqgan
     vqgan.VQGAN_PRESETS["tiny"] = vqgan.VQGANConfig(**SMALL)
     unet.UNET_PRESETS["tiny"] = unet.UNetConfig(**SMALL_UNET)
-    begin.VALIDATION_IMAGES = 8
+    begin.VALIDATION_IMAGES = begin.VALIDATION_MAPS = 8
     timesteps.HISTORY = 1                          # the draws are by importance from step 3 or so
     data.SIGNS_LENGTH["val"] = 100                 # whose codes refit counts
     program.curves = lambda *_: None               # two thirds of the time of so short a run
