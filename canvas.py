@@ -33,8 +33,8 @@ class Canvas:
         return x[0, :, :self.hole.shape[0], :self.hole.shape[1]]
 
 
-def prepare(photo, hole, f, grid=(1, 1), device="cpu"):
-    """The Canvas of photo, uint8 (H,W,3), and hole, bool (H,W).
+def prepare(photo, hole, f, grid=(1, 1), device="cpu", margin=0):
+    """The Canvas of photo, uint8 (H,W,3), and hole, bool (H,W). margin: see known_cells.
 
     Both are continued to the right and below, as if in a mirror, to multiples of f and to at least
     `grid` (h,w) cells. A mirrored hole is a hole: nothing that it hides comes back as known.
@@ -45,10 +45,10 @@ def prepare(photo, hole, f, grid=(1, 1), device="cpu"):
     mask = torch.from_numpy(np.pad(hole, ends, mode="symmetric"))                   # (H', W')
     x = pixels.to(device).permute(2, 0, 1)[None] / 127.5 - 1                        # (1,3,H',W')
     mask = mask.to(device)[None, None].float()                                      # (1,1,H',W')
-    return Canvas(photo, hole, x.contiguous(), mask, known_cells(mask, f))
+    return Canvas(photo, hole, x.contiguous(), mask, known_cells(mask, f, margin))
 
 
-def shrink(canvas, f, grid):
+def shrink(canvas, f, grid, margin=0):
     """The Canvas of the photo made so small that a map of `grid` (h,w) spans its short side.
 
     That is how much of a picture the prior was trained to see. A photo that is no larger is left as
@@ -61,4 +61,4 @@ def shrink(canvas, f, grid):
     H, W = (round(side * scale) for side in canvas.hole.shape)
     photo, hole = (Image.fromarray(array).resize((W, H), Image.Resampling.BOX)
                    for array in (canvas.photo, canvas.hole.astype(np.float32)))
-    return prepare(np.array(photo), np.array(hole) > 0, f, grid, canvas.x.device)
+    return prepare(np.array(photo), np.array(hole) > 0, f, grid, canvas.x.device, margin)

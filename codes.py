@@ -33,7 +33,7 @@ def code_maps(encode, dataset, n, K, parent, folder, workers=0):
     Every process must call this: they share the pictures, in whole batches, so that their number
     changes no bit. UserError: from the data set.
     """
-    key = f"{parent}|{dataset.describe()}|{dataset.size}|{n}"
+    key = f"{parent}|{dataset.identity()}|{n}"
     name = f"{dataset.split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     path, dtype = Path(folder) / name, np.uint16 if K <= 2**16 else np.int32
     if not on_rank0(path.exists):

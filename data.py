@@ -13,6 +13,7 @@ divides on the device).
 """
 
 import atexit
+import hashlib
 import os
 import signal
 import time
@@ -61,6 +62,10 @@ class Signs:
 
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
+
+    def identity(self):
+        """A text that data sets with other pictures do not share."""
+        return f"{self.describe()}, {self.size} px"
 
 
 # -- pictures from files ---------------------------------------------------------------------------
@@ -111,6 +116,11 @@ class ImageFiles:
     def describe(self):
         count = f"{len(self):,} photos" if len(self) > 1 else "1 photo"
         return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
+
+    def identity(self):
+        """As Signs', by the files' names."""
+        names = hashlib.sha256(self._names).hexdigest()
+        return f"{self.describe()}, {self.size} px, names {names}"
 
 
 def default_root(name):

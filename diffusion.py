@@ -37,16 +37,18 @@ SAMPLERS = ("strided", "route")
 ROUTE_NOISE = 0.5         # Gumbel noise on the route sampler's confidence: 0 repeats itself most
 
 
-def known_cells(mask, f):
+def known_cells(mask, f, margin=0):
     """The code grid's known cells: those with no pixel to be generated. [DDM Sec. 4.4]
 
     mask (B,1,H,W), anything above 0 = to be generated; f: pixels a cell -> bool (B,H/f,W/f), True =
-    the code is given. Raises ValueError where f does not divide H and W.
+    the code is given. margin: cells around the hole that are not given either, as an encoder looks
+    further than its own cell. Raises ValueError where f does not divide H and W.
     """
     if mask.shape[2] % f or mask.shape[3] % f:
         raise ValueError(f"a mask of {tuple(mask.shape[2:])} px has no grid of {f} px cells; "
                          "pad it to multiples")
-    return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
+    unknown = F.max_pool2d((mask > 0).float(), f)                                   # (B, 1, h, w)
+    return F.max_pool2d(unknown, 2 * margin + 1, 1, margin)[:, 0] == 0              # (B, h, w)
 
 
 def bits_per_dim(nats, cells):

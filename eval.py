@@ -362,6 +362,10 @@ def _check(args):
                         f"{about_runs}")
     if args.nearest and (len(args.runs) > 1 or args.table):
         raise UserError("--nearest is about one run, and no table: eval.py RUN --nearest")
+    if args.size and (args.nearest or args.table in SAMPLE_TABLES):
+        raise UserError(f"--size: {about_runs} has pictures of the prior's own size; leave it out")
+    if args.data and args.nearest:
+        raise UserError("--data: --nearest is about the run's own pictures; leave it out")
     if args.nearest and args.lpips == "none":
         raise UserError("--nearest measures by LPIPS: choose another --lpips than none")
     if args.table in MADE_TABLES and not (args.pred or args.latents):
@@ -408,7 +412,7 @@ def _parser():
     add("--size", type=int, metavar="PX", help="their size (default: the run's --size; else 256)")
     add("-n", type=int, metavar="N",
         help="pictures (default: all given ones; of a run's held-out ones at most 1000, signs 500; "
-             "--table ddm1 and --nearest look at all)")
+             "--table ddm1 looks at all, --nearest at those that the prior has learnt)")
     add("--batch-size", type=int, metavar="B",
         help="pictures at once (default: 16 up to 128 px, 4 at 256, 1 at 512; of folders 8, of "
              "folders with runs 4)")
@@ -423,7 +427,7 @@ def _parser():
         help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
     add("--out", metavar="DIR",
         help="where the report goes (default: RUN; of several: RUN/compare; of pictures: "
-             "PRED-report)")
+             "PRED-report; of samples: generated/ in it)")
     return parser
 
 

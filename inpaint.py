@@ -41,7 +41,7 @@ from uniform_noise import keyed_generators
 
 DECODERS = ("asym", "vanilla", "paste")
 TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
-DRAWING = ("samples", "steps", "resample", "temperature", "seed", "tile",
+DRAWING = ("samples", "steps", "resample", "temperature", "seed", "margin", "tile",
            "prior")                              # flags that are about the prior
 
 _COMPLETION_STREAM = 403   # first number of the key of the random stream, as in data.py
@@ -50,13 +50,13 @@ _COMPLETION_STREAM = 403   # first number of the key of the random stream, as in
 # -- from hole to picture --------------------------------------------------------------------------
 
 
-def canvas_to_draw_on(canvas, f, grid, tile=False):
+def canvas_to_draw_on(canvas, f, grid, tile=False, margin=0):
     """Where the prior draws: this canvas, where one window is enough or `tile`; else a smaller.
 
     deviation D49
     """
     one = len(windows(~canvas.known[0], grid)) == 1
-    return canvas if one or tile else shrink(canvas, f, grid)
+    return canvas if one or tile else shrink(canvas, f, grid, margin)
 
 
 def latents(model, canvas, prior=None, drawn=None, *, samples=1, seed=0, steps=None, resample=1,
@@ -113,13 +113,14 @@ def decode(model, z, canvas, decoder="asym", composite=False):
 
 @torch.no_grad()
 def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=False, tile=False,
-                  **drawing):
+                  margin=0, **drawing):
     """The photo with its hole filled: uint8 (H,W,3). [DDM Sec. 4.4] [AVQ Sec. 3.2]
 
     model: an AsymVQGAN, or a VQGAN for the decoders "vanilla" and "paste" (see `decode`).
     photo: uint8 (H,W,3), any size; mask: (H,W), other than 0 = to be generated. prior: what
     load_prior gives; None leaves the codes of the photo with its hole in one colour. tile: see
-    `canvas_to_draw_on`. drawing: seed, steps, resample, temperature of `latents`.
+    `canvas_to_draw_on`; margin: see diffusion.known_cells. drawing: seed, steps, resample,
+    temperature of `latents`.
     A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks and
     a prior of other codes, and for steps that the prior lacks; ValueError for shapes that differ.
     """
@@ -132,8 +133,8 @@ def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=F
     check_models(model, prior, decoder)
     device = next(model.parameters()).device
     f, grid = model.config.f, prior.grid if prior else (1, 1)
-    canvas = prepare(photo, hole, f, grid, device)
-    drawn = canvas_to_draw_on(canvas, f, grid, tile) if prior else None
+    canvas = prepare(photo, hole, f, grid, device, margin)
+    drawn = canvas_to_draw_on(canvas, f, grid, tile, margin) if prior else None
     (z,) = latents(model, canvas, prior, drawn, **drawing)
     return decode(model, z, canvas, decoder, composite)
 
@@ -177,8 +178,9 @@ def main():
         return
     model, prior = _open_models(args, device)
     f, grid = model.config.f, prior.grid if prior else (1, 1)
-    canvas = prepare(photo, hole, f, grid, device)
-    drawn = canvas_to_draw_on(canvas, f, grid, args.tile) if prior else None
+    margin = args.margin or 0
+    canvas = prepare(photo, hole, f, grid, device, margin)
+    drawn = canvas_to_draw_on(canvas, f, grid, args.tile, margin) if prior else None
     drawing = {"steps": prior and chosen_steps(args.steps, prior.diffusion.T),
                "resample": args.resample or 1, "temperature": args.temperature or 1.0,
                "seed": args.seed or 0}
@@ -350,7 +352,7 @@ def _outputs(args):
 
 def _check(args):
     """Raise UserError for numbers out of range and flags that contradict one another."""
-    for flag, least in (("samples", 1), ("steps", 1), ("resample", 1), ("seed", 0)):
+    for flag, least in (("samples", 1), ("steps", 1), ("resample", 1), ("seed", 0), ("margin", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: the least is {least}")
@@ -385,6 +387,9 @@ def _parser():
     add("--temperature", type=float, metavar="X",
         help="below 1 likelier and less diverse codes (default: 1)")
     add("--seed", type=int, metavar="S", help="other completions (default: 0)")
+    add("--margin", type=int, metavar="R",
+        help="draw the known codes within R cells of the hole anew, too: the encoder sees the hole "
+             "from there (default: 0, the paper's)")
     add("--tile", action="store_true", default=None,
         help="draw a hole that is too large for the prior at full size, window by window, each "
              "seeing half of what was drawn before (default: in a smaller copy, then enlarged)")

@@ -43,7 +43,8 @@ ALSO = """and:
                   numerator, at most 1e4, x 0.8; norms at the last layer's weight
   losses          pixel L1, LPIPS weight 1; beta 0.25 on the commitment term
   learning rate   warm-up from 1 % of it, over at most a tenth of the run; cosine to min_lr, if any
-  crops           squares of 0.5 to 1 of the short side, resized to --size; no flip"""
+  crops           squares of 0.5 to 1 of the short side, resized to --size; no flip; the prior and
+                  the rebuilt codebook see the centre square"""
 
 
 def parse(argv=None):
@@ -121,7 +122,7 @@ def _add_how_to_run(add):
              "-overfitN with --overfit N)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then CPU (default: auto)")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
-        help="of encoder and decoder; code search, losses and lambda are in float32. On CUDA, "
+        help="of the networks; code search, losses and lambda are in float32. On CUDA, "
              "float32 convolutions use TF32, as is PyTorch's default; eval.py's do not "
              "(default: fp32)")
     add("--micro-batch", type=int, metavar="N",
@@ -130,7 +131,7 @@ def _add_how_to_run(add):
         help="memory layout (default: on, except on MPS)")
     add("--compile", action="store_true", help="torch.compile the model (default: off)")
     add("--checkpointing", action="store_true",
-        help="recompute activations: less memory, more time (default: off)")
+        help="recompute the decoders' activations: less memory, more time (default: off)")
     add("--workers", type=int, metavar="N",
         help="data processes for each training process (default: 1 for signs, else 4)")
     add("--save-every", type=int, metavar="STEPS", help="default: 200 for tiny models, else 1000")

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from train_process import call
 
 import codes
 from codes import CodeItems, code_maps, histogram_nats
-from data import Order, Signs, training_batches
+from data import ImageFiles, Order, Signs, training_batches
 from distributed import UserError
 
 
@@ -55,6 +56,18 @@ def test_a_file_serves_again_for_the_same_first_stage_data_and_number_only(tmp_p
         with pytest.raises(AssertionError, match="encoded again"):
             code_maps(refuse, dataset, n, 256, parent, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1                  # nor is half a file left behind
+
+
+def test_photos_with_other_names_are_encoded_anew(tmp_path):
+    photos, kept = tmp_path / "photos", tmp_path / "codes"
+    photos.mkdir()
+    for number, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (32, 32), (100 * number, 0, 0)).save(photos / name)
+    code_maps(brightness, ImageFiles(photos, "train", 32), 1, 256, "parent", kept)
+    (photos / "a.png").rename(photos / "c.png")
+    for _ in range(2):
+        code_maps(brightness, ImageFiles(photos, "train", 32), 1, 256, "parent", kept)
+    assert len(list(kept.iterdir())) == 2
 
 
 def share(folder):

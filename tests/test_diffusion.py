@@ -627,6 +627,15 @@ def test_a_cell_is_known_only_if_all_its_pixels_are():
     assert not known_cells(torch.ones(1, 1, 32, 32), 8).any()
 
 
+@pytest.mark.parametrize("margin", [0, 1, 2])
+def test_a_margin_around_the_hole_is_not_known_either(margin):
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 24:40, 40:56] = 1                           # rows 3 and 4, columns 5 and 6, of 8
+    expected = torch.ones(8, 8, dtype=torch.bool)
+    expected[3 - margin:5 + margin, 5 - margin:7 + margin] = False
+    assert torch.equal(known_cells(mask, 8, margin)[0], expected)
+
+
 def test_the_papers_three_masks_have_their_numbers_of_known_cells():
     def known(rows, columns):
         mask = torch.ones(1, 1, 256, 256)

@@ -292,7 +292,10 @@ def test_flags_that_lack_or_contradict_others_are_mistakes_that_say_what_to_give
             ("run --real r --table ddm1", "--table ddm1 is about a run"),
             ("--pred p --real r --nearest", "--nearest is about a run"),
             ("run other --nearest", "--nearest is about one run"),
-            ("run --nearest --table 2", "--nearest is about one run, and no table")):
+            ("run --nearest --table 2", "--nearest is about one run, and no table"),
+            ("run --nearest --size 64", "--size: --nearest has pictures of the prior's own size"),
+            ("run --table 6 --size 64", "--size: --table 6 has pictures of the prior's own size"),
+            ("run --nearest --data signs", "--data: --nearest is about the run's own pictures")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split()])
         with pytest.raises(UserError, match=reason):
             program.main()

@@ -125,17 +125,22 @@ def test_a_grid_that_the_unet_cannot_halve_is_refused_where_the_prior_is_to_be_t
 
 def test_the_prior_and_its_codes_have_the_papers_sizes_unless_told_otherwise():
     tiny, paper = settings(), settings("--data", "imagenet")
-    assert (paper["refit"], tiny["refit"]["K"]) == ({"K": 1024, "samples": 20_000}, 256)
+    assert (paper["refit"], tiny["refit"]["K"]) == ({"K": 1024, "samples": 20_000}, 128)
     assert (paper["prior"]["unet"], paper["prior"]["T"], paper["prior"]["ema"]) == (
         "paper117", 4000, 0.9999)
-    assert (paper["prior"]["form"], paper["prior"]["residual"]) == ("theta", "onehot")
+    assert {"schedule": "cosine", "form": "theta", "residual": "onehot"}.items() <= (
+        paper["prior"].items())
     assert (tiny["prior"]["unet"], tiny["prior"]["T"], tiny["prior"]["residual"]) == (
         "tiny", 100, "none")
     own = settings("--codes", "64", "--refit-samples", "900", "--unet", "ddpm117", "--timesteps",
                    "50", "--ema", "0")
     assert own["refit"] == {"K": 64, "samples": 900}
     assert (own["prior"]["net"]["num_blocks"], own["prior"]["T"], own["prior"]["ema"]) == (3, 50, 0)
-    assert own["recipes"]["prior"]["batch_size"] == 180
+    assert (own["prior"]["residual"], own["recipes"]["prior"]["batch_size"]) == ("none", 180)
+
+
+def test_a_large_codebook_is_rebuilt_from_at_least_16_features_a_code():
+    assert settings("--data", "imagenet", "--codes", "16384")["refit"]["samples"] == 16 * 16384
 
 
 def test_a_first_stage_whose_codes_were_rebuilt_is_still_of_its_plan(tmp_path, monkeypatch):

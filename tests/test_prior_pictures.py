@@ -42,7 +42,7 @@ def test_completions_stand_beside_their_picture_and_differ_from_each_other(run):
         again = completion_strips(prior, signs, 1)
     assert len(groups) == 3
     for (caption, images), (_, others), mask in zip(groups, again, paper_masks(SIZE).values()):
-        assert f"(1 steps, resample {RESAMPLE})" in caption
+        assert "(1 steps, resample 5)" in caption
         assert len(images) == PICTURES * (2 + COMPLETIONS)
         assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
         for i in range(PICTURES):

@@ -1,3 +1,4 @@
+import inspect
 from collections import Counter
 from itertools import pairwise, permutations
 
@@ -270,6 +271,18 @@ def test_a_few_passes_are_those_of_the_definition(dtype):
     assert len(inertia) == 5
     assert inertia[0] == pytest.approx(naive_inertia(features, features[:12]))
     assert inertia[-1] == pytest.approx(naive_inertia(features, centres))
+
+
+def test_fifteen_passes_have_the_inertia_of_the_definition():
+    features = 5 + torch.randn(1500, 8)
+    _, _, inertia = kmeans(features, features[:30], iterations=15, tolerance=0)
+    expected = naive_inertia(features, naive_lloyd(features, features[:30], 15))
+    assert inertia[-1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("function", [afkmc2_seeds, rebuild_codebook])
+def test_the_chain_has_200_states_unless_told_otherwise(function):
+    assert inspect.signature(function).parameters["chain"].default == 200
 
 
 @pytest.mark.parametrize("start", ["seeds", "far"])
