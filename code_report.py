@@ -14,7 +14,7 @@ from data import open_dataset
 from distributed import UserError, on_rank0
 from figures import image_grid
 from prior import chosen_steps, load_prior, prior_facts
-from prior_pictures import COMPLETIONS, completion_strips, inpainting_columns
+from prior_pictures import COMPLETIONS, RESAMPLE, completion_strips, inpainting_columns
 from report import CODEBOOK_KEYS, STEP_KEYS
 from sample import Drawing, decoder_name, measure, open_decoder
 from strips import strips
@@ -142,7 +142,7 @@ def _draw(folder, facts, dataset, steps, device, out):
     pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
     if isinstance(model, AsymVQGAN):
         image_grid(inpainting_columns(prior, model, dataset, drawing.steps), out / "inpainting.png")
-        pictures["inpainting.png"] = "full inpainting"
+        pictures["inpainting.png"] = f"full inpainting ({drawing}, resample {RESAMPLE})"
     note = (f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once; "
             "fid: sample.py --fid-n measures it")
     return prior_figures(facts, row), note, pictures

@@ -101,6 +101,7 @@ def test_a_finished_prior_has_its_bound_and_its_pictures(plain, tmp_path, monkey
     assert step.keys() == {"n", "sampler", "seconds", "fid"}
     assert (step["n"], step["sampler"], step["fid"]) == (2, "strided", None)
     assert list(report.pictures) == ["samples.png", "completions.png", "inpainting.png"]
+    assert report.pictures["inpainting.png"] == "full inpainting (2 steps, strided, resample 5)"
     assert all((tmp_path / "out" / name).stat().st_size for name in report.pictures)
     text = report.text()
     assert "| VQ-DDM, an upper bound             |       60.0 |" in text
