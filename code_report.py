@@ -75,7 +75,8 @@ class CodeReport:
         known = self.known or self.counter.statistics()
         held_out = (f"all {len(self.dataset):,} pictures, as ReFiT counted them"
                     if self.known else f"{n:,} pictures")
-        learnt = learnt_usage(self.folder, self.facts) if self.folder else None
+        ours = self.folder and self.facts["parent"] == self.run.loaded.parent
+        learnt = learnt_usage(self.folder, self.facts) if ours else None
         train = ("not counted, --table ddm1 does" if learnt is None
                  else f"the {self.facts['maps']:,} pictures that the prior has learnt")
         self.notes["codebook"] = f"held out: {held_out}; train: {train}"
@@ -126,7 +127,7 @@ def _draw(folder, facts, dataset, steps, device, out):
     try:
         prior = load_prior(folder, device)
         model = open_decoder(folder, prior)
-        drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS))
+        drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS), batch_size=SAMPLES)
     except UserError as error:
         return None, f"n/a: {error}", {}
     if not prior.finished:

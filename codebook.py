@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from convert import load_first_stage
+from convert import load_first_stage, run_of
 from distributed import UserError, gather_objects
 from originals import originals
 from refit import code_statistics, count_codes
@@ -40,9 +40,8 @@ def refit_of(run):
 
     The file is that of the run, or of the one that its --vqgan names.
     """
-    path = Path(run.name)
-    homes = [path if path.is_dir() else path.parent.parent, run.loaded.config.get("vqgan")]
-    for home in map(Path, filter(None, homes)):
+    for path in filter(None, (run.name, run.loaded.config.get("vqgan"))):
+        home = run_of(Path(path))
         state = checkpoint.latest(home / "refit")
         if state is not None and checkpoint.weights_hash(state["model"]) == run.loaded.parent:
             return state, home

@@ -20,7 +20,8 @@ import torch
 from asym_decoder import AsymVQGAN
 from convert import Loaded, load
 from data import validation_batches
-from distributed import UserError, print0, rank, wait_for, world_size
+from distributed import UserError, rank, wait_for, world_size
+from originals import report_bad
 from stages import validation_batch
 from tally import Pictures
 
@@ -127,8 +128,6 @@ def dataset_pictures(dataset, n, batch_size, device, bad):
     bad: a data.BadFiles, told of what cannot be decoded. Raises UserError for too many of these.
     """
     for batch in validation_batches(dataset, n, batch_size, rank(), world_size()):
-        for path in bad.update(batch["bad"]):
-            print0(f"cannot be decoded, the next picture stands in for it: {path}")
-        bad.check()
+        report_bad(bad, batch["bad"])
         on_device = validation_batch(batch, device)
         yield Pictures(batch["index"], on_device.x, on_device.mask)

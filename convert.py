@@ -147,7 +147,7 @@ def first_stage_of(state, source):
 
     source: that file, or its run folder. Raises UserError where it is missing or has changed.
     """
-    stage, where = state["stage"], state["config"].get("vqgan") or _run_of(source)
+    stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
         raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
                         f"there; bring it back, or start from the folder where the {stage} was "
@@ -160,8 +160,8 @@ def first_stage_of(state, source):
     return first_stage
 
 
-def _run_of(source):
-    """The run folder of a stage file: RUN/decoder/last.pt -> RUN."""
+def run_of(source):
+    """The run folder of a stage file, RUN/decoder/last.pt -> RUN, or of itself."""
     return source if source.is_dir() else source.parent.parent
 
 

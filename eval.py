@@ -40,11 +40,11 @@ from distributed import (
 from examples import Examples
 from figures import image_grid
 from folders import MatchedFolders, PictureFolder, folder_pictures
-from generated import Samples
+from generated import SHOWN, Samples
 from losses import TRUNKS
 from nearest import show_nearest
 from report import make_report, rows_of
-from run_folder import Progress, write_text
+from run_folder import Progress, make_folder, write_text
 from tables import PAPER_TABLES, report_text
 from tally import REAL, Tally, open_networks, tally_batches
 
@@ -89,7 +89,7 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
     runs = open_runs(paths, device)
     config = _config(runs)
     networks = options.networks(config, folders is not None and folders.refs)
-    out = Path(options.out) if options.out else _default_out(paths)
+    out = make_folder(Path(options.out or _default_out(paths)))
     examples, bad, codes = Examples(EXAMPLES), None, None
     if folders is None:
         where, dataset = _held_out(config, data, root, size)
@@ -199,18 +199,22 @@ def evaluate_samples(paths, options=Options(), *, n=None, data=None, root=None):
     runs = open_runs(paths, device)
     samples = Samples(map(Path, paths), runs, device, options.steps, options.batch_size)
     _, dataset = _held_out(samples.prior.config, data, root, None)
-    networks = replace(options, lpips="none").networks({}, references=False)
-    n = _default_n(dataset, n) if networks.inception else EXAMPLES
-    out = Path(options.out) if options.out else _default_out(paths) / "generated"
+    networks = replace(options, lpips="none").networks(samples.prior.config, references=False)
+    n = _default_n(dataset, n) if networks.inception else min(n or SHOWN, len(dataset))
+    out = make_folder(Path(options.out or _default_out(paths) / "generated"))
     about = f"{n:,} {samples.describe()}, against as many of {dataset.describe()}"
     print0(f"evaluating {', '.join(run.name for run in runs)} on {about}; the report goes to {out}")
-    decode = partial(decode_all, runs)
+    decode, bad = partial(decode_all, runs), BadFiles(len(dataset))
     with all_of_float32(), torch.inference_mode():
-        tally = tally_batches(_shown(samples.pictures(dataset, n), n, decode), decode, n, networks,
-                              samples.keep)
+        tally = tally_batches(_shown(samples.pictures(dataset, n, bad), n, decode), decode, n,
+                              networks, samples.keep)
     rows, masks = rows_of(_named(runs), tally), {"kind": None, "size": None, "seed": None}
-    notes = {"fid": "of samples, against held-out pictures"} | networks.notes | _notes(runs)
+    notes = {"fid": "of samples, against held-out pictures"} | networks.notes | _notes(runs, bad)
     notes |= dict.fromkeys(("lpips", "clip_score"), "not computed: a sample has no original")
+    notes |= {"codebook": "not computed: these are samples", "prior": samples.note()}
+    if not samples.prior.finished:
+        unfinished = f"the prior is not finished (step {samples.prior.step})"
+        notes["run"] = "; ".join([notes["run"], unfinished] if "run" in notes else [unfinished])
     report = make_report(rows, n, device, masks, samples.prior.config["seed"], notes,
                          prior=samples.figures(rows))
     return _finish(report, about, options.table, out, pictures=samples.write(out))
@@ -222,7 +226,7 @@ def evaluate_samples(paths, options=Options(), *, n=None, data=None, root=None):
 def evaluate_folders(folders, options=Options()):
     """As evaluate_runs, of pictures made by anything: a MatchedFolders with predictions."""
     networks, key = options.networks({}, folders.refs), (folders.name, "files")
-    out = Path(options.out) if options.out else Path(f"{folders.name.rstrip('/')}-report")
+    out = make_folder(Path(options.out or f"{folders.name.rstrip('/')}-report"))
     print0(f"measuring {folders.describe()}; the report goes to {out}")
     batches = folder_pictures(folders, options.batch_size or 8, options.device)
     with all_of_float32(), torch.inference_mode():
@@ -238,7 +242,7 @@ def evaluate_sets(pred, real, options=Options()):
     device, key = torch.device(options.device), (pred.name, "files")
     networks = replace(options, lpips="none", fid=True).networks({}, references=False)
     about = f"{len(pred):,} pictures in {pred.name} against {len(real):,} in {real.name}"
-    out = Path(options.out) if options.out else Path(f"{pred.name.rstrip('/')}-report")
+    out = make_folder(Path(options.out or f"{pred.name.rstrip('/')}-report"))
     print0(f"measuring {about}; the report goes to {out}")
     tally = Tally(len(pred))
     with all_of_float32(), torch.inference_mode():
@@ -248,7 +252,8 @@ def evaluate_sets(pred, real, options=Options()):
                 tally.add(owner, pictures, {}, outputs)
     rows = rows_of([(pred.name, None)], tally.over_ranks())
     masks = {"kind": None, "size": None, "seed": None}
-    report = make_report(rows, len(pred), device, masks, notes=networks.notes)
+    notes = networks.notes | dict.fromkeys(("lpips", "clip_score"), "not computed: no pairs")
+    report = make_report(rows, len(pred), device, masks, notes=notes)
     return _finish(report, about, None, out)
 
 
@@ -276,7 +281,6 @@ def write_report(report, text, examples, out, others=None):
     others: {file name: title} of pictures that are there already.
     """
     made = [out / "report.md", out / "report.json"]
-    out.mkdir(parents=True, exist_ok=True)
     several = len({row["run"] for row in report["rows"]}) > 1
     pictures = ""
     for name, title, cut in (("report.png", "whole pictures", False),
@@ -320,9 +324,9 @@ def main():
         return
     folders = None
     if args.real:
+        factor = 1.0 if args.scaling_factor is None else args.scaling_factor
         folders = MatchedFolders(args.real, args.pred, args.masks, args.refs, args.latents,
-                                 scaling_factor=args.scaling_factor or 1.0,
-                                 invert_mask=args.invert_mask, limit=args.n)
+                                 scaling_factor=factor, invert_mask=args.invert_mask, limit=args.n)
     if args.pred:
         evaluate_folders(folders, options)
     elif args.nearest:
@@ -353,7 +357,10 @@ def _check(args):
     if args.latents and args.scaling_factor is None:
         raise UserError("--latents needs --scaling-factor: 0.18215 for Stable Diffusion's, 0.13025 "
                         "for SDXL's, 1 for latents as the first stage encodes them")
-    if args.unpaired and (not args.pred or args.masks or args.refs or args.table):
+    if args.refs and not args.masks:
+        raise UserError("--refs needs --masks DIR: the CLIP score is of the edited region")
+    if args.unpaired and (not args.pred or args.masks or args.refs or args.table or args.lpips
+                          or not args.fid):
         raise UserError("--unpaired is for FID and inception score of two sets alone: eval.py "
                         "--pred DIR --real DIR --unpaired")
     about_runs = "--nearest" if args.nearest else f"--table {args.table}"

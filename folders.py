@@ -16,6 +16,7 @@ masks so, and its predictions after them. In a folder with such masks nothing el
 photos may lie beside them.
 """
 
+import math
 import os
 import re
 import warnings
@@ -73,7 +74,7 @@ class MatchedFolders:
 
     def __init__(self, real, pred=None, masks=None, refs=None, latents=None, *, scaling_factor=1.0,
                  invert_mask=False, limit=None):
-        if not scaling_factor > 0:
+        if not 0 < scaling_factor < math.inf:
             raise UserError(f"--scaling-factor {scaling_factor}: give a number above 0")
         self.scaling_factor, self.invert_mask = scaling_factor, invert_mask
         self.real = _originals(real, masks)

@@ -14,7 +14,7 @@ from prior import chosen_steps, load_prior
 from sample import Drawing
 from strips import strips
 
-EXAMPLES = 8                                     # samples in the picture, of each decoder
+SHOWN = 8                                        # samples in the picture, of each decoder
 
 
 class Samples:
@@ -41,9 +41,12 @@ class Samples:
     def describe(self):
         return f"samples of the prior in {self.folder} ({self.drawing})"
 
-    def pictures(self, dataset, n):
-        """This process's share of n samples, as the z of n pictures of a data set."""
-        pictures = originals(dataset, n, self.drawing.batch_size, self.device)
+    def pictures(self, dataset, n, bad=None):
+        """This process's share of n samples, as the z of n pictures of a data set.
+
+        bad: as for originals.
+        """
+        pictures = originals(dataset, n, self.drawing.batch_size, self.device, bad=bad)
         for batch, drawn in zip(pictures, self.drawing.batches(self.prior, n)):
             _, codes, seconds = drawn
             batch.z = self.prior.first_stage.quantize.lookup(codes)                 # (b, d, h, w)
@@ -53,7 +56,8 @@ class Samples:
     def keep(self, pictures, outputs):
         """Keep the first samples to show. outputs: compare.decode_all's."""
         for key, (x_hat, _) in outputs.items():
-            self.shown.setdefault(key, list(x_hat[:EXAMPLES].cpu()))
+            kept = self.shown.setdefault(key, [])
+            kept += x_hat[:SHOWN - len(kept)].cpu()
 
     def figures(self, rows):
         """report.json's "prior"; its FID is that of the first decoder of ours, if any.
@@ -66,6 +70,11 @@ class Samples:
             "n": self.drawing.steps, "sampler": self.drawing.sampler,
             "seconds": seconds / drawn * min(self.drawing.batch_size, drawn),
             "fid": ours[0]["fid"]})
+
+    def note(self):
+        """What `figures` are."""
+        return ("vlb_nats: of held-out maps, when training ended; seconds: of "
+                f"{self.drawing.batch_size} maps at once; fid: of the first decoder of ours")
 
     def write(self, out):
         """Write samples.png, the same samples under each decoder; {file name: title}."""

@@ -13,11 +13,13 @@ import torch
 
 from code_report import STEPS
 from compare import all_of_float32
+from convert import run_of
 from data import open_dataset
 from distributed import gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
 from prior import chosen_steps, load_prior
+from run_folder import make_folder
 from sample import Drawing, open_decoder
 from stages import pixels
 from strips import strips
@@ -115,13 +117,16 @@ def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, 
     has learnt. out: folder of nearest.png, None is the run's. Raises UserError, also where LPIPS
     has no file: no other distance stands in for it.
     """
-    prior, out = load_prior(folder, device), Path(out or folder) / "nearest.png"
+    out = make_folder(Path(out or run_of(folder))) / "nearest.png"
+    prior = load_prior(folder, device)
+    if not prior.finished:
+        print0(f"the prior in {folder} is not finished (step {prior.step})")
     config = prior.config
     trained_with = "vgg" if config["perceptual"] == "none" else config["perceptual"]
     lpips = AllPairs(net or trained_with, weights or config["weights"]).to(device)
     dataset = open_dataset(config["data"], root or config["root"], "train", config["size"])
     n = min(n or prior.facts.get("maps") or len(dataset), len(dataset))
-    drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS), batch_size=SAMPLES)
+    drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS))
     print0(f"{SAMPLES} samples of {folder} ({drawing}) and the nearest of {n:,} of "
            f"{dataset.describe()}, by LPIPS ({lpips.net}); the picture goes to {out}")
     with all_of_float32(), torch.inference_mode():

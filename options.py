@@ -31,6 +31,7 @@ HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "check_dat
 NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
           "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
 OVERFIT_STEPS = 500
+TINY_CODES = 128        # of the rebuilt codebook; half as many, as in DDM Tab. 1
 
 ABOUT = """Train the papers' stages: a first stage (vqgan), its codebook built anew (refit), and on
 these the asymmetric decoder (decoder) and the diffusion model of the codes (prior). With no flags:
@@ -102,8 +103,8 @@ def parse(argv=None):
 
 def _add_codes(add):
     add("--codes", type=int, metavar="K",
-        help="size of the rebuilt codebook (default: half of a tiny first stage's, else as large "
-             "as before)")
+        help=f"size of the rebuilt codebook (default: {TINY_CODES} for a tiny first stage, else as "
+             "large as before)")
     add("--refit-samples", type=int, metavar="P",
         help="features that it is built from (default: 5000 for a tiny first stage, else 20000, or "
              "16 a code where that is more)")
@@ -218,7 +219,7 @@ def _code_settings(args, plan, plan_name):
     if plan.latent != "vq":
         return {"refit": None, "prior": None}
     tiny = plan_name == "tiny"
-    K = args.codes or (plan.K // 2 if tiny else plan.K)
+    K = args.codes or (min(plan.K, TINY_CODES) if tiny else plan.K)
     refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}
     if refit["samples"] < refit["K"]:
         raise UserError(f"--refit-samples {refit['samples']} cannot make {refit['K']} codes; give "

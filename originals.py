@@ -7,7 +7,7 @@ compare.py.
 """
 
 from data import BadFiles, views
-from distributed import print0, rank, world_size
+from distributed import rank, world_size
 from run_folder import Progress
 from stages import pixels
 from tally import Pictures
@@ -19,20 +19,28 @@ def shares(n, batch_size):
     return [range(start, min(start + batch_size, n)) for start in starts]
 
 
-def originals(dataset, n, batch_size, device, name=None, workers=0):
+def originals(dataset, n, batch_size, device, name=None, workers=0, bad=None):
     """The first n pictures: Pictures without masks, this process's share, in order.
 
-    name: of a progress line; workers: processes that decode. A picture that cannot be decoded is
-    replaced by the next one; UserError: too many of these.
+    name: of a progress line; workers: processes that decode; bad: a data.BadFiles, told of the
+    pictures that cannot be decoded, for which the next ones stand in. UserError: too many of these.
     """
-    ranges, bad_files = shares(n, batch_size), BadFiles(len(dataset))
+    ranges, bad = shares(n, batch_size), bad or BadFiles(len(dataset))
     progress = Progress(name, 0, len(ranges), batch_size) if name else None
-    for done, (image, bad) in enumerate(views(dataset, ranges, workers), 1):
-        for path in bad_files.update(bad):
-            print0(f"cannot be decoded, the next picture stands in for it: {path}")
-        bad_files.check()
+    for done, (image, paths) in enumerate(views(dataset, ranges, workers), 1):
+        report_bad(bad, paths)
         yield Pictures(list(ranges[done - 1]), pixels(image, device))
         if progress:
             progress.show(done, {})
     if progress:
         progress.close()
+
+
+def report_bad(bad, paths):
+    """Tell `bad`, a data.BadFiles, and the user of files that this process could not decode.
+
+    Each process speaks for its own share. Raises UserError where they are too many.
+    """
+    for path in bad.update(paths):
+        print(f"cannot be decoded, the next picture stands in for it: {path}", flush=True)
+    bad.check()

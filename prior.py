@@ -76,9 +76,11 @@ def prior_facts(path):
     """What training noted in the file of the prior at `path`, a run folder or that file: a dict.
 
     "score" is its bound on held-out maps in nats a map, "maps" how many pictures it has learnt,
-    "K" and "grid" what these are made of. Raises UserError where there is none.
+    "K" and "grid" what these are made of, "parent" the hash of the first stage that made them.
+    Raises UserError where there is none.
     """
-    return _read(Path(path))["extra"]
+    state = _read(Path(path))
+    return state["extra"] | {"parent": state["parent"]}
 
 
 def chosen_steps(asked, T, most=STEPS):

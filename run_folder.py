@@ -91,6 +91,16 @@ def _differences(before, now, prefix=""):
     return found
 
 
+def make_folder(path, flag="--out"):
+    """`path`, a Path, as a folder: made where it is not there. UserError: it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be made a folder ({error.strerror}); choose "
+                        f"another {flag}") from None
+    return path
+
+
 def write_text(path, text):
     """Write a whole file or none of it."""
     part = Path(f"{path}.part")

@@ -23,7 +23,7 @@ import torch
 
 from asym_decoder import AsymVQGAN
 from compare import all_of_float32
-from convert import load
+from convert import load, run_of
 from data import open_dataset
 from diffusion import SAMPLERS
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for, world_size
@@ -31,7 +31,7 @@ from fid import FeatureStatistics
 from inception import InceptionV3
 from originals import originals, shares
 from prior import STEPS, chosen_steps, load_prior
-from run_folder import Progress, write_text
+from run_folder import Progress, make_folder, write_text
 from strips import strips
 from tables import steps_table
 from tally import FEATURES
@@ -85,7 +85,7 @@ def open_decoder(path, prior, choice=None):
     path: of the prior. choice: "asym", the run's own; "vanilla", the first stage; None is the
     former where there is one. Raises UserError: none there, or one on another first stage.
     """
-    run = path if path.is_dir() else path.parent.parent
+    run = run_of(path)
     there = any((run / "decoder" / name).exists() for name in ("last.pt", "previous.pt"))
     if choice == "asym" and not there:
         raise UserError(f"--decoder asym: {run} has no decoder of ours; train one with train.py "
@@ -165,6 +165,7 @@ def main():
     if world_size() > 1:
         raise UserError("sample.py works in one process: start it without torchrun; eval.py RUN "
                         "--table 6 measures samples in several")
+    make_folder(out.parent, "-o")
     prior = load_prior(path, device)
     model = open_decoder(path, prior, args.decoder)
     samplers = SAMPLERS if args.sampler == "both" else (args.sampler,)

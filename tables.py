@@ -310,10 +310,10 @@ def report_text(report, about, number=None):
              f"half the picture, seed {masks['seed']}")
     units = ["pre_error: mean squared error of known pixels for images in [0,1], in units of 1e-5 "
              "as the paper prints it; 4 times that in [-1,1]; gain: vanilla's over the row's.",
-             "PSNR in dB on known pixels; seam in [0,1]"
-             + (f"; LPIPS by {row['lpips_net']}" if row["lpips_net"] else "") + "."]
-    lines = [f"{drawn if masks['size'] else about}; {report['device']}.",
-             *(units if masks["kind"] or row["lpips_net"] else []), "", table(report)]
+             "PSNR in dB on known pixels; seam in [0,1]."] if masks["kind"] else []
+    if row["lpips_net"]:
+        units.append(f"LPIPS by {row['lpips_net']}.")
+    lines = [f"{drawn if masks['size'] else about}; {report['device']}.", *units, "", table(report)]
     if number:
         lines += ["", paper_table(report, number)]
     if bins := bucket_table(report):

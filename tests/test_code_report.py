@@ -1,5 +1,6 @@
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from test_codebook import write_refitted
@@ -107,6 +108,21 @@ def test_a_finished_prior_has_its_bound_and_its_pictures(plain, tmp_path, monkey
     assert "| VQ-DDM, an upper bound             |       60.0 |" in text
     assert "50.0 % |" in text
     assert "| 2     | strided |" in text
+
+
+def test_codes_that_a_prior_has_learnt_of_another_first_stage_are_not_this_ones(plain, tmp_path):
+    for parent, expected in ((None, 6 / 8), ("0" * 64, None)):
+        _with_prior(plain, maps=6)
+        (plain / "codes").mkdir(exist_ok=True)
+        np.save(plain / "codes" / "train-1.npy", np.arange(6 * 256).reshape(6, 16, 16) % 6)
+        if parent:
+            state = checkpoint.load(plain / "prior" / "last.pt")
+            checkpoint.save(plain / "prior" / "last.pt", state | {"parent": parent})
+        report = _report(plain)
+        with torch.inference_mode():
+            report.offer(Pictures([0], torch.zeros(1, 3, SIZE, SIZE)))
+            report.finish(1, ROWS, tmp_path / "out", CPU, steps=1)
+        assert report.codebooks[-1]["usage_train"] == expected
 
 
 def test_a_prior_without_our_decoder_shows_no_inpainting(plain, tmp_path, monkeypatch):

@@ -138,6 +138,12 @@ def test_a_decoders_refit_is_found_in_the_run_that_its_vqgan_names(refitted, tmp
         assert found["stage"] == "refit"
 
 
+def test_a_decoders_refit_is_found_by_the_file_that_its_vqgan_names(refitted, tmp_path):
+    parent = checkpoint.load(refitted / "decoder" / "last.pt")["parent"]
+    write_decoder(tmp_path / "two", parent, vqgan=str(refitted / "refit" / "last.pt"))
+    assert refit_of(_run(tmp_path / "two"))[1] == refitted
+
+
 def test_a_refit_of_other_weights_is_not_this_runs(refitted):
     _, parent = write_first_stage(refitted / "other", seed=3)
     run = _run(refitted)

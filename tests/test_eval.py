@@ -292,6 +292,8 @@ def test_flags_that_lack_or_contradict_others_are_mistakes_that_say_what_to_give
             ("run --real r --table ddm1", "--table ddm1 is about a run"),
             ("--pred p --real r --nearest", "--nearest is about a run"),
             ("run other --nearest", "--nearest is about one run"),
+            ("--pred p --real r --refs f", "--refs needs --masks DIR"),
+            ("--pred p --real r --unpaired --no-fid", "--unpaired is for FID"),
             ("run --nearest --table 2", "--nearest is about one run, and no table"),
             ("run --nearest --size 64", "--size: --nearest has pictures of the prior's own size"),
             ("run --table 6 --size 64", "--size: --table 6 has pictures of the prior's own size"),
@@ -377,6 +379,15 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
     assert row["lpips_net"] == "vgg"
 
 
+def test_a_folder_that_cannot_be_made_is_a_mistake_found_before_anything_is_measured(
+        run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(program, "tally_batches", None)
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=r"--out: .*file.* cannot be made a folder"):
+            program.evaluate_runs([run], Options(out=str(out)), n=1)
+
+
 def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monkeypatch):
     def network(images):
         features = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1).repeat(1, 11)
@@ -401,6 +412,7 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
     assert row["is_mean"] == pytest.approx(mean, rel=1e-5)
     assert row["n"] == 4
     assert row["pre_error"] is row["lpips"] is None
+    assert _saved(folders / "pred-report")["notes"]["lpips"] == "not computed: no pairs"
 
 
 def test_runs_decode_given_latents_of_given_photos_and_masks(folders, run, monkeypatch):

@@ -1,5 +1,6 @@
 """folders.py: which files belong together, what is read of them, and that it streams."""
 
+import math
 import re
 import time
 import warnings
@@ -418,7 +419,9 @@ def test_files_that_hold_no_latent_are_refused_by_name(here):
         with pytest.raises(UserError, match=f"^latents/a.pt: .*{words}") as error:
             MatchedFolders("real", latents="latents").read(0)
         assert "\n" not in str(error.value)
-    refused("--scaling-factor 0: give", "real", latents="latents", scaling_factor=0)
+    for factor in (0, math.inf):
+        refused(f"--scaling-factor {factor}: give", "real", latents="latents",
+                scaling_factor=factor)
 
 
 # -- batches ---------------------------------------------------------------------------------------

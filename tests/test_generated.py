@@ -56,8 +56,17 @@ def test_every_decoder_reads_the_codes_of_the_same_samples(runs):
 
 def test_tables_6_and_10_have_fid_and_is_of_samples_against_held_out_pictures(
         runs, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "open_networks",
-                        lambda *_, **__: Networks(inception=inception, notes={}))
+    asked = []
+
+    def networks(device, weights, *_, **__):
+        asked.append(weights)
+        return Networks(inception=inception, notes={})
+
+    monkeypatch.setattr(evaluation, "open_networks", networks)
+    state = checkpoint.load(runs[1] / "prior" / "last.pt")
+    state["config"]["weights"] = "its own"
+    state["extra"]["finished"] = False
+    checkpoint.save(runs[1] / "prior" / "last.pt", state)
     options = Options(steps=2, batch_size=3, table="6")
     report = evaluate_samples(runs, options, n=7)
     out = runs[0] / "compare" / "generated"
@@ -85,6 +94,10 @@ def test_tables_6_and_10_have_fid_and_is_of_samples_against_held_out_pictures(
     assert report["prior"]["steps"][0] | {"seconds": 0} == {
         "n": 2, "sampler": "strided", "seconds": 0, "fid": ours["fid"]}
     printed = capsys.readouterr().out
+    assert asked == ["its own"]
+    assert report["notes"]["run"] == "the prior is not finished (step 2)"
+    assert report["notes"]["run"] in printed
+    assert report["notes"]["prior"].startswith("vlb_nats: ")
     assert "samples of our generator, not COCO" in printed
     assert "| paper: large w/o mask" in printed
     assert "LPIPS: not computed: a sample has no original" in printed
@@ -94,11 +107,12 @@ def test_tables_6_and_10_have_fid_and_is_of_samples_against_held_out_pictures(
     assert "![the same samples by each decoder](samples.png)" in text
 
 
-def test_without_the_network_only_the_picture_is_made(runs, monkeypatch):
+def test_without_the_network_only_the_picture_is_made(runs, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "open_networks", lambda *_, **__: Networks(
         notes={"fid": "n/a: it is not there"}))
     report = evaluate_samples(runs[1:], Options(table="10", out=str(runs[1] / "new")))
-    assert report["n"] == evaluation.EXAMPLES
+    assert "| paper: large2 w/o mask" in capsys.readouterr().out
+    assert report["n"] == evaluation.SHOWN
     assert report["notes"]["fid"] == "n/a: it is not there"
     assert (runs[1] / "new" / "samples.png").exists()
 
@@ -120,8 +134,8 @@ def test_runs_without_a_fitting_prior_are_refused(runs, tmp_path):
 
 def test_the_first_samples_are_kept_for_the_picture(runs):
     samples = Samples(runs, open_runs(runs, CPU), CPU)
-    first, second = torch.rand(9, 3, SIZE, SIZE), torch.rand(9, 3, SIZE, SIZE)
+    first, second = torch.rand(5, 3, SIZE, SIZE), torch.rand(5, 3, SIZE, SIZE)
     for x_hat in (first, second):
         samples.keep(dataclasses.make_dataclass("Pictures", ["x"])(x_hat),
                      {(None, "vanilla"): (x_hat, 0.0)})
-    assert torch.equal(torch.stack(samples.shown[None, "vanilla"]), first[:8])
+    assert torch.equal(torch.stack(samples.shown[None, "vanilla"]), torch.cat([first, second])[:8])

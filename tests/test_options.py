@@ -75,7 +75,7 @@ def test_how_a_run_is_run_is_not_among_its_settings():
     ("--workers -1", "--workers -1: must not be negative"),
     ("--disc-start -0.5", "--disc-start -0.5: must not be negative"),
     ("--codes 0", "--codes 0: must be positive"),
-    ("--refit-samples 100", "--refit-samples 100 cannot make 256 codes"),
+    ("--refit-samples 100", "--refit-samples 100 cannot make 128 codes"),
     ("--timesteps 1", "--timesteps 1: must be at least 2"),
     ("--ema 1", "--ema 1.0: must be from 0 to below 1"),
     ("--vqgan nowhere", "nowhere: no such run folder"),

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,10 +209,13 @@ def test_without_the_network_fid_is_na_and_no_more_samples_are_drawn(run, tmp_pa
     ("--steps 2,7", "from 1 to T = 6"), ("--steps two", "from 1 to T = 6"),
     ("--fid-n 1", "at least 2 samples"), ("--fid-n 1001", "there are 1,000 pictures"),
     ("--temperature 0", "--temperature 0.0: must be positive"), ("--seed -1", "--seed -1"),
-    ("-o s.jpg", "a name that ends in .png"), ("--decoder asym", "has no decoder of ours")])
+    ("-o s.jpg", "a name that ends in .png"),
+    ("-o file/s.png", "-o: file cannot be made a folder"),
+    ("--decoder asym", "has no decoder of ours")])
 def test_a_mistake_names_the_flag(flags, reason, run, monkeypatch, tmp_path):
     (run / "decoder" / "last.pt").unlink()
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(UserError, match=reason):
         _call(monkeypatch, "--run", run, *flags.split())
     assert not (tmp_path / "samples.png").exists()

@@ -137,7 +137,10 @@ def test_units_of_known_pixels_are_explained_only_where_there_are_masks():
     report = example_report()
     assert "pre_error: mean squared error" in report_text(report, "4 of these")
     report["masks"] = {"kind": None, "size": None, "seed": None}
-    assert "pre_error: mean" not in report_text(report, "4 of these")
+    report["rows"][0]["lpips_net"] = "alex"
+    text = report_text(report, "4 of these")
+    assert "pre_error: mean" not in text
+    assert "LPIPS by alex." in text
 
 
 def test_codebooks_have_the_columns_of_ddms_table_1():
