@@ -8,7 +8,7 @@ line. Not here: decoders on the same latents, which are the report's rows (eval.
 """
 
 from asym_decoder import AsymVQGAN
-from codebook import CodeCounter, codebook_row, count_splits, learnt_usage, remembered
+from codebook import FIRST_STAGE, CodeCounter, codebook_row, count_splits, learnt_usage, remembered
 from compare import first_stage_of
 from data import open_dataset
 from distributed import UserError, on_rank0
@@ -20,9 +20,8 @@ from sample import Drawing, decoder_name, measure, open_decoder
 from strips import strips
 from tables import codebook_table, ddm_table_1, prior_table, steps_table
 
-SAMPLES, STEPS = 16, 25                      # of the report's pictures
+SAMPLES, REPORT_STEPS = 16, 25               # of the report's pictures
 WORKERS = 2                                  # that decode where a whole split is counted
-FIRST_STAGE = "the first stage's"
 
 
 def prior_folder(paths):
@@ -127,7 +126,7 @@ def _draw(folder, facts, dataset, steps, device, out):
     try:
         prior = load_prior(folder, device)
         model = open_decoder(folder, prior)
-        drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS), batch_size=SAMPLES)
+        drawing = Drawing(chosen_steps(steps, prior.diffusion.T, REPORT_STEPS), batch_size=SAMPLES)
     except UserError as error:
         return None, f"n/a: {error}", {}
     if not prior.finished:

@@ -20,7 +20,7 @@ from originals import originals
 from refit import code_statistics, count_codes
 from tally import Networks, tally_batches
 
-BEFORE, AFTER = "before ReFiT", "after ReFiT"
+BEFORE, AFTER, FIRST_STAGE = "before ReFiT", "after ReFiT", "the first stage's"
 
 
 def codebook_row(name, config, size, statistics, usage_train=None, rfid=None):
@@ -115,7 +115,7 @@ def first_stages_of(run, device):
     """({name: VQGAN}, what there is to say): a run's first stage and what ReFiT made it of."""
     found = refit_of(run)
     if found is None:
-        return {"the first stage's": run.first_stage}, None
+        return {FIRST_STAGE: run.first_stage}, None
     state, home = found
     source = state["config"]["vqgan"] or home / "vqgan" / "last.pt"
     try:

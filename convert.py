@@ -376,6 +376,7 @@ def _count(module):
 
 def main():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="What a checkpoint is; and, if asked for, the same as a file of ours or as a "
                     "folder for diffusers.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT",

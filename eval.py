@@ -388,6 +388,7 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="The paper's tables: what decoders do to known pixels, and FID, inception "
                     "score, LPIPS and CLIP score of pictures made by anything.")
     add = parser.add_argument

@@ -7,7 +7,7 @@ All decoders read the same codes and none is given a mask. That x and z have not
 another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
 """
 
-from code_report import STEPS, prior_figures, prior_folder
+from code_report import REPORT_STEPS, prior_figures, prior_folder
 from distributed import UserError, gather_objects, rank
 from originals import originals
 from prior import chosen_steps, load_prior
@@ -34,7 +34,7 @@ class Samples:
         if self.prior.parent not in {run.loaded.parent for run in runs}:
             raise UserError(f"the prior in {self.folder} stands on another first stage than these "
                             "decoders; give decoders that stand on the same one")
-        self.drawing = Drawing(chosen_steps(steps, self.prior.diffusion.T, STEPS),
+        self.drawing = Drawing(chosen_steps(steps, self.prior.diffusion.T, REPORT_STEPS),
                                batch_size=batch_size or 16)
         self.seconds, self.drawn, self.shown = 0.0, 0, {}
 

@@ -366,6 +366,7 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Fill the hole that a mask leaves in a photo: codes by a run's prior, pixels "
                     "by its asymmetric decoder.")
     add = parser.add_argument

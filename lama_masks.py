@@ -183,6 +183,7 @@ def summary(manifest):
 
 def _parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Make an evaluation set for inpainting from any photos: centre squares, and a "
                     "random mask of LaMa's for each.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)

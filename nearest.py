@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from code_report import STEPS
+from code_report import REPORT_STEPS
 from compare import all_of_float32
 from convert import run_of
 from data import open_dataset
@@ -126,7 +126,7 @@ def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, 
     lpips = AllPairs(net or trained_with, weights or config["weights"]).to(device)
     dataset = open_dataset(config["data"], root or config["root"], "train", config["size"])
     n = min(n or prior.facts.get("maps") or len(dataset), len(dataset))
-    drawing = Drawing(chosen_steps(steps, prior.diffusion.T, STEPS))
+    drawing = Drawing(chosen_steps(steps, prior.diffusion.T, REPORT_STEPS))
     print0(f"{SAMPLES} samples of {folder} ({drawing}) and the nearest of {n:,} of "
            f"{dataset.describe()}, by LPIPS ({lpips.net}); the picture goes to {out}")
     with all_of_float32(), torch.inference_mode():

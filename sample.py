@@ -237,6 +237,7 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Samples of a run's prior, decoded; for several --steps, the table of quality "
                     "and time.")
     add = parser.add_argument
