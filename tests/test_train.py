@@ -577,6 +577,19 @@ def test_two_processes_rebuild_the_codebook_of_one_and_one_continues_them(whole,
             assert b[key] == pytest.approx(a[key], rel=1e-3), key
 
 
+@pytest.mark.parametrize("stage", ["refit", "prior"])
+def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bits(stage, whole, tmp_path):
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
+    for each in (undisturbed, out):
+        before(stage, whole[0], each)
+    results = ranks(out, "--stage", stage, prepare=partial(die_inside, "save", 5))
+    assert results[0][0] == KILLED
+    assert results[1][0] not in (0, KILLED)              # nor does the other wait, or go on alone
+    for each in (undisturbed, out):
+        assert [status for status, _ in ranks(each, "--stage", stage)] == [0, 0]
+    assert_same_run(undisturbed, out, stage)
+
+
 def test_a_failure_on_one_rank_shows_its_traceback_and_ends_all(tmp_path):
     start = time.monotonic()
     results = ranks(tmp_path / "run", "--steps", "1000", prepare=fail_on_rank1)
