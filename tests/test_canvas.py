@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from canvas import prepare, shrink
+from diffusion import known_cells
 
 
 def pair(height, width, seed=0):
@@ -79,3 +80,11 @@ def test_shrinking_keeps_the_mean_colour():
     shrunk = shrink(prepare(photo, hole, 4, (8, 8)), 4, (8, 8))
     assert shrunk.photo.mean() == pytest.approx(photo.mean(), abs=1)
     assert shrunk.hole.mean() == pytest.approx(hole.mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+def test_a_margin_is_kept_on_the_photo_and_on_its_smaller_copy(margin):
+    canvas = prepare(*pair(200, 240), 4, (8, 8), margin=margin)
+    for each in (canvas, shrink(canvas, 4, (8, 8), margin)):
+        assert torch.equal(each.known, known_cells(each.mask, 4, margin))
+    assert (~canvas.known).sum() > (~known_cells(canvas.mask, 4)).sum() or margin == 0

@@ -197,6 +197,20 @@ def test_tiles_are_drawn_on_the_codes_of_the_whole_photo(models):
     assert torch.equal(z, model.first_stage.quantize.lookup(codes))
 
 
+def test_a_margin_around_the_hole_is_drawn_anew(models, monkeypatch):
+    model, prior = models
+    photo, hole, unknown = photo_of(16, 16), box(16, 16, 6, 10, 6, 10), []
+
+    def note(prior, indices, known, *_):
+        unknown.append((~known).sum().item())
+        return indices
+
+    monkeypatch.setattr(inpaint, "complete", note)
+    for margin in (0, 1, 9):
+        inpaint_photo(model, photo, hole, prior, margin=margin)
+    assert unknown == [4, 16, 64]                    # 2 x 2 cells of 8 x 8, then with neighbours
+
+
 def test_unless_told_a_prior_takes_all_its_steps_up_to_100(models, monkeypatch):
     model, prior = models
     canvas, asked = prepare(photo_of(16, 16), box(16, 16, 2, 9, 3, 9), 2, GRID), []
