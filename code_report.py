@@ -65,7 +65,7 @@ class CodeReport:
         self._codebooks(n, rows)
         if self.folder:
             self.prior, note, self.pictures = on_rank0(
-                lambda: _draw(self.folder, self.facts, self.dataset, steps, device, out))
+                lambda: _draw(self.folder, self.dataset, steps, device, out))
             self.notes["prior"] = note
 
     def _codebooks(self, n, rows):
@@ -121,7 +121,7 @@ class CodeReport:
         return "\n\n".join(parts)
 
 
-def _draw(folder, facts, dataset, steps, device, out):
+def _draw(folder, dataset, steps, device, out):
     """(report.json's "prior" or None, its note, {file name: title} of the pictures)."""
     try:
         prior = load_prior(folder, device)
@@ -145,7 +145,7 @@ def _draw(folder, facts, dataset, steps, device, out):
         pictures["inpainting.png"] = f"full inpainting ({drawing}, resample {RESAMPLE})"
     note = (f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once; "
             "fid: sample.py --fid-n measures it")
-    return prior_figures(facts, row), note, pictures
+    return prior_figures(prior.facts, row), note, pictures
 
 
 def prior_figures(facts, row):

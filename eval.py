@@ -89,7 +89,6 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
     runs = open_runs(paths, device)
     config = _config(runs)
     networks = options.networks(config, folders is not None and folders.refs)
-    out = make_folder(Path(options.out or _default_out(paths)))
     examples, bad, codes = Examples(EXAMPLES), None, None
     if folders is None:
         where, dataset = _held_out(config, data, root, size)
@@ -103,6 +102,7 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
     else:
         n, about, masks = len(folders), folders.describe(), _given(folders)
         batches = folder_pictures(folders, options.batch_size or 4, device)
+    out = make_folder(Path(options.out or _default_out(paths)))
     print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {about}; "
            f"the report goes to {out}")
 

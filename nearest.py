@@ -117,8 +117,8 @@ def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, 
     has learnt. out: folder of nearest.png, None is the run's. Raises UserError, also where LPIPS
     has no file: no other distance stands in for it.
     """
-    out = make_folder(Path(out or run_of(folder))) / "nearest.png"
     prior = load_prior(folder, device)
+    out = make_folder(Path(out or run_of(folder))) / "nearest.png"
     if not prior.finished:
         print0(f"the prior in {folder} is not finished (step {prior.step})")
     config = prior.config

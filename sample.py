@@ -165,9 +165,9 @@ def main():
     if world_size() > 1:
         raise UserError("sample.py works in one process: start it without torchrun; eval.py RUN "
                         "--table 6 measures samples in several")
-    make_folder(out.parent, "-o")
     prior = load_prior(path, device)
     model = open_decoder(path, prior, args.decoder)
+    make_folder(out.parent, "-o")
     samplers = SAMPLERS if args.sampler == "both" else (args.sampler,)
     drawings = [Drawing(steps, sampler, args.temperature, args.seed, args.batch_size)
                 for steps in _steps(args.steps, prior.diffusion.T) for sampler in samplers]

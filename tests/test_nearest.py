@@ -120,6 +120,12 @@ def test_without_the_files_of_lpips_there_is_no_other_distance(run, monkeypatch)
         evaluation.main()
 
 
+def test_a_run_that_is_not_there_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        show_nearest(tmp_path / "no" / "such" / "run" / "file", CPU)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_table_says_how_near_and_which():
     lines = nearest_table([[(0.25, 3), (0.5, 1)]]).split("\n")
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["0", "0.2500", "0.5000", "3, 1"]
