@@ -12,12 +12,11 @@ from codebook import FIRST_STAGE, CodeCounter, codebook_row, count_splits, learn
 from compare import first_stage_of
 from data import open_dataset
 from distributed import UserError, on_rank0
-from figures import image_grid
+from pictures import image_grid, image_rows
 from prior import chosen_steps, load_prior, prior_facts
 from prior_pictures import COMPLETIONS, RESAMPLE, completion_strips, inpainting_columns
 from report import CODEBOOK_KEYS, STEP_KEYS
 from sample import Drawing, decoder_name, measure, open_decoder
-from strips import strips
 from tables import codebook_table, ddm_table_1, prior_table, steps_table
 
 SAMPLES, REPORT_STEPS = 16, 25               # of the report's pictures
@@ -135,10 +134,10 @@ def _draw(folder, dataset, steps, device, out):
     if dataset.size != side:
         return None, f"not computed: it makes pictures of {side} px, not of {dataset.size}", {}
     row, samples = measure(prior, model, drawing, SAMPLES)
-    strips([(f"{SAMPLES} samples ({drawing}), decoded by {decoder_name(model)}", list(samples))],
-           out / "samples.png", across=8)
-    strips(completion_strips(prior, dataset, drawing.steps), out / "completions.png",
-           across=2 + COMPLETIONS)
+    caption = f"{SAMPLES} samples ({drawing}), decoded by {decoder_name(model)}"
+    image_rows([(caption, list(samples))], out / "samples.png", across=8)
+    image_rows(completion_strips(prior, dataset, drawing.steps), out / "completions.png",
+               across=2 + COMPLETIONS)
     pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
     if isinstance(model, AsymVQGAN):
         image_grid(inpainting_columns(prior, model, dataset, drawing.steps), out / "inpainting.png")

@@ -38,11 +38,11 @@ from distributed import (
     world_size,
 )
 from examples import Examples
-from figures import image_grid
 from folders import MatchedFolders, PictureFolder, folder_pictures
 from generated import SHOWN, Samples
 from losses import TRUNKS
 from nearest import show_nearest
+from pictures import image_grid
 from report import make_report, rows_of
 from run_folder import Progress, make_folder, write_text
 from tables import PAPER_TABLES, report_text

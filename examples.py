@@ -1,14 +1,14 @@
 """The few pictures that a report shows, chosen without a look at what the decoders made of them.
 
     x, mask --half_known--> how much fine detail the mask's border cuts, and where
-    batches --Examples.offer--> the best so far --Examples.columns--> columns of figures.image_grid
+    batches --Examples.offer--> the best so far --Examples.columns--> columns of pictures.image_grid
 """
 
 import torch
 import torch.nn.functional as F
 
 from distributed import gather_objects
-from figures import show_masked
+from pictures import show_masked
 
 
 class Examples:

@@ -10,9 +10,9 @@ another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
 from code_report import REPORT_STEPS, prior_figures, prior_folder
 from distributed import UserError, gather_objects, rank
 from originals import originals
+from pictures import image_rows
 from prior import chosen_steps, load_prior
 from sample import Drawing
-from strips import strips
 
 SHOWN = 8                                        # samples in the picture, of each decoder
 
@@ -79,6 +79,6 @@ class Samples:
     def write(self, out):
         """Write samples.png, the same samples under each decoder; {file name: title}."""
         if rank() == 0:
-            strips([(f"{decoder}{f', {run}' if run else ''}", images)
-                    for (run, decoder), images in self.shown.items()], out / "samples.png")
+            image_rows([(f"{decoder}{f', {run}' if run else ''}", images)
+                        for (run, decoder), images in self.shown.items()], out / "samples.png")
         return {"samples.png": "the same samples by each decoder"}

@@ -33,8 +33,8 @@ from completion import complete, fill_with_mean, windows
 from convert import load
 from data import load_image
 from distributed import UserError, exit_on_user_error, print0, setup
-from figures import image_grid, show_masked
 from folders import decoded, read_mask
+from pictures import image_grid, show_masked
 from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress
 from uniform_noise import keyed_generators

@@ -18,11 +18,11 @@ from data import open_dataset
 from distributed import gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
+from pictures import image_rows
 from prior import chosen_steps, load_prior
 from run_folder import make_folder
 from sample import Drawing, open_decoder
 from stages import pixels
-from strips import strips
 from tables import aligned
 
 SAMPLES, COUNT = 8, 10   # rows of the picture, neighbours in each
@@ -105,7 +105,7 @@ def write_nearest(nearest, samples, dataset, path):
         found = pixels(found.permute(0, 3, 1, 2), "cpu")                            # (10, 3, H, W)
         groups.append((f"sample {number}, and the nearest training pictures: LPIPS "
                        f"{best[0][0]:.3f} to {best[-1][0]:.3f}", [sample.cpu(), *found]))
-    strips(groups, path)
+    image_rows(groups, path)
 
 
 def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, root=None,

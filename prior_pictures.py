@@ -13,8 +13,8 @@ import torch
 
 from completion import complete, fill_with_mean
 from diffusion import known_cells
-from figures import show_masked
 from masks import box_mask, evaluation_mask
+from pictures import show_masked
 from stages import pixels
 from uniform_noise import keyed_generators
 
@@ -54,7 +54,7 @@ def completion_strips(prior, dataset, steps):
 
 
 def inpainting_columns(prior, model, dataset, steps):
-    """Columns for figures.image_grid: held-out pictures under their evaluation masks, inpainted.
+    """Columns for pictures.image_grid: held-out pictures under their evaluation masks, inpainted.
 
     model: an AsymVQGAN on the prior's first stage; dataset: as for completion_strips.
     """

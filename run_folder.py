@@ -5,7 +5,7 @@
     RUN/STAGE/log.jsonl    one line a step, each step once, cut back to the checkpoint on resume
 
 The progress line and the signals that end a run early are here, too. Weights are in checkpoint.py,
-pictures in figures.py.
+pictures in pictures.py.
 """
 
 import json

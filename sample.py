@@ -27,12 +27,11 @@ from convert import load, run_of
 from data import open_dataset
 from diffusion import SAMPLERS
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for, world_size
-from fid import FeatureStatistics
-from inception import InceptionV3
+from fid import FeatureStatistics, InceptionV3
 from originals import originals, shares
+from pictures import image_rows
 from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress, make_folder, write_text
-from strips import strips
 from tables import steps_table
 from tally import FEATURES
 from uniform_noise import keyed_generators
@@ -185,7 +184,7 @@ def main():
            "likelier and may be too much alike"
            + (f"; held-out pictures: {held_out:,.1f}" if held_out else "") + f"\nFID: {note}")
     groups = [(str(drawing), list(shown)) for drawing, shown in zip(drawings, pictures)]
-    strips(groups, out, across=math.isqrt(args.n - 1) + 1 if len(groups) == 1 else None)
+    image_rows(groups, out, across=math.isqrt(args.n - 1) + 1 if len(groups) == 1 else None)
     write_text(out.with_suffix(".json"), json.dumps({
         "version": 1, "command": shlex.join(["python", *sys.argv]), "run": str(path),
         "device": device.type, "seed": args.seed, "n": args.n, "batch_size": batch_size,

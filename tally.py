@@ -16,8 +16,7 @@ import torch
 
 from clip_score import CLIPImageEncoder, clip_score
 from distributed import UserError, gather_objects, rank
-from fid import FeatureStatistics, InceptionScore
-from inception import InceptionV3
+from fid import FeatureStatistics, InceptionScore, InceptionV3
 from losses import LPIPS
 from masks import area_bucket
 from metrics import pre_error, psnr_known, seam

@@ -48,8 +48,8 @@ from distributed import (
     world_size,
 )
 from eval import Options, evaluate_runs
-from figures import curves, image_grid
 from options import HOW, chosen_stages, parse, resolve, smaller_command
+from pictures import curves, image_grid
 from resume import save, start_or_resume, stop_unless_finite
 from run_folder import Log, Progress, open_run, stop_signals
 from stages import (

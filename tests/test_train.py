@@ -30,8 +30,8 @@ from train_process import (
 import checkpoint
 import train as program
 from convert import load
-from figures import curves
 from options import parse, resolve
+from pictures import curves
 from prior import load_prior
 
 STAGES = ["vqgan", "refit", "decoder", "prior"]

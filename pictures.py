@@ -1,6 +1,7 @@
 """Pictures for people: grids of images beside each other, and the curves of a run.
 
     image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> a column each, a row an image   report.png
+    image_rows   [(caption, [(3,H,W), ...]), ...] -> groups one below the other         samples.png
     curves       log.jsonl -> a panel a term, training and validation together          curves.png
 
 Small images are enlarged by whole numbers, pixel by pixel: whether a word survived a decoder is
@@ -38,6 +39,7 @@ TITLES = {                                           # in the order of the panel
 NO_CURVES = {"step", "images"}
 TRAIN_COLOUR, VAL_COLOUR = "#3b6ea8", "#d1495b"
 MAX_POINTS = 400
+WIDTH = 128             # px that an image of a row takes, about
 
 
 def show_masked(x, mask):
@@ -73,6 +75,37 @@ def image_grid(columns, path, zoom=None):
         for row, image in enumerate(images):
             canvas.paste(enlarge(image, zoom), (left, top + step_y * row))
     canvas.save(_parent_made(path))
+
+
+def image_rows(groups, path, across=None):
+    """Write a PNG of `groups`: [(caption, list of (3,H,W) in [-1,1])], all images of one size.
+
+    across: images in a row (default: a group is one row). Values outside the range are clamped;
+    small images are enlarged by whole numbers, pixel by pixel. Raises ValueError for images of
+    several sizes, or none.
+    """
+    shapes = {tuple(image.shape) for _, images in groups for image in images}
+    if len(shapes) != 1:
+        raise ValueError(f"images of the shapes {sorted(shapes)}: rows need one")
+    _, H, W = shapes.pop()
+    zoom = max(1, round(WIDTH / W))
+    across = across or max(len(images) for _, images in groups)
+    font = ImageFont.load_default(FONT_SIZE)
+    text = max(math.ceil(font.getlength(caption)) for caption, _ in groups)
+    rows = sum(math.ceil(len(images) / across) for _, images in groups)
+    width = GAP + max(across * (W * zoom + GAP), text + GAP)
+    height = GAP + len(groups) * LINE + rows * (H * zoom + GAP)
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
+    top = GAP
+    for caption, images in groups:
+        ImageDraw.Draw(canvas).text((GAP, top), caption, INK, font)
+        top += LINE
+        for first in range(0, len(images), across):
+            for place, image in enumerate(images[first:first + across]):
+                canvas.paste(enlarge(image, zoom), (GAP + place * (W * zoom + GAP), top))
+            top += H * zoom + GAP
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
 
 
 def enlarge(image, zoom):
