@@ -8,7 +8,7 @@
 The image towers of CLIP are rebuilt here and read OpenAI's published files, or the same weights in
 Hugging Face's layout. LAION's and others' towers of these shapes have another activation (GELU in
 place of QuickGELU), which no file tells: they would give wrong scores here. Not here: means over
-pictures (tally.py), the text tower, where files come from (weights.py).
+pictures (tally.py), the text tower, where files come from (weight_files.py).
 """
 
 import zipfile
@@ -21,8 +21,7 @@ from torch import nn
 
 from distributed import UserError
 from pickles import read_pickle, read_torchscript
-from tensor_file import read_safetensors
-from weights import PUBLISHED_FILES, find_weights
+from weight_files import PUBLISHED_FILES, find_weights, read_safetensors
 
 SIZE = 224                                       # pixels a side that the towers see
 HEAD_WIDTH = 64

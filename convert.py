@@ -2,7 +2,7 @@
 
     a run, or its stage file: a decoder and the first stage it stands on --checkpoint.py--+
     a file that -o wrote: all of one model -------------------------------checkpoint.py---+-> Loaded
-    Stable Diffusion's, taming's, the authors', diffusers' --public.py------layouts.py----+
+    Stable Diffusion's, taming's, the authors', diffusers' --weight_files.py, public_names.py-+
 
     python convert.py CHECKPOINT                       says what it is
     python convert.py CHECKPOINT -o FILE               makes one file of ours of it
@@ -11,7 +11,7 @@
 A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
 `--vqgan` named, and must still be the very weights that the decoder was trained on: the latents of
 others mean nothing to it. Loading is strict: no weight is missing, none is left over. How files are
-read safely is in checkpoint.py and public.py, names and sizes are in layouts.py.
+read safely is in checkpoint.py and weight_files.py, names and sizes in public_names.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import nn
 import checkpoint
 from asym_decoder import AsymDecoder, AsymVQGAN
 from distributed import UserError, exit_on_user_error, print0
-from layouts import (
+from public_names import (
     asym_decoder_size,
     check_keys,
     diffusers_config,
@@ -37,10 +37,9 @@ from layouts import (
     taming_names,
     tidy,
 )
-from public import PIPELINE_FOLDERS, read_public
 from run_folder import write_text
-from tensor_file import write_safetensors
 from vqgan import VQGAN, VQGANConfig
+from weight_files import PIPELINE_FOLDERS, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
 STAGES = ("decoder", *FIRST_STAGES)
@@ -166,7 +165,7 @@ def run_of(source):
 
 
 def _is_public(path):
-    """Whether public.py reads `path`: a file that is not ours, a folder that diffusers wrote."""
+    """Whether others wrote `path`: a file that is not ours, a folder of diffusers."""
     if path.is_file():
         return not _is_ours(path)
     configs = (path / name / "config.json" for name in ("", *PIPELINE_FOLDERS))
@@ -180,7 +179,7 @@ def _is_ours(path):
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as file:
                 head = file.read(100)
-    except Exception:           # whatever is wrong with it, public.py says so
+    except Exception:           # whatever is wrong with it, weight_files.py says so
         return False
     return b"format" in head and b"stage" in head
 

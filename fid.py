@@ -7,7 +7,7 @@
 
 Scores are comparable only between programs that run this very network, Inception v3 as TensorFlow
 published it in 2015, so it is rebuilt here layer by layer, and reads pytorch-fid's conversion of
-its weights (weights.py). It is not torchvision's network of that name: 1,008 classes instead of
+its weights. It is not torchvision's network of that name: 1,008 classes instead of
 1,000, no auxiliary classifier, average pools that leave out the padding, and a maximum in place of
 the average in the very last block.
 
@@ -24,7 +24,7 @@ from scipy.linalg import lapack
 from torch import nn
 
 from distributed import UserError
-from weights import read_weights
+from weight_files import read_weights
 
 # ---------------------------------------------------------------- the network
 

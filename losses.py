@@ -8,8 +8,8 @@ with respect to the image:
                  │                                        walk back through the decoder
                  └──► their gradients at conv_out.weight (from its input features) ──► lambda
 
-Not here: the published files that LPIPS reads (weights.py), the codebook loss (quantize.py), the
-KL term (Eq. 10-11: quantize.py, stages.py), who steps in which order (stages.py) and when the
+Not here: the published files that LPIPS reads (weight_files.py), the codebook loss (quantize.py),
+the KL term (Eq. 10-11: quantize.py, stages.py), who steps in which order (stages.py) and when the
 discriminator starts (train.py).
 """
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import mean_over_ranks
-from weights import read_weights
+from weight_files import read_weights
 
 # ---------------------------------------------------------------- reconstruction, Eq. 5-6
 

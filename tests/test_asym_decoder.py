@@ -14,8 +14,8 @@ from asym_decoder import (
     ConditionBranch,
     mask_guided_blend,
 )
-from layouts import diffusers_names
 from pconv import PartialConv2d
+from public_names import diffusers_names
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
 CONFIG = VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(), z_channels=6,

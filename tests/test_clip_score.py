@@ -24,7 +24,7 @@ from clip_score import (
     resized,
 )
 from distributed import UserError
-from weights import PUBLISHED_FILES
+from weight_files import PUBLISHED_FILES
 
 TINY = Tower("ViT-B-32.pt", patch=56, width=128, layers=2, embed_dim=24)      # 17 tokens, 2 heads
 

@@ -15,11 +15,11 @@ from tiny_runs import (
 
 import checkpoint
 import convert
-import tensor_file
+import weight_files
 from asym_decoder import AsymDecoder, AsymVQGAN
 from convert import load, load_first_stage, load_model, save_model, to_diffusers
 from distributed import UserError, exit_on_user_error
-from layouts import diffusers_names
+from public_names import diffusers_names
 from vqgan import VQGAN, VQGANConfig
 
 # As public files have no settings, GroupNorm's 32 groups must divide every width.
@@ -440,7 +440,7 @@ def test_an_export_that_was_killed_is_no_whole_one_and_can_be_made_again(tmp_pat
         raise Killed
     for call in ("replace", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(tensor_file.os, call, killed)
+            patch.setattr(weight_files.os, call, killed)
             with pytest.raises(Killed):
                 to_diffusers(model, vae)
         assert not (vae / "diffusion_pytorch_model.safetensors").exists()
@@ -451,7 +451,7 @@ def test_an_export_that_was_killed_is_no_whole_one_and_can_be_made_again(tmp_pat
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(tensor_file.os, "fsync", full)
+    monkeypatch.setattr(weight_files.os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*vae: No space left on device") as caught:
         to_diffusers(VQGAN(FOUR), tmp_path / "vae")
     assert "\n" not in str(caught.value)

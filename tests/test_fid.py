@@ -26,7 +26,7 @@ from fid import (
     inception_score,
     maximum_pool,
 )
-from weights import PUBLISHED_FILES
+from weight_files import PUBLISHED_FILES
 
 # ---------------------------------------------------------------- the network
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from layouts import diffusers_names
+from public_names import diffusers_names
 from vqgan import (
     VQGAN,
     VQGAN_PRESETS,

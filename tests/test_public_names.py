@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asym_decoder import AsymDecoder, AsymVQGAN
-from layouts import (
+from public_names import (
     PLANS,
     asym_decoder_size,
     asym_preset,

@@ -5,8 +5,16 @@ from argparse import Namespace
 import pytest
 import torch
 
+import weight_files
 from distributed import UserError
-from public import read_public
+from weight_files import (
+    PUBLISHED_FILES,
+    TYPES,
+    find_weights,
+    read_public,
+    read_safetensors,
+    write_safetensors,
+)
 
 
 def first_stage():
@@ -40,7 +48,7 @@ def same(state, expected):
         assert torch.equal(state[name], value.float())
 
 
-def write_safetensors(path, weights):
+def write_by_hand(path, weights):
     """By hand, so that writing needs no package: length of the header, header, bytes."""
     header, data = {}, b""
     for name, value in weights.items():
@@ -235,12 +243,12 @@ def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, r
 def test_safetensors_come_like_pickles_and_before_them(tmp_path):
     weights, config = first_stage(), write_config(tmp_path)
     weights["quant_conv.weight"] = weights["quant_conv.weight"].bfloat16()
-    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", weights)
+    write_by_hand(tmp_path / "diffusion_pytorch_model.safetensors", weights)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
     found = read_public(tmp_path)
     same(found.state, weights)
     assert found.config == config
-    write_safetensors(tmp_path / "sd.safetensors", stable_diffusion(weights))
+    write_by_hand(tmp_path / "sd.safetensors", stable_diffusion(weights))
     found = read_public(tmp_path / "sd.safetensors")
     same(found.state, weights)
     assert found.dropped == DROPPED
@@ -278,3 +286,159 @@ def test_code_beside_the_weights_is_refused_by_name(tmp_path):
     torch.save({"state_dict": first_stage(), "callback": print}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"a\.ckpt: refused: it asks for __builtin__\.print, which"):
         read_public(tmp_path / "a.ckpt")
+
+
+# -- the .safetensors format ----------------------------------------------------------------------
+
+
+def raw(path, header, numbers=b""):
+    """A file with this header, whatever it says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    return path
+
+
+def test_what_is_written_is_read_as_it_was(tmp_path):
+    weights = {"a.weight": torch.randn(3, 4).half(), "empty": torch.zeros(0, 5),
+               "scalar": torch.tensor(2.5), "view": torch.randn(4, 6).T[::2]}
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    found = read_safetensors(tmp_path / "x.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value.float()) for name, value in weights.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_is_read_also_where_its_numbers_lie_askew(tmp_path, name):
+    value = torch.tensor([[1, 0, 1], [0, 1, 1]]).to(TYPES[name])
+    numbers = bytes(value.view(torch.uint8).flatten().tolist())
+    header = {"x": {"dtype": name, "shape": [2, 3], "data_offsets": [1, 1 + len(numbers)]}}
+    found = read_safetensors(raw(tmp_path / "x.safetensors", header, b"!" + numbers))["x"]
+    assert found.dtype == TYPES[name]
+    assert torch.equal(found, value)
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"x": torch.ones(4)})
+    before = path.read_bytes()
+    read_safetensors(path)["x"].zero_()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("header", [
+    b"no json", {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9999]}},
+    {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+    {"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
+    {"x": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, {"x": 3}, [1, 2]])
+def test_a_header_that_lies_is_one_line_that_names_the_file(tmp_path, header):
+    path = raw(tmp_path / "x.safetensors", header, bytes(8))
+    with pytest.raises(UserError, match="truncated or no checkpoint") as caught:
+        read_safetensors(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_short_and_a_missing_one_are_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"x": torch.ones(400)})
+    path.write_bytes(path.read_bytes()[:-1])
+    for wrong in (path, tmp_path / "gone.safetensors"):
+        with pytest.raises(UserError, match=wrong.name):
+            read_safetensors(wrong)
+
+
+def test_the_package_reads_and_writes_the_same(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = {"a": torch.randn(3, 4), "b": torch.randn(7)}
+    write_safetensors(tmp_path / "ours.safetensors", weights)
+    theirs = safetensors.load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(theirs[name], value) for name, value in weights.items())
+    half = {name: value.bfloat16() for name, value in weights.items()}
+    safetensors.save_file(half, tmp_path / "theirs.safetensors")
+    ours = read_safetensors(tmp_path / "theirs.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in half.items())
+
+
+# -- published files -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every download fails at once, and says what was asked for."""
+    def refuse(address, *args, **kwargs):
+        raise OSError(f"no route to {address}")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_a_missing_file_offline_names_file_address_and_folder(name, tmp_path, offline):
+    with pytest.raises(UserError) as caught:
+        find_weights(name, tmp_path / "weights")
+    line = str(caught.value)
+    assert line.startswith(f"{name} is not in {tmp_path / 'weights'}")
+    assert f"get {PUBLISHED_FILES[name][0]}{name}" in line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A file of our own in the table, at a file:// address: (name, folder to put it in, digest)."""
+    source = tmp_path / "published"
+    source.mkdir()
+    (source / "small.pth").write_bytes(b"weights")
+    digest = weight_files.hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(PUBLISHED_FILES, "small.pth", (source.as_uri() + "/", digest[:8]))
+    return "small.pth", tmp_path / "cache" / "deep", digest
+
+
+def test_a_missing_file_is_downloaded_once_where_it_belongs(published, capsys):
+    name, folder, _ = published
+    path = find_weights(name, folder)
+    assert path == folder / name
+    assert path.read_bytes() == b"weights"
+    assert [p.name for p in folder.iterdir()] == [name]
+    assert "downloading file://" in capsys.readouterr().out
+    assert find_weights(name, folder) == path
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_with_another_hash_is_refused_and_leaves_nothing(published, monkeypatch):
+    name, folder, _ = published
+    monkeypatch.setitem(PUBLISHED_FILES, name, (PUBLISHED_FILES[name][0], "00000000"))
+    with pytest.raises(UserError, match="invalid hash value"):
+        find_weights(name, folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_users_own_file_with_another_hash_is_used_and_said_once(published, capsys):
+    name, folder, digest = published
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"mine")
+    assert find_weights(name, folder).read_bytes() == b"mine"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert str(folder / name) in said
+    assert digest[:8] in said
+    find_weights(name, folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_only_local_rank_0_downloads_and_the_others_wait(published, monkeypatch, offline):
+    name, folder, _ = published
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(weight_files.time, "sleep",
+                        lambda _: (folder / name).write_bytes(b"weights"))
+    assert find_weights(name, folder).read_bytes() == b"weights"
+
+
+def test_who_waits_ten_minutes_in_vain_says_which_file_is_missing(published, monkeypatch):
+    name, folder, _ = published
+    now = [1000.0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(weight_files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(weight_files.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    with pytest.raises(UserError, match=f"{name} did not come to {folder} within 10 minutes: get"):
+        find_weights(name, folder)
+    assert now[0] == pytest.approx(1600, abs=1)

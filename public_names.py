@@ -7,7 +7,7 @@
 taming-transformers, latent-diffusion and the authors name their weights alike, and so do we;
 diffusers has other names for the same layers, and two generations of them for attention. Sizes are
 read from the shapes of the weights. What cannot be built here is a ValueError that says why. No
-file is touched: reading public ones is public.py's affair, models are made in convert.py.
+file is touched: reading public ones is weight_files.py's affair, models are made in convert.py.
 """
 
 from dataclasses import replace
