@@ -12,12 +12,18 @@ from codebook import FIRST_STAGE, CodeCounter, codebook_row, count_splits, learn
 from compare import first_stage_of
 from data import open_dataset
 from distributed import UserError, on_rank0
+from paper_tables import (
+    CODEBOOK_KEYS,
+    STEP_KEYS,
+    codebook_table,
+    ddm_table_1,
+    prior_table,
+    steps_table,
+)
 from pictures import image_grid, image_rows
 from prior import chosen_steps, load_prior, prior_facts
 from prior_pictures import COMPLETIONS, RESAMPLE, completion_strips, inpainting_columns
-from report import CODEBOOK_KEYS, STEP_KEYS
 from sample import Drawing, decoder_name, measure, open_decoder
-from tables import codebook_table, ddm_table_1, prior_table, steps_table
 
 SAMPLES, REPORT_STEPS = 16, 25               # of the report's pictures
 WORKERS = 2                                  # that decode where a whole split is counted
@@ -34,7 +40,7 @@ class CodeReport:
     """What the report of some compare.Runs says of the codes that they share.
 
     where: {"data", "root", "size"} of the held-out pictures, `dataset`; paths: of the runs.
-    codebooks: rows of tables.codebook_table, the last is the one in use; prior: report.json's;
+    codebooks: paper_tables.codebook_table's rows, the last is in use; prior: report.json's;
     notes, too; pictures: {file name: title} of those that were written.
     """
 

@@ -5,7 +5,7 @@
 ReFiT keeps the encoder, so one pass over the pictures counts both codebooks. What ReFiT counted of
 all held-out pictures when it began is in its file, and the codes of the training pictures that the
 prior has learnt are in RUN/codes; whoever has these need not count again. How a row is printed is
-in tables.py.
+in paper_tables.py.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ BEFORE, AFTER, FIRST_STAGE = "before ReFiT", "after ReFiT", "the first stage's"
 
 
 def codebook_row(name, config, size, statistics, usage_train=None, rfid=None):
-    """A row of tables.codebook_table. config: the first stage's; size: of the pictures, px;
+    """A row of paper_tables.codebook_table. config: the first stage's; size: of the pictures, px;
     statistics: refit.code_statistics of held-out pictures, or None."""
     side, known = size // config.f, statistics or {}
     return {"name": name, "latent": f"{side}x{side}", "K": known.get("K", config.K),
@@ -128,7 +128,7 @@ def first_stages_of(run, device):
 
 
 def count_splits(run, train_set, val_set, n, batch_size, device, inception=None, workers=0):
-    """(rows of tables.codebook_table, what there is to say): DDM's Table 1 for a run, counted.
+    """(paper_tables.codebook_table's rows, a remark): DDM's Table 1 for a run, counted.
 
     n: pictures of each split (None: all); inception: for the FID of what the codes of the held-out
     pictures decode to, against these pictures. [DDM Tab. 1]

@@ -7,7 +7,7 @@
                                          asym-nomask: ours, given nothing
 
 The full image is encoded, or the latents are given: then some other program filled the hole. Not
-here: what is measured (tally.py), the tables (report.py).
+here: what is measured (tally.py), the tables (paper_tables.py).
 """
 
 import time

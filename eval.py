@@ -8,7 +8,7 @@
     python eval.py --pred DIR --real DIR ...       pictures of Stable Diffusion, of anything
     python eval.py --pred DIR --real DIR --unpaired samples, against other pictures
 
-    pictures (data set, folders) -> compare.decode_all, or --pred -> tally.py -> report.py
+    pictures (data set, folders) -> compare.decode_all, or --pred -> tally.py -> paper_tables.py
 
 Writes report.md, report.json and, of runs, report.png (whole pictures) and report_crops.png (cut
 out where fine detail is half known); of a run with a prior its pictures, too. [AVQ Tab. 2]
@@ -42,10 +42,9 @@ from folders import MatchedFolders, PictureFolder, folder_pictures
 from generated import SHOWN, Samples
 from losses import TRUNKS
 from nearest import show_nearest
+from paper_tables import PAPER_TABLES, make_report, report_text, rows_of
 from pictures import image_grid
-from report import make_report, rows_of
 from run_folder import Progress, make_folder, write_text
-from tables import PAPER_TABLES, report_text
 from tally import REAL, Tally, open_networks, tally_batches
 
 EXAMPLES = 6                                     # rows of the pictures
@@ -127,7 +126,7 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
 
 
 def _named(runs):
-    """What report.rows_of calls runs."""
+    """What paper_tables.rows_of calls runs."""
     return [(run.name, run.loaded.config.get("decoder")) for run in runs]
 
 

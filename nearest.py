@@ -18,12 +18,12 @@ from data import open_dataset
 from distributed import gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
+from paper_tables import aligned
 from pictures import image_rows
 from prior import chosen_steps, load_prior
 from run_folder import make_folder
 from sample import Drawing, open_decoder
 from stages import pixels
-from tables import aligned
 
 SAMPLES, COUNT = 8, 10   # rows of the picture, neighbours in each
 

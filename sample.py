@@ -29,10 +29,10 @@ from diffusion import SAMPLERS
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for, world_size
 from fid import FeatureStatistics, InceptionV3
 from originals import originals, shares
+from paper_tables import steps_table
 from pictures import image_rows
 from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress, make_folder, write_text
-from tables import steps_table
 from tally import FEATURES
 from uniform_noise import keyed_generators
 from validation import held_out_bound

@@ -20,7 +20,7 @@ from code_report import CodeReport
 from compare import open_runs
 from data import Signs
 from distributed import UserError
-from report import CODEBOOK_KEYS
+from paper_tables import CODEBOOK_KEYS
 from tally import Pictures
 from vqgan import VQGAN
 

@@ -29,8 +29,7 @@ from distributed import UserError
 from eval import Options
 from fid import FeatureStatistics, inception_score
 from masks import evaluation_mask
-from report import DECODERS, validate
-from tables import table
+from paper_tables import DECODERS, table, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Options(fid=False)               # no network but the runs' own

@@ -17,7 +17,7 @@ from distributed import UserError
 from eval import Options, evaluate_samples
 from fid import FeatureStatistics, inception_score
 from generated import Samples
-from report import validate
+from paper_tables import validate
 from sample import Drawing
 from tally import Networks
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from report import make_report, rows_of
+from paper_tables import make_report, rows_of
 from tally import Networks, Pictures, Tally, measure
 
 CPU, SIZE = torch.device("cpu"), 16
