@@ -21,11 +21,10 @@ import torch
 
 import checkpoint
 from codes import CodeItems, code_maps, histogram_nats
-from convert import load_first_stage
+from convert import denoiser, load_first_stage
 from data import TrainingItems, validation_batches, views
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
 from losses import LPIPS
-from prior import denoiser
 from quantize import nearest_code
 from refit import (
     code_statistics,

@@ -10,6 +10,7 @@ line. Not here: decoders on the same latents, which are the report's rows (eval.
 from asym_decoder import AsymVQGAN
 from codebook import FIRST_STAGE, CodeCounter, codebook_row, count_splits, learnt_usage, remembered
 from compare import first_stage_of
+from convert import chosen_steps, load_prior, prior_facts
 from data import open_dataset
 from distributed import UserError, on_rank0
 from paper_tables import (
@@ -21,7 +22,6 @@ from paper_tables import (
     steps_table,
 )
 from pictures import image_grid, image_rows
-from prior import chosen_steps, load_prior, prior_facts
 from prior_pictures import COMPLETIONS, RESAMPLE, completion_strips, inpainting_columns
 from sample import Drawing, decoder_name, measure, open_decoder
 
@@ -154,7 +154,7 @@ def _draw(folder, dataset, steps, device, out):
 
 
 def prior_figures(facts, row):
-    """report.json's "prior". facts: prior.prior_facts'; row: sample.measure's or the like."""
+    """report.json's "prior". facts: convert.prior_facts'; row: sample.measure's or the like."""
     return {"vlb_nats": facts.get("score"), "uniform_nats": facts.get("uniform_nats"),
             "histogram_nats": facts.get("histogram_nats"),
             "steps": [{key: row[key] for key in STEP_KEYS}]}

@@ -65,7 +65,7 @@ def remembered(run, where, images):
 def learnt_usage(run_folder, facts):
     """The usage of the training codes that a prior has learnt, a fraction; None if they are gone.
 
-    facts: prior.prior_facts'. They are the one file of their shape in RUN/codes.
+    facts: convert.prior_facts'. They are the one file of their shape in RUN/codes.
     """
     shape = (facts.get("maps"), *facts["grid"])
     kept = [np.load(path, mmap_mode="r") for path in (run_folder / "codes").glob("train-*.npy")]

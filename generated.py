@@ -8,10 +8,10 @@ another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
 """
 
 from code_report import REPORT_STEPS, prior_figures, prior_folder
+from convert import chosen_steps, load_prior
 from distributed import UserError, gather_objects, rank
 from originals import originals
 from pictures import image_rows
-from prior import chosen_steps, load_prior
 from sample import Drawing
 
 SHOWN = 8                                        # samples in the picture, of each decoder

@@ -30,12 +30,11 @@ from budget import duration
 from canvas import prepare, shrink
 from compare import all_of_float32
 from completion import complete, fill_with_mean, windows
-from convert import load
+from convert import STEPS, chosen_steps, load, load_prior
 from data import load_image
 from distributed import UserError, exit_on_user_error, print0, setup
 from folders import decoded, read_mask
 from pictures import image_grid, show_masked
-from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress
 from uniform_noise import keyed_generators
 

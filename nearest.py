@@ -13,14 +13,13 @@ import torch
 
 from code_report import REPORT_STEPS
 from compare import all_of_float32
-from convert import run_of
+from convert import chosen_steps, load_prior, run_of
 from data import open_dataset
 from distributed import gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
 from paper_tables import aligned
 from pictures import image_rows
-from prior import chosen_steps, load_prior
 from run_folder import make_folder
 from sample import Drawing, open_decoder
 from stages import pixels

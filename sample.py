@@ -23,7 +23,7 @@ import torch
 
 from asym_decoder import AsymVQGAN
 from compare import all_of_float32
-from convert import load, run_of
+from convert import STEPS, chosen_steps, load, load_prior, run_of
 from data import open_dataset
 from diffusion import SAMPLERS
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for, world_size
@@ -31,7 +31,6 @@ from fid import FeatureStatistics, InceptionV3
 from originals import originals, shares
 from paper_tables import steps_table
 from pictures import image_rows
-from prior import STEPS, chosen_steps, load_prior
 from run_folder import Progress, make_folder, write_text
 from tally import FEATURES
 from uniform_noise import keyed_generators

@@ -24,11 +24,10 @@ from tiny_runs import (
 import inpaint
 from canvas import prepare
 from completion import complete, fill_with_mean, windows
-from convert import load_model
+from convert import load_model, load_prior
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error
 from inpaint import canvas_to_draw_on, decode, inpaint_photo, latents, read_pair
-from prior import load_prior
 from vqgan import VQGAN
 
 ROOT = Path(__file__).resolve().parent.parent

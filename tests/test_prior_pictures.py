@@ -3,10 +3,9 @@ import torch
 from tiny_runs import SIZE, write_decoder, write_first_stage, write_prior
 
 import prior_pictures as program
-from convert import load_model
+from convert import load_model, load_prior
 from data import Signs
 from diffusion import known_cells
-from prior import load_prior
 from prior_pictures import (
     COMPLETIONS,
     PICTURES,

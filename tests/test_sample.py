@@ -9,10 +9,10 @@ from PIL import Image
 from tiny_runs import SIZE, TINY, write_decoder, write_first_stage, write_prior
 
 import sample as program
+from convert import load_prior
 from data import Signs
 from distributed import UserError
 from fid import FeatureStatistics
-from prior import load_prior
 from sample import Drawing, measure, open_decoder, open_reference
 from validation import STRATA
 

@@ -29,10 +29,9 @@ from train_process import (
 
 import checkpoint
 import train as program
-from convert import load
+from convert import load, load_prior
 from options import parse, resolve
 from pictures import curves
-from prior import load_prior
 
 STAGES = ["vqgan", "refit", "decoder", "prior"]
 

@@ -6,8 +6,8 @@ import torch
 
 import checkpoint
 from asym_decoder import AsymDecoder
+from convert import denoiser
 from ema import EMA
-from prior import denoiser
 from vqgan import VQGAN, VQGANConfig
 
 TINY = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4,
