@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import checkpoint
 from codes import CodeItems, code_maps, histogram_nats
 from convert import denoiser, load_first_stage
-from data import TrainingItems, validation_batches, views
+from data import TrainingItems, pixels, validation_batches, views
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
 from losses import LPIPS
 from quantize import nearest_code
@@ -33,15 +32,14 @@ from refit import (
     rebuild_codebook,
     sample_features,
 )
+from seeding import STAGE_IDS, stage_seed
 from stages import (
-    STAGE_IDS,
     CodeBatch,
     Recipe,
     build_decoder,
     build_prior,
     build_refit,
     build_vqgan,
-    pixels,
     validation_batch,
 )
 from vqgan import VQGANConfig
@@ -68,12 +66,6 @@ class Run:
 
 
 # -- networks --------------------------------------------------------------------------------------
-
-
-def stage_seed(run, name):
-    """A number that belongs to the run's seed and the stage, for torch's generators."""
-    key = np.random.SeedSequence((run.settings["seed"], STAGE_IDS[name]))
-    return int(key.generate_state(1)[0])
 
 
 def _options(run, name):
@@ -199,7 +191,7 @@ def _new_codes(run, model):
     key = run.settings["seed"], STAGE_IDS["refit"]
     features = sample_features(model.moments, partial(_pictures, run, run.train_set),
                                len(run.train_set), P, key).to(run.device)
-    generator = torch.Generator().manual_seed(stage_seed(run, "refit"))
+    generator = torch.Generator().manual_seed(stage_seed(run.settings["seed"], "refit"))
     # Once for all, as other processors may round otherwise.
     codebook, inertia = on_rank0(lambda: _on_cpu(rebuild_codebook(features, K,
                                                                   generator=generator)))

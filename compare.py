@@ -11,7 +11,6 @@ here: what is measured (tally.py), the tables (paper_tables.py).
 """
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,20 +65,6 @@ def first_stage_of(runs):
     """A first stage that makes the latents of all `runs`; one with a decoder where there is one."""
     owners = [run.first_stage for run in runs if run.first_stage.decoder is not None]
     return owners[0] if owners else runs[0].first_stage
-
-
-@contextmanager
-def all_of_float32():
-    """No TF32 while the block runs: CUDA's convolutions would round their factors to 10 bits."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
 
 
 def decode_all(runs, pictures):

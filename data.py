@@ -8,8 +8,7 @@ that no worker, process or batch size changes what is seen:
     position -> epoch, permuted index -> read -> image (3,H,W), mask (1,H,W), both uint8 -> batches
 
 Files that cannot be decoded are replaced by the next in sorted order; `BadFiles` counts them and
-ends a run that has too many. Not here: how masks are drawn (masks.py), images in [-1,1] (stages.py
-divides on the device).
+ends a run that has too many. Not here: how masks are drawn (masks.py).
 """
 
 import atexit
@@ -28,12 +27,10 @@ from torch.utils.data import DataLoader
 from distributed import UserError, print0
 from listing import EXTENSIONS, list_images
 from masks import evaluation_mask, training_mask
+from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
 
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
-
-# First numbers of the keys of random streams; masks.py has its own.
-_SIGNS_STREAM, _ORDER_STREAM, _CROP_STREAM = 201, 202, 203
 
 
 # -- embedded pictures -----------------------------------------------------------------------------
@@ -57,8 +54,8 @@ class Signs:
     def read(self, index, rng=None):
         """(uint8 (size,size,3), ()): the drawn picture is its own crop, so `rng` is not used."""
         held_out = self.split == "val"
-        key = (_SIGNS_STREAM, self.seed, int(held_out), index)
-        return draw_scene(np.random.default_rng(key), self.size, held_out), ()
+        rng = numpy_generator(SIGNS, self.seed, int(held_out), index)
+        return draw_scene(rng, self.size, held_out), ()
 
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
@@ -294,7 +291,7 @@ class Order:
     def __getitem__(self, position):
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            rng = np.random.default_rng((_ORDER_STREAM, *self.key, epoch))
+            rng = numpy_generator(ORDER, *self.key, epoch)
             self._epoch, self._order = epoch, rng.permutation(self.length)
         return int(self._order[place])
 
@@ -313,11 +310,18 @@ class TrainingItems:
         self.order = Order(len(dataset), self.key)
 
     def __getitem__(self, position):
-        crop_rng = np.random.default_rng((_CROP_STREAM, *self.key, position))
+        crop_rng = numpy_generator(CROP, *self.key, position)
         image, bad = self.dataset.read(self.order[position], crop_rng)
         mask, full = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
         return {"image": _planes(image), "mask": torch.from_numpy(mask)[None], "full": full,
                 "position": position, "bad": bad}
+
+
+def pixels(image, device, channels_last=False):
+    """uint8 (B,3,H,W) -> x float32 in [-1,1]. Bytes cross to the device; floats are made there."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    image = image.to(device, non_blocking=True).to(memory_format=layout)
+    return image.float() / 127.5 - 1                                                # (B, 3, H, W)
 
 
 def _planes(image):

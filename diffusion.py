@@ -28,7 +28,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from uniform_noise import UniformNoise, draw_codes, per_image, uniforms
+from seeding import per_image, uniforms
+from uniform_noise import UniformNoise, draw_codes
 
 FORMS = ("theta", "mixture")
 RESIDUALS = ("none", "onehot", "likelihood")

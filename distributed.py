@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -153,6 +153,12 @@ def gather_objects(value):
     return values
 
 
+def barrier():
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        gather_objects(None)
+
+
 def wait_for(device):
     """Return when the device has done all that was asked of it; a CPU always has."""
     if device.type != "cpu":
@@ -179,6 +185,20 @@ def wrap(module, device):
 def no_sync(module, last):
     """Gradients cross the ranks only in the last of a step's micro-batches."""
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
+
+
+@contextmanager
+def exact_float32():
+    """No TF32 while the block runs: CUDA's convolutions would round their factors to 10 bits."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def exit_on_user_error(main):

@@ -26,10 +26,11 @@ import torch
 
 from clip_score import CLIP_MODELS
 from code_report import CodeReport
-from compare import all_of_float32, dataset_pictures, decode_all, open_runs
+from compare import dataset_pictures, decode_all, open_runs
 from data import BadFiles, Signs, open_dataset
 from distributed import (
     UserError,
+    exact_float32,
     exit_on_user_error,
     gather_objects,
     print0,
@@ -111,7 +112,7 @@ def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, siz
             codes.offer(pictures)
 
     decode = partial(decode_all, runs)
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         if codes and options.table == "ddm1":
             codes.count(asked, batch_size, device, networks.inception)
         tally = tally_batches(_shown(batches, n, decode), decode, n, networks, seen)
@@ -204,7 +205,7 @@ def evaluate_samples(paths, options=Options(), *, n=None, data=None, root=None):
     about = f"{n:,} {samples.describe()}, against as many of {dataset.describe()}"
     print0(f"evaluating {', '.join(run.name for run in runs)} on {about}; the report goes to {out}")
     decode, bad = partial(decode_all, runs), BadFiles(len(dataset))
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         tally = tally_batches(_shown(samples.pictures(dataset, n, bad), n, decode), decode, n,
                               networks, samples.keep)
     rows, masks = rows_of(_named(runs), tally), {"kind": None, "size": None, "seed": None}
@@ -228,7 +229,7 @@ def evaluate_folders(folders, options=Options()):
     out = make_folder(Path(options.out or f"{folders.name.rstrip('/')}-report"))
     print0(f"measuring {folders.describe()}; the report goes to {out}")
     batches = folder_pictures(folders, options.batch_size or 8, options.device)
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         tally = tally_batches(_shown(batches, len(folders)), lambda p: {key: (p.pred, 0.0)},
                               len(folders), networks)
     report = make_report(rows_of([(folders.name, None)], tally, networks.lpips_net), len(folders),
@@ -244,7 +245,7 @@ def evaluate_sets(pred, real, options=Options()):
     out = make_folder(Path(options.out or f"{pred.name.rstrip('/')}-report"))
     print0(f"measuring {about}; the report goes to {out}")
     tally = Tally(len(pred))
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         for owner, folder in ((REAL, real), (key, pred)):
             for pictures in _shown(folder.pictures(options.batch_size or 8, device), len(folder)):
                 outputs = networks.inception and networks.inception(pictures.x)

@@ -31,10 +31,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data import load_image
+from data import load_image, pixels
 from distributed import UserError, print0, rank, world_size
 from listing import EXTENSIONS, list_images
-from stages import pixels
 from tally import Pictures
 
 LATENTS = (".npy", ".pt")

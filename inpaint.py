@@ -28,22 +28,19 @@ from PIL import Image
 from asym_decoder import AsymVQGAN
 from budget import duration
 from canvas import prepare, shrink
-from compare import all_of_float32
 from completion import complete, fill_with_mean, windows
 from convert import STEPS, chosen_steps, load, load_prior
 from data import load_image
-from distributed import UserError, exit_on_user_error, print0, setup
+from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
 from folders import decoded, read_mask
 from pictures import image_grid, show_masked
 from run_folder import Progress
-from uniform_noise import keyed_generators
+from seeding import COMPLETION, keyed_generators
 
 DECODERS = ("asym", "vanilla", "paste")
 TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
 DRAWING = ("samples", "steps", "resample", "temperature", "seed", "margin", "tile",
            "prior")                              # flags that are about the prior
-
-_COMPLETION_STREAM = 403   # first number of the key of the random stream, as in data.py
 
 
 # -- from hole to picture --------------------------------------------------------------------------
@@ -73,7 +70,7 @@ def latents(model, canvas, prior=None, drawn=None, *, samples=1, seed=0, steps=N
     first_stage, steps = _first_stage(model), chosen_steps(steps, prior.diffusion.T)
     indices = first_stage.indices(filled)                                           # (1, h, w)
     for i in range(samples):
-        generators = keyed_generators([(_COMPLETION_STREAM, seed, i)])
+        generators = keyed_generators([(COMPLETION, seed, i)])
         codes = complete(prior, indices, drawn.known, generators, steps, resample, temperature)
         z = first_stage.quantize.lookup(codes)                                      # (1, d, h, w)
         yield z if drawn is canvas else model.encode(_enlarged(model, z, drawn, canvas))
@@ -197,7 +194,7 @@ def _make(args, model, prior, canvas, drawn, drawing, outputs, comparison):
     if comparison and args.decoder != "vanilla" and _first_stage(model).decoder is not None:
         names = ["vanilla", args.decoder]
     columns, start = {name: [] for name in names}, time.perf_counter()
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         prior = prior and _with_progress(prior, drawn, len(outputs), drawing)
         made = latents(model, canvas, prior, drawn, samples=len(outputs), **drawing)
         for path, z in zip(outputs, made):

@@ -16,6 +16,8 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
+from seeding import MASK_FULL, MASK_SHAPE, numpy_generator
+
 # Upper ends are LaMa's own: a brush is 5 + [0, width) thick, a segment 10 + [0, length) long.
 Strokes = namedtuple("Strokes", "min_times max_times width length")
 Boxes = namedtuple("Boxes", "max_times min_side max_side margin")
@@ -31,9 +33,6 @@ LAMA_MASKS = {
 MASK_KINDS = ("thin", "medium", "thick")
 BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 
-# The first number of every key: masks share no random numbers with crops, orders or pictures.
-_SHAPE_STREAM, _FULL_STREAM = 101, 102
-
 
 def random_mask(kind, size, seed, index):
     """LaMa's random mask: uint8 (size,size), 1 = to be generated.
@@ -48,7 +47,7 @@ def random_mask(kind, size, seed, index):
         raise ValueError(f"a mask of {size} px is too small to draw; the least size is 8")
     canvas_side = 512 if size >= 512 else 256
     strokes, boxes = LAMA_MASKS[kind, canvas_side]
-    rng = _generator(_SHAPE_STREAM, seed, index)
+    rng = _generator(MASK_SHAPE, seed, index)
     canvas = Image.new("L", (size, size))
     draw, scale = ImageDraw.Draw(canvas), size / canvas_side
     if boxes and rng.random() < BOX_SHARE:
@@ -60,7 +59,7 @@ def random_mask(kind, size, seed, index):
 
 def _generator(stream, seed, index):
     seed = seed if isinstance(seed, tuple) else (seed,)
-    return np.random.default_rng((stream, *seed, index))
+    return numpy_generator(stream, *seed, index)
 
 
 def _draw_strokes(draw, rng, strokes, side, scale):
@@ -120,7 +119,7 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
     Returns (mask uint8 (size,size), full): `full` says that all is to be generated, so the branch
     has nothing to see.
     """
-    if _generator(_FULL_STREAM, seed, index).random() < p_full:
+    if _generator(MASK_FULL, seed, index).random() < p_full:
         return np.ones((size, size), np.uint8), True                                # (size,size)
     mask = random_mask(kind, size, seed, index)
     return mask, bool(mask.all())

@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 
 from code_report import REPORT_STEPS
-from compare import all_of_float32
 from convert import chosen_steps, load_prior, run_of
-from data import open_dataset
-from distributed import gather_objects, print0, rank
+from data import open_dataset, pixels
+from distributed import exact_float32, gather_objects, print0, rank
 from losses import LPIPS
 from originals import originals
 from paper_tables import aligned
 from pictures import image_rows
 from run_folder import make_folder
 from sample import Drawing, open_decoder
-from stages import pixels
 
 SAMPLES, COUNT = 8, 10   # rows of the picture, neighbours in each
 
@@ -128,7 +126,7 @@ def show_nearest(folder, device, *, net=None, weights=None, steps=None, n=None, 
     drawing = Drawing(chosen_steps(steps, prior.diffusion.T, REPORT_STEPS))
     print0(f"{SAMPLES} samples of {folder} ({drawing}) and the nearest of {n:,} of "
            f"{dataset.describe()}, by LPIPS ({lpips.net}); the picture goes to {out}")
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         codes = drawing.codes(prior, range(SAMPLES))                                # (S, h, w)
         z = prior.first_stage.quantize.lookup(codes)                                # (S, d, h, w)
         samples = open_decoder(folder, prior).decode(z)                             # (S, 3, H, W)

@@ -20,7 +20,8 @@ from asym_decoder import ASYM_PRESETS, AsymDecoder
 from convert import load_first_stage
 from data import default_root
 from distributed import UserError
-from stages import OURS, RECIPES, STAGE_IDS, Recipe
+from seeding import STAGE_IDS
+from stages import OURS, RECIPES, Recipe
 from unet import UNET_PRESETS
 from vqgan import VQGAN_PRESETS
 

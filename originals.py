@@ -6,10 +6,9 @@ What samples are compared with, and what codes are counted of. With evaluation m
 compare.py.
 """
 
-from data import BadFiles, views
+from data import BadFiles, pixels, views
 from distributed import rank, world_size
 from run_folder import Progress
-from stages import pixels
 from tally import Pictures
 
 

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 
 from completion import complete, fill_with_mean
+from data import pixels
 from diffusion import known_cells
 from masks import box_mask, evaluation_mask
 from pictures import show_masked
-from stages import pixels
-from uniform_noise import keyed_generators
+from seeding import FIGURE, keyed_generators
 
 RESAMPLE = 5
 PICTURES, COMPLETIONS = 2, 3        # of each of the paper's masks, and of each picture
 ROWS = 6                            # of the inpainting
-_STREAM = 402                       # first number of the key of the random stream, as in data.py
-
 
 def paper_masks(size):
     """{caption: uint8 (size,size), 1 = hidden} of the three rows of the figure."""
@@ -70,7 +68,7 @@ def inpainting_columns(prior, model, dataset, steps):
 
 def _completed(prior, x, mask, number, steps):
     """Codes (B,h,w) of x with the hole filled; picture i's noise is a function of (number, i)."""
-    generators = keyed_generators((_STREAM, number, i) for i in range(len(x)))
+    generators = keyed_generators((FIGURE, number, i) for i in range(len(x)))
     indices = prior.first_stage.indices(fill_with_mean(x, mask))                    # (B, h, w)
     known = known_cells(mask, prior.first_stage.config.f)                           # (B, h, w)
     return complete(prior, indices, known, generators, steps, RESAMPLE)

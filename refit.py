@@ -15,15 +15,14 @@ the nearest code (quantize.py).
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
 from distributed import gather_objects, rank, world_size
 from quantize import nearest_code
+from seeding import FEATURES, numpy_generator
 
 CHUNK = 1024                     # features at once: what keeps temporary memory small
-_DRAW_STREAM = 301               # first number of the key of the random stream, as in data.py
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def sample_features(encode, batches, images, P, key, batch_size=32):
     Every process must call this: they share the images, in whole batches, so that their number
     changes no bit.
     """
-    draws = torch.from_numpy(np.random.default_rng((_DRAW_STREAM, *key)).random((P, 2)))
+    draws = torch.from_numpy(numpy_generator(FEATURES, *key).random((P, 2)))
     image = (draws[:, 0] * images).long()                                   # (P)
     parts = image.unique().split(batch_size)[rank()::world_size()]          # ascending, (b) each
     found = []

@@ -22,22 +22,26 @@ from pathlib import Path
 import torch
 
 from asym_decoder import AsymVQGAN
-from compare import all_of_float32
 from convert import STEPS, chosen_steps, load, load_prior, run_of
 from data import open_dataset
 from diffusion import SAMPLERS
-from distributed import UserError, exit_on_user_error, print0, setup, wait_for, world_size
+from distributed import (
+    UserError,
+    exact_float32,
+    exit_on_user_error,
+    print0,
+    setup,
+    wait_for,
+    world_size,
+)
 from fid import FeatureStatistics, InceptionV3
 from originals import originals, shares
 from paper_tables import steps_table
 from pictures import image_rows
 from run_folder import Progress, make_folder, write_text
+from seeding import SAMPLE, keyed_generators
 from tally import FEATURES
-from uniform_noise import keyed_generators
 from validation import held_out_bound
-
-_SAMPLE_STREAM = 401    # first number of the key of the random stream, as in data.py
-
 
 # -- drawing ---------------------------------------------------------------------------------------
 
@@ -54,7 +58,7 @@ class Drawing:
 
     def codes(self, prior, positions):
         """The codes of samples `positions`, by a prior.Prior: (B,h,w) int64, on its device."""
-        generators = keyed_generators((_SAMPLE_STREAM, self.seed, i) for i in positions)
+        generators = keyed_generators((SAMPLE, self.seed, i) for i in positions)
         return prior.diffusion.sample(
             prior.unet, (len(positions), *prior.grid), self.steps, generators, sampler=self.sampler,
             temperature=self.temperature, device=prior.device)
@@ -173,7 +177,7 @@ def main():
         print0(f"the prior in {path} is not finished (step {prior.step})")
     print0(f"{args.n} samples of {path}, decoded by {decoder_name(model)}, on {device.type}: "
            f"{'; '.join(map(str, drawings))}. The picture goes to {out}")
-    with all_of_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         reference, note = _reference(args, prior, device)
         measured = [measure(prior, model, drawing, args.n, reference) for drawing in drawings]
     rows, pictures = zip(*measured)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from asym_decoder import AsymDecoder, AsymVQGAN
+from data import pixels
 from diffusion import MultinomialDiffusion
 from distributed import mean_over_ranks, wrap
 from ema import EMA
@@ -28,11 +29,9 @@ from losses import (
     discriminator_loss,
     generator_gradient,
 )
+from seeding import image_generators
 from timesteps import Timesteps
-from uniform_noise import keyed_generators
 from vqgan import VQGAN
-
-STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}   # part of every random seed
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,6 @@ def learning_rate(step, steps, peak, warmup, min_lr):
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * done))
 
 
-def image_generators(seed, stage, positions):
-    """One CPU generator for each image, a function of (seed, stage, position in the run) alone."""
-    return keyed_generators((seed, STAGE_IDS[stage], p) for p in positions)
-
-
 @dataclass
 class Batch:
     """One micro-batch on the device."""
@@ -184,13 +178,6 @@ def validation_batch(items, device, channels_last=False):
     """A validation loader's dict -> Batch, for the modes of the latents and all masks partial."""
     x, mask = pixels(items["image"], device, channels_last), _mask(items, device)
     return Batch(x, mask, rows=None, generators=None)
-
-
-def pixels(image, device, channels_last=False):
-    """uint8 (B,3,H,W) -> x float32 in [-1,1]. Bytes cross to the device; floats are made there."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    image = image.to(device, non_blocking=True).to(memory_format=layout)
-    return image.float() / 127.5 - 1
 
 
 def _mask(items, device):

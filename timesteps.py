@@ -16,7 +16,7 @@ the number of processes and micro-batches; the history is in `state_dict`. Not h
 import torch
 
 from distributed import gather_objects
-from uniform_noise import uniforms
+from seeding import uniforms
 
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten

@@ -31,7 +31,6 @@ from begin import (
     held_out_codes,
     held_out_pictures,
     picture_items,
-    stage_seed,
 )
 from budget import DAY, duration, fitting_micro_batch, free_memory, local_batch, trial
 from data import BadFiles, check_files, open_dataset, training_batches
@@ -52,6 +51,7 @@ from options import HOW, chosen_stages, parse, resolve, smaller_command
 from pictures import curves, image_grid
 from resume import save, start_or_resume, stop_unless_finite
 from run_folder import Log, Progress, open_run, stop_signals
+from seeding import stage_seed
 from stages import (
     RECIPES,
     Recipe,
@@ -182,7 +182,7 @@ def report_unless_there(run):
 
 def build(name, run, state):
     """The networks and optimisers of a stage at its start, a Trainee, always the same ones."""
-    torch.manual_seed(stage_seed(run, name))
+    torch.manual_seed(stage_seed(run.settings["seed"], name))
     return STAGES[name].begin(run, state)
 
 

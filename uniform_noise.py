@@ -26,44 +26,15 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+
+from seeding import per_image, uniforms
 
 SCHEDULES = ("cosine", "cosine_sqrt")
 
 # log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
 softplus = partial(F.softplus, threshold=40.0)
-
-
-# ---------------------------------------------------------------- randomness
-
-
-def per_image(generator, B):
-    """A list of B CPU generators, one for each image: the list itself, or B new ones.
-
-    generator: such a list, or one generator that seeds the new ones in turn (None: torch's own), so
-    that an image does not depend on how many are drawn with it. Raises ValueError for a list of
-    another length.
-    """
-    if isinstance(generator, list):
-        if len(generator) != B:
-            raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
-        return generator
-    seeds = torch.randint(2**63 - 1, (B,), generator=generator)                     # (B)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-
-
-def keyed_generators(keys):
-    """A CPU generator for each key, a tuple of integers >= 0, and a function of it alone."""
-    states = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys)
-    return [torch.Generator().manual_seed(int(state)) for state in states]
-
-
-def uniforms(generators, *shape):
-    """(n, ...) numbers in [0,1) from each of B generators: (n, B, ...) float64 on the CPU."""
-    return torch.stack([torch.rand(shape, dtype=torch.float64, generator=generator)
-                        for generator in generators], dim=1)
 
 
 def draw_codes(log_x, u):

@@ -261,6 +261,11 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(twice * z, twice * d, 1)
         self.post_quant_conv = nn.Conv2d(d, z, 1)
 
+    @property
+    def first_stage(self):
+        """The model itself, so that `model.first_stage` is right for an AsymVQGAN and for this."""
+        return self
+
     def moments(self, x):
         """The latent before quantisation or sampling: z_e (B,d,h,w), or a DiagonalGaussian.
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import MultinomialDiffusion
-from uniform_noise import uniforms
+from seeding import uniforms
 
 T = 1000
 

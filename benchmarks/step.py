@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Signs, TrainingItems, training_batches
 from distributed import keep_freed_memory
+from seeding import STAGE_IDS
 from stages import (
     RECIPES,
-    STAGE_IDS,
     build_decoder,
     build_vqgan,
     decoder_step,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_runs import SIZE, write_decoder, write_first_stage, write_run
 
-from compare import all_of_float32, decode_all, first_stage_of, open_runs
-from distributed import UserError
+from compare import decode_all, first_stage_of, open_runs
+from distributed import UserError, exact_float32
 from tally import Pictures
 
 CPU = torch.device("cpu")
@@ -101,6 +101,6 @@ def test_runs_that_cannot_share_a_table_are_refused(two_runs, tmp_path):
 def test_no_tf32_inside_and_as_before_outside():
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
-    with all_of_float32():
+    with exact_float32():
         assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
     assert [backend.fp32_precision for backend in backends] == before

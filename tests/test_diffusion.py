@@ -15,8 +15,8 @@ from dense_diffusion import (
 from scipy.stats import chisquare
 
 from diffusion import MultinomialDiffusion, bits_per_dim, known_cells
+from seeding import uniforms
 from timesteps import Timesteps
-from uniform_noise import uniforms
 
 # Two cells of three codes that mostly agree.
 JOINT = torch.tensor([[30, 2, 1], [3, 25, 4], [5, 2, 28]]).double() / 100

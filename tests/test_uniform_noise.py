@@ -6,7 +6,8 @@ import torch
 from dense_diffusion import matrix, posterior
 from scipy.stats import chisquare
 
-from uniform_noise import UniformNoise, cosine_schedule, draw_codes, per_image, uniforms
+from seeding import per_image, uniforms
+from uniform_noise import UniformNoise, cosine_schedule, draw_codes
 
 K, T = 4, 6
 PAIRS = list(itertools.combinations(range(T + 1), 2))                       # all s < t

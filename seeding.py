@@ -1,0 +1,60 @@
+"""Name every random stream, and make the generators that draw from it.
+
+    (stream, seed, ..., position) --numpy_generator--> order, crops, masks, drawn scenes
+    (seed, stage, position)       --keyed_generators-> a latent's noise, t and the diffusion's noise
+
+Each number that training or sampling draws is a function of such a key and of nothing else: no
+rank, worker or batch size changes it. All generators live on the CPU, so no device changes it.
+"""
+
+import numpy as np
+import torch
+
+STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}
+
+# The first number of each numpy key.
+MASK_SHAPE, MASK_FULL = 101, 102                 # LaMa's strokes and boxes; the 50 % schedule
+SIGNS, ORDER, CROP = 201, 202, 203               # drawn scenes; an epoch's permutation; crops
+FEATURES = 301                                   # the features that ReFiT clusters
+SAMPLE, FIGURE, COMPLETION = 401, 402, 403       # sample.py; DDM Fig. 8; inpaint.py
+
+
+def numpy_generator(stream, *key):
+    """Make the generator of a stream (a number above) and a key of integers >= 0."""
+    return np.random.default_rng((stream, *key))
+
+
+def keyed_generators(keys):
+    """Make one CPU torch.Generator for each key, a tuple of integers >= 0."""
+    states = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys)
+    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+
+def image_generators(seed, stage, positions):
+    """Make one generator for each image, from the run's seed, the stage and its position."""
+    return keyed_generators((seed, STAGE_IDS[stage], position) for position in positions)
+
+
+def stage_seed(seed, stage):
+    """Give the number that seeds a stage's initial weights."""
+    return int(np.random.SeedSequence((seed, STAGE_IDS[stage])).generate_state(1)[0])
+
+
+def per_image(generator, B):
+    """Make a list of B generators: the list itself, or B new ones that one generator seeds.
+
+    generator: a list of B, one generator, or None for torch's own. An image then does not depend on
+    how many are drawn with it. Raises ValueError for a list of another length.
+    """
+    if isinstance(generator, list):
+        if len(generator) != B:
+            raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
+        return generator
+    seeds = torch.randint(2**63 - 1, (B,), generator=generator)                     # (B)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+def uniforms(generators, *shape):
+    """Draw `shape` numbers in [0,1) from each of B generators: (n, B, ...) float64 on the CPU."""
+    return torch.stack([torch.rand(shape, dtype=torch.float64, generator=generator)
+                        for generator in generators], dim=1)                        # (n, B, ...)
