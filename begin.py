@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+import run_folder
 from codes import CodeItems, code_maps, histogram_nats
 from convert import denoiser, load_first_stage
 from data import TrainingItems, pixels, validation_batches, views
@@ -154,7 +154,7 @@ def start_from_codes(unet, codebook):
 
 def _first_stage(run, name):
     """(convert.Loaded, where) that the stage `name` stands on; where: None is the run itself."""
-    refit = checkpoint.latest(run.out / "refit")
+    refit = run_folder.latest(run.out / "refit")
     if refit is not None and refit["extra"].get("finished"):
         return load_first_stage(run.out), None
     where = run.settings["vqgan"]
@@ -231,7 +231,7 @@ def _continue_discriminator(trainee, source):
     deviation D45
     """
     try:
-        state = checkpoint.latest(source / "vqgan") if source.is_dir() else checkpoint.load(source)
+        state = run_folder.latest(source / "vqgan") if source.is_dir() else run_folder.load(source)
     except UserError:                        # a file of others
         state = None
     kept = state["extra"].get("discriminator") if state else None

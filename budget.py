@@ -140,11 +140,3 @@ def fitting_micro_batch(local, image_bytes, free):
     """The largest divisor of a process's `local` images that fits into `free` bytes, at least 1."""
     fitting = [d for d in divisors(local) if d * image_bytes <= MARGIN * free]
     return max(fitting, default=1)
-
-
-def duration(seconds):
-    """42 s, 7.5 min, 3.1 h, 12 days."""
-    for unit, length in (("days", DAY), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+import run_folder
 from convert import load_first_stage, run_of
 from distributed import UserError, gather_objects
 from originals import originals
@@ -42,8 +42,8 @@ def refit_of(run):
     """
     for path in filter(None, (run.name, run.loaded.config.get("vqgan"))):
         home = run_of(Path(path))
-        state = checkpoint.latest(home / "refit")
-        if state is not None and checkpoint.weights_hash(state["model"]) == run.loaded.parent:
+        state = run_folder.latest(home / "refit")
+        if state is not None and run_folder.weights_hash(state["model"]) == run.loaded.parent:
             return state, home
     return None
 

@@ -1,7 +1,7 @@
 """From files to models and back: runs, files of ours, public checkpoints, diffusers' folders.
 
-    a run, or its stage file: a decoder and the first stage it stands on --checkpoint.py--+
-    a file that -o wrote: all of one model -------------------------------checkpoint.py---+-> Loaded
+    a run, or its stage file: a decoder and the first stage it stands on --run_folder.py--+
+    a file that -o wrote: all of one model -------------------------------run_folder.py---+-> Loaded
     Stable Diffusion's, taming's, the authors', diffusers' --weight_files.py, public_names.py-+
 
     RUN/prior/last.pt, and the first stage that it was trained on --load_prior--------------> Prior
@@ -13,7 +13,7 @@
 A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
 `--vqgan` named, and must still be the very weights that the decoder was trained on: the latents of
 others mean nothing to it. Loading is strict: no weight is missing, none is left over. How files are
-read safely is in checkpoint.py and weight_files.py, names and sizes in public_names.py.
+read safely is in run_folder.py and weight_files.py, names and sizes in public_names.py.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
+import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
@@ -63,7 +63,7 @@ class Loaded:
     config:   dict           # a run's resolved settings; of public ones "first_stage", "decoder"
     step:     int            # 0 for public ones
     finished: bool           # whether that stage's training came to its end
-    parent:   str            # checkpoint.weights_hash of the first stage
+    parent:   str            # run_folder.weights_hash of the first stage
     latents:  str            # the same of what makes latents: equal ones mean the same latents
     notes:    list = field(default_factory=list)     # what was dropped, stood in for or cast
 
@@ -115,13 +115,13 @@ def _read(path, stages):
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint")
     if path.is_file():
-        state = checkpoint.load(path)
+        state = run_folder.load(path)
         if state["stage"] not in STAGES:
             raise UserError(f"{path}: a {state['stage']} file makes no pictures; "
                             "give a vqgan or decoder file")
         return state, path
     for stage in stages:
-        state = checkpoint.latest(path / stage)
+        state = run_folder.latest(path / stage)
         if state is not None and (stage != "refit" or state["extra"].get("finished")):
             return state, path
     names = ", ".join(f"{stage}/last.pt" for stage in stages)
@@ -231,7 +231,7 @@ def _loaded(model, state, first_stage=None, notes=()):
     model.eval().requires_grad_(False)
     if first_stage is None:
         weights = _first_stage(model).state_dict()
-        parent, latents = checkpoint.weights_hash(weights), checkpoint.weights_hash(
+        parent, latents = run_folder.weights_hash(weights), run_folder.weights_hash(
             {name: value for name, value in weights.items()
              if name.startswith(("encoder.", "quant_conv.", "quantize."))})
     else:
@@ -299,7 +299,7 @@ class Prior:
     config:      dict                   # the resolved settings of the run
     step:        int
     finished:    bool                   # whether its training came to its end
-    parent:      str                    # checkpoint.weights_hash of the first stage
+    parent:      str                    # run_folder.weights_hash of the first stage
     facts:       dict                   # what training noted; see prior_facts
 
     @property
@@ -361,7 +361,7 @@ def _prior_state(path):
     """The contents of a prior's file, or of the one in a run folder."""
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint")
-    state = checkpoint.load(path) if path.is_file() else checkpoint.latest(path / "prior")
+    state = run_folder.load(path) if path.is_file() else run_folder.latest(path / "prior")
     if state is None:
         raise UserError(f"{path}: prior/last.pt is not in it; train one: "
                         f"train.py --stage prior --vqgan {path} --out NEW_RUN, or with the command "
@@ -381,11 +381,11 @@ def save_model(loaded, path):
     the same. Raises UserError where `path` exists already, and where the disk refuses.
     """
     _check_new(path)
-    state = {"format": checkpoint.FORMAT, "stage": loaded.stage,
+    state = {"format": run_folder.FORMAT, "stage": loaded.stage,
              "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),
              "ema": None, "optimizers": {}, "images": 0, "step": loaded.step, "parent": None,
              "extra": {"finished": loaded.finished}}
-    checkpoint.save(path, state, keep_previous=False)
+    run_folder.save(path, state, keep_previous=False)
 
 
 def _check_new(path):

@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 from asym_decoder import AsymVQGAN
-from budget import duration
 from canvas import prepare, shrink
 from completion import complete, fill_with_mean, windows
 from convert import STEPS, chosen_steps, load, load_prior
@@ -34,7 +33,7 @@ from data import load_image
 from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
 from folders import decoded, read_mask
 from pictures import image_grid, show_masked
-from run_folder import Progress
+from run_folder import Progress, duration
 from seeding import COMPLETION, keyed_generators
 
 DECODERS = ("asym", "vanilla", "paste")

@@ -21,7 +21,7 @@ has checked against the bytes that are there. A storage is never unpickled, torc
 torch.jit.load are never called, and TorchScript's code is not read. What is not defended against:
 files that ask for more memory or time than there is.
 
-Not here: which of the tensors are the first stage (weight_files.py), our own files (checkpoint.py).
+Not here: which of the tensors are the first stage (weight_files.py), our own files (run_folder.py).
 """
 
 import io

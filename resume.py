@@ -5,12 +5,12 @@
 
 The state of a stage is its weights, its optimisers, its discriminator or its average and history,
 and the number of steps done; everything random is a function of the seed, the stage and an image's
-position in the run. Not here: how a file is written so that a kill cannot harm it (checkpoint.py).
+position in the run. Not here: how a file is written so that a kill cannot harm it (run_folder.py).
 """
 
 import math
 
-import checkpoint
+import run_folder
 from distributed import UserError, gather_objects
 from stages import load_stage_weights, stage_weights
 
@@ -23,7 +23,7 @@ def start_or_resume(run, name, build):
     stage stands on has changed.
     """
     folder = run.out / name
-    state = checkpoint.latest(folder)
+    state = run_folder.latest(folder)
     found = gather_objects(state["step"] if state else -1)
     if len(set(found)) > 1:
         raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
@@ -72,14 +72,14 @@ def save(folder, settings, trainee, record, extra):
     if trainee.ema is not None:
         own["timesteps"] = trainee.timesteps.state_dict()
     optimizers = {key: optimizer.state_dict() for key, optimizer in trainee.optimizers.items()}
-    state = {"format": checkpoint.FORMAT, "stage": trainee.stage,
+    state = {"format": run_folder.FORMAT, "stage": trainee.stage,
              "config": settings | trainee.config, "model": stage_weights(trainee),
              "ema": trainee.ema.state_dict() if trainee.ema else None, "optimizers": optimizers,
              "images": record["images"], "step": record["step"], "parent": trainee.parent,
              "extra": {**extra, **own}}
     if better:              # first: a kill in between repeats the steps after last.pt, and this one
-        checkpoint.save(folder / "best.pt", state, keep_previous=False)
-    checkpoint.save(folder / "last.pt", state)
+        run_folder.save(folder / "best.pt", state, keep_previous=False)
+    run_folder.save(folder / "last.pt", state)
 
 
 def stop_unless_finite(name, step, terms):

@@ -32,7 +32,7 @@ from begin import (
     held_out_pictures,
     picture_items,
 )
-from budget import DAY, duration, fitting_micro_batch, free_memory, local_batch, trial
+from budget import DAY, fitting_micro_batch, free_memory, local_batch, trial
 from data import BadFiles, check_files, open_dataset, training_batches
 from distributed import (
     any_rank,
@@ -50,7 +50,7 @@ from eval import Options, evaluate_runs
 from options import HOW, chosen_stages, parse, resolve, smaller_command
 from pictures import curves, image_grid
 from resume import save, start_or_resume, stop_unless_finite
-from run_folder import Log, Progress, open_run, stop_signals
+from run_folder import Log, Progress, duration, open_run, stop_signals
 from seeding import stage_seed
 from stages import (
     RECIPES,

@@ -6,6 +6,7 @@ import torch
 from test_stages import batch, code_batch, decoder, part, prior, refit, vqgan
 
 import budget
+import run_folder
 import stages
 from distributed import UserError
 
@@ -128,4 +129,4 @@ def test_a_batch_that_does_not_divide_over_the_processes_names_its_neighbours():
 @pytest.mark.parametrize(("seconds", "text"), [
     (42, "42 s"), (450, "7.5 min"), (3 * 3600, "3.0 h"), (12 * 86400, "12.0 days")])
 def test_durations_read_well(seconds, text):
-    assert budget.duration(seconds) == text
+    assert run_folder.duration(seconds) == text

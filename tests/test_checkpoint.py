@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import latest, load, lock, save, weights_hash
+import run_folder
 from distributed import UserError
+from run_folder import latest, load, lock, save, weights_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -260,14 +260,14 @@ def test_the_hash_depends_on_names_types_shapes_and_values_only():
 
 def holder(folder, then):
     """Another process that locks `folder`, says so, and goes on with the statements `then`."""
-    program = ("import os, sys, time\nfrom checkpoint import lock\n"
+    program = ("import os, sys, time\nfrom run_folder import lock\n"
                f"with lock({str(folder)!r}):\n    print('locked', flush=True)\n    {then}\n")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"locked\n"
     return process
 
 
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="uses fork and SIGKILL")
+@pytest.mark.skipif(run_folder.fcntl is None, reason="uses fork and SIGKILL")
 def test_a_second_process_is_refused_until_the_first_is_killed_even_if_its_workers_live(tmp_path):
     run = tmp_path / "run"
     worker = "pid = os.fork()\n    print(pid, flush=True) if pid else None\n    time.sleep(60)"

@@ -14,8 +14,8 @@ from tiny_runs import (
     write_stage,
 )
 
-import checkpoint
 import code_report as program
+import run_folder
 from code_report import CodeReport
 from compare import open_runs
 from data import Signs
@@ -49,11 +49,11 @@ def refitted(tmp_path):
 
 
 def _with_prior(run, **facts):
-    parent = checkpoint.load(run / "decoder" / "last.pt")["parent"]
+    parent = run_folder.load(run / "decoder" / "last.pt")["parent"]
     write_prior(run, parent)
-    state = checkpoint.load(run / "prior" / "last.pt")
+    state = run_folder.load(run / "prior" / "last.pt")
     state["extra"] |= facts
-    checkpoint.save(run / "prior" / "last.pt", state)
+    run_folder.save(run / "prior" / "last.pt", state)
 
 
 def test_without_refit_the_codes_of_the_pictures_at_hand_are_counted(plain, tmp_path):
@@ -116,8 +116,8 @@ def test_codes_that_a_prior_has_learnt_of_another_first_stage_are_not_this_ones(
         (plain / "codes").mkdir(exist_ok=True)
         np.save(plain / "codes" / "train-1.npy", np.arange(6 * 256).reshape(6, 16, 16) % 6)
         if parent:
-            state = checkpoint.load(plain / "prior" / "last.pt")
-            checkpoint.save(plain / "prior" / "last.pt", state | {"parent": parent})
+            state = run_folder.load(plain / "prior" / "last.pt")
+            run_folder.save(plain / "prior" / "last.pt", state | {"parent": parent})
         report = _report(plain)
         with torch.inference_mode():
             report.offer(Pictures([0], torch.zeros(1, 3, SIZE, SIZE)))
@@ -146,7 +146,7 @@ def test_a_prior_that_cannot_be_shown_is_told_and_the_rest_stands(change, reason
     _with_prior(plain)
     where, run = WHERE, plain
     if change == "unfinished":
-        write_prior(plain, checkpoint.load(plain / "decoder" / "last.pt")["parent"], finished=False)
+        write_prior(plain, run_folder.load(plain / "decoder" / "last.pt")["parent"], finished=False)
     if change == "other size":
         where = WHERE | {"size": 64}
     if change == "other weights":

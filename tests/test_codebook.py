@@ -6,7 +6,7 @@ import torch
 from test_sample import inception
 from tiny_runs import SIZE, TINY, settings, write_decoder, write_first_stage, write_stage
 
-import checkpoint
+import run_folder
 from codebook import (
     AFTER,
     BEFORE,
@@ -38,7 +38,7 @@ def write_refitted(run):
               for name, v in dataclasses.asdict(model.config).items()}
     config = settings() | {"first_stage": fields, "images": {"train": 50_000, "val": 1000}}
     write_stage(run, "refit", model.state_dict(), config, parent, extra={"val": FACTS})
-    write_decoder(run, checkpoint.weights_hash(model.state_dict()))
+    write_decoder(run, run_folder.weights_hash(model.state_dict()))
     return run
 
 
@@ -130,7 +130,7 @@ def test_what_refit_counted_is_remembered_for_the_same_pictures_only(refitted):
 
 
 def test_a_decoders_refit_is_found_in_the_run_that_its_vqgan_names(refitted, tmp_path):
-    state = checkpoint.load(refitted / "decoder" / "last.pt")
+    state = run_folder.load(refitted / "decoder" / "last.pt")
     write_decoder(tmp_path / "two", state["parent"], vqgan=str(refitted))
     for path in (tmp_path / "two", refitted / "decoder" / "last.pt"):
         found, home = refit_of(_run(path))
@@ -139,7 +139,7 @@ def test_a_decoders_refit_is_found_in_the_run_that_its_vqgan_names(refitted, tmp
 
 
 def test_a_decoders_refit_is_found_by_the_file_that_its_vqgan_names(refitted, tmp_path):
-    parent = checkpoint.load(refitted / "decoder" / "last.pt")["parent"]
+    parent = run_folder.load(refitted / "decoder" / "last.pt")["parent"]
     write_decoder(tmp_path / "two", parent, vqgan=str(refitted / "refit" / "last.pt"))
     assert refit_of(_run(tmp_path / "two"))[1] == refitted
 

@@ -17,8 +17,8 @@ from tiny_runs import (
     write_stage,
 )
 
-import checkpoint
 import convert
+import run_folder
 import weight_files
 from asym_decoder import AsymDecoder, AsymVQGAN
 from convert import (
@@ -153,7 +153,7 @@ def test_a_decoder_is_no_first_stage(tmp_path):
     write_run(tmp_path)
     with pytest.raises(UserError, match="is a decoder"):
         load_first_stage(tmp_path / "decoder" / "last.pt")
-    assert load_first_stage(tmp_path).parent == checkpoint.load(
+    assert load_first_stage(tmp_path).parent == run_folder.load(
         tmp_path / "decoder" / "last.pt")["parent"]
 
 
@@ -201,7 +201,7 @@ def test_a_public_first_stage_is_loaded_by_what_its_shapes_tell(tmp_path, config
     assert (loaded.stage, loaded.step, loaded.finished) == ("vqgan", 0, True)
     assert loaded.model.config == config
     assert loaded.config["decoder"] is None
-    assert loaded.parent == checkpoint.weights_hash(model.state_dict())
+    assert loaded.parent == run_folder.weights_hash(model.state_dict())
     assert same_pictures(loaded.model, model)
     assert same_pictures(load_first_stage(tmp_path / "model.ckpt").model, model)
     assert not loaded.model.training
@@ -261,7 +261,7 @@ def test_each_file_is_read_by_its_own_reader_only(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
     path = write_public(tmp_path / "sd.ckpt", VQGAN(KL))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "load", None)
+        patch.setattr(run_folder, "load", None)
         load(path)
     with monkeypatch.context() as patch:
         patch.setattr(convert, "read_public", None)
@@ -273,7 +273,7 @@ def test_a_damaged_file_of_ours_is_named_as_damaged(tmp_path):
     write_first_stage(tmp_path)
     path = tmp_path / "vqgan" / "last.pt"
     whole = bytearray(path.read_bytes())
-    place = whole.find(checkpoint.load(path)["model"]["encoder.conv_in.weight"].numpy().tobytes())
+    place = whole.find(run_folder.load(path)["model"]["encoder.conv_in.weight"].numpy().tobytes())
     whole[place + 5] ^= 1
     path.write_bytes(whole)
     with pytest.raises(UserError, match="damaged"):
@@ -318,7 +318,7 @@ def test_a_converted_file_gives_the_same_model_and_latents(tmp_path):
         assert (after.latents, after.stage, after.finished) == (
             before.latents, before.stage, before.finished)
         assert after.config["first_stage"] == before.config["first_stage"]
-        keys = checkpoint.load(tmp_path / f"{name}.pt")["model"]
+        keys = run_folder.load(tmp_path / f"{name}.pt")["model"]
         assert {key.split(".")[0] for key in keys} == {
             "encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"}
     assert load_first_stage(tmp_path / "first.pt").parent == load(sources["first"]).parent
@@ -339,9 +339,9 @@ def test_a_converted_file_stands_alone(tmp_path):
 
 def test_a_damaged_converted_file_is_refused_strictly(tmp_path):
     save_model(load(write_public(tmp_path / "asym.ckpt", asymmetric(VQGAN(VQ)))), tmp_path / "a.pt")
-    state = checkpoint.load(tmp_path / "a.pt")
+    state = run_folder.load(tmp_path / "a.pt")
     del state["model"]["quantize.embedding.weight"]
-    checkpoint.save(tmp_path / "a.pt", state)
+    run_folder.save(tmp_path / "a.pt", state)
     with pytest.raises(UserError, match=r"do not fit its settings.*quantize\.embedding"):
         load_model(tmp_path / "a.pt")
 
@@ -499,7 +499,7 @@ def test_both_outputs_of_a_run_come_from_one_command(tmp_path, monkeypatch, caps
     write_stage(tmp_path / "run", "vqgan", first_stage, config)
     weights = {name: value for name, value in model.state_dict().items()
                if name.startswith("decoder.")}
-    write_stage(tmp_path / "run", "decoder", weights, config, checkpoint.weights_hash(first_stage))
+    write_stage(tmp_path / "run", "decoder", weights, config, run_folder.weights_hash(first_stage))
     text = run_main(monkeypatch, capsys, tmp_path / "run", "-o", tmp_path / "one.pt",
                     "--to-diffusers", tmp_path / "vae", "--scaling-factor", "0.3")
     assert "decoder, step 2" in text
@@ -554,11 +554,11 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
     first_stage, parent = write_first_stage(tmp_path)
     write_prior(tmp_path, parent)
     file = tmp_path / "prior" / "last.pt"
-    state = checkpoint.load(file)
+    state = run_folder.load(file)
     weights = {name: torch.randn_like(value) for name, value in state["model"].items()}
     state["ema"]["weights"] = weights
     state["config"]["prior"] |= {"form": "mixture", "residual": "likelihood"}
-    checkpoint.save(file, state)
+    run_folder.save(file, state)
     for path in (tmp_path, file):
         prior = load_prior(path)
         assert prior.unet.state_dict().keys() == weights.keys()

@@ -21,8 +21,8 @@ from tiny_runs import (
     write_stage,
 )
 
-import checkpoint
 import eval as program
+import run_folder
 import tally
 from data import SIGNS_LENGTH, Signs
 from distributed import UserError
@@ -107,9 +107,9 @@ def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(tmp_path):
     for seed in (0, 3):
         _, parent = write_first_stage(tmp_path / str(seed))
         write_decoder(tmp_path / str(seed), parent, seed=1)
-    state = checkpoint.load(tmp_path / "3" / "decoder" / "last.pt")
+    state = run_folder.load(tmp_path / "3" / "decoder" / "last.pt")
     state["config"]["seed"] = 3
-    checkpoint.save(tmp_path / "3" / "decoder" / "last.pt", state)
+    run_folder.save(tmp_path / "3" / "decoder" / "last.pt", state)
     reports = [program.evaluate_runs([tmp_path / str(seed)], QUICK, n=3) for seed in (0, 3)]
     assert [report["seed"] for report in reports] == [0, 3]
     first, second = ([row | {"run": "", "images_per_s": 0} for row in report["rows"]]

@@ -9,8 +9,8 @@ from PIL import Image
 from test_sample import inception
 from tiny_runs import SIZE, write_decoder, write_first_stage, write_prior, write_stage
 
-import checkpoint
 import eval as evaluation
+import run_folder
 from compare import decode_all, open_runs
 from data import Signs
 from distributed import UserError
@@ -31,9 +31,9 @@ def runs(tmp_path):
     write_decoder(tmp_path / "one", parent)
     write_decoder(tmp_path / "two", parent, seed=5, blend="concat", vqgan=str(tmp_path / "one"))
     write_prior(tmp_path / "two", parent, vqgan=str(tmp_path / "one"))
-    state = checkpoint.load(tmp_path / "two" / "prior" / "last.pt")
+    state = run_folder.load(tmp_path / "two" / "prior" / "last.pt")
     state["extra"] |= {"score": 90.0, "uniform_nats": 200.0, "histogram_nats": 150.0}
-    checkpoint.save(tmp_path / "two" / "prior" / "last.pt", state)
+    run_folder.save(tmp_path / "two" / "prior" / "last.pt", state)
     return [tmp_path / "one", tmp_path / "two"]
 
 
@@ -63,10 +63,10 @@ def test_tables_6_and_10_have_fid_and_is_of_samples_against_held_out_pictures(
         return Networks(inception=inception, notes={})
 
     monkeypatch.setattr(evaluation, "open_networks", networks)
-    state = checkpoint.load(runs[1] / "prior" / "last.pt")
+    state = run_folder.load(runs[1] / "prior" / "last.pt")
     state["config"]["weights"] = "its own"
     state["extra"]["finished"] = False
-    checkpoint.save(runs[1] / "prior" / "last.pt", state)
+    run_folder.save(runs[1] / "prior" / "last.pt", state)
     options = Options(steps=2, batch_size=3, table="6")
     report = evaluate_samples(runs, options, n=7)
     out = runs[0] / "compare" / "generated"
@@ -124,7 +124,7 @@ def test_runs_without_a_fitting_prior_are_refused(runs, tmp_path):
     with torch.no_grad():                        # the same latents, another decoder of its own
         model.decoder.conv_out.bias += 1
     write_stage(tmp_path / "three", "vqgan", model.state_dict(),
-                checkpoint.load(tmp_path / "one" / "vqgan" / "last.pt")["config"])
+                run_folder.load(tmp_path / "one" / "vqgan" / "last.pt")["config"])
     opened = open_runs([tmp_path / "three"], CPU)
     with pytest.raises(UserError, match="another first stage than these decoders"):
         Samples([Path(runs[1])], opened, CPU)

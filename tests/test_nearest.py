@@ -6,9 +6,9 @@ from PIL import Image
 from test_losses import random_weights, write_files
 from tiny_runs import SIZE, write_first_stage, write_prior
 
-import checkpoint
 import eval as evaluation
 import nearest as program
+import run_folder
 from data import Signs
 from distributed import UserError
 from losses import LPIPS
@@ -96,9 +96,9 @@ def test_as_many_pictures_are_looked_at_as_the_prior_has_learnt(run, weights, mo
     monkeypatch.setattr(program, "nearest_pictures", note)
     monkeypatch.setattr(program, "AllPairs", lambda net, folder: LPIPS("squeeze", weights))
     show_nearest(run, CPU, steps=1)
-    state = checkpoint.load(run / "prior" / "last.pt")
+    state = run_folder.load(run / "prior" / "last.pt")
     state["extra"]["maps"] = 123
-    checkpoint.save(run / "prior" / "last.pt", state)
+    run_folder.save(run / "prior" / "last.pt", state)
     show_nearest(run, CPU, steps=1)
     show_nearest(run, CPU, steps=1, n=7)
     assert looked_at == [50_000, 123, 7]

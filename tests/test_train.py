@@ -27,7 +27,7 @@ from train_process import (
     train,
 )
 
-import checkpoint
+import run_folder
 import train as program
 from convert import load, load_prior
 from options import parse, resolve
@@ -81,18 +81,18 @@ def test_a_run_leaves_the_files_that_the_readme_names(whole, tmp_path):
 
 
 def test_a_checkpoint_holds_what_the_design_says(whole):
-    state = checkpoint.load(whole[0] / "decoder" / "last.pt")
+    state = run_folder.load(whole[0] / "decoder" / "last.pt")
     assert set(state) == {"format", "stage", "config", "model", "ema", "optimizers", "images",
                           "step", "parent", "extra"}
     assert (state["stage"], state["step"], state["images"]) == ("decoder", 6, 24)
     assert all(name.startswith("decoder.") for name in state["model"])
-    first = checkpoint.load(whole[0] / "refit" / "last.pt")
-    assert state["parent"] == checkpoint.weights_hash(first["model"])
+    first = run_folder.load(whole[0] / "refit" / "last.pt")
+    assert state["parent"] == run_folder.weights_hash(first["model"])
     assert "encoder.conv_in.weight" in first["model"]
     assert first["config"]["first_stage"]["K"] == first["extra"]["K"] == 12
-    vqgan = checkpoint.load(whole[0] / "vqgan" / "last.pt")
-    assert first["parent"] == checkpoint.weights_hash(vqgan["model"])
-    prior = checkpoint.load(whole[0] / "prior" / "last.pt")
+    vqgan = run_folder.load(whole[0] / "vqgan" / "last.pt")
+    assert first["parent"] == run_folder.weights_hash(vqgan["model"])
+    prior = run_folder.load(whole[0] / "prior" / "last.pt")
     assert prior["parent"] == state["parent"]
     assert prior["ema"]["updates"] == 6
     assert prior["model"].keys() == prior["ema"]["weights"].keys()
@@ -216,14 +216,14 @@ def test_a_refit_that_goes_on_builds_no_codes_anew_and_keeps_encoder_and_codes(w
     text = finish(out, "--stage", "refit")
     assert "sampling" not in text
     assert "from step 1" in text
-    vqgan, refit, ours = (checkpoint.load(folder / "last.pt")["model"] for folder in (
+    vqgan, refit, ours = (run_folder.load(folder / "last.pt")["model"] for folder in (
         whole[0] / "vqgan", whole[0] / "refit", out / "refit"))
     for name in refit:
         assert torch.equal(ours[name], refit[name]), name
         frozen = name.startswith(("encoder.", "quant_conv."))
         if not name.startswith("quantize."):
             assert torch.equal(refit[name], vqgan[name]) == frozen, name
-    start = checkpoint.load(whole[0] / "refit" / "previous.pt")["model"]
+    start = run_folder.load(whole[0] / "refit" / "previous.pt")["model"]
     assert torch.equal(start["quantize.embedding.weight"], refit["quantize.embedding.weight"])
     assert len(refit["quantize.embedding.weight"]) == 12
 
@@ -254,12 +254,12 @@ def test_signals_save_and_leave_and_the_same_command_continues(number, status, w
     os.kill(started.process.pid, number)
     found, text = started.end()
     assert found == status, text
-    step = checkpoint.load(out / "vqgan" / "last.pt")["step"]
+    step = run_folder.load(out / "vqgan" / "last.pt")["step"]
     assert step >= 2
     assert f"saved at step {step}" in text
     if step < 6:
         finish(out, "--stage", "vqgan")
-        weights = [checkpoint.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
+        weights = [run_folder.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -274,10 +274,10 @@ def test_other_settings_are_refused_with_a_list_and_restart_keeps_the_old_run(wh
     assert "recipes.decoder.lr was" in text
     assert "decoder.blend was add, is concat" in text
     assert "--restart" in text
-    assert checkpoint.load(out / "decoder" / "last.pt")["step"] == 6
+    assert run_folder.load(out / "decoder" / "last.pt")["step"] == 6
     text = finish(out, "--lr", "0.01", "--stage", "vqgan", "--restart")
     assert f"kept as {out}.old1" in text
-    assert checkpoint.load(tmp_path / "run.old1" / "decoder" / "last.pt")["step"] == 6
+    assert run_folder.load(tmp_path / "run.old1" / "decoder" / "last.pt")["step"] == 6
     assert not (out / "decoder").exists()
 
 
@@ -346,7 +346,7 @@ def test_a_run_that_goes_on_remembers_files_that_cannot_be_decoded(tmp_path):
             "--root", str(photos))
     text = finish(tmp_path / "run", *more, "--max-hours", "1e-9")
     assert text.count("skipped, cannot be decoded") == 1
-    extra = checkpoint.load(tmp_path / "run" / "vqgan" / "last.pt")["extra"]
+    extra = run_folder.load(tmp_path / "run" / "vqgan" / "last.pt")["extra"]
     assert extra["bad_files"] == [str(photos / "1.png")]
     assert "skipped" not in finish(tmp_path / "run", *more)
 
@@ -365,9 +365,9 @@ def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
 def test_another_first_stage_under_a_stage_is_refused(below, stage, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
-    state = checkpoint.load(out / below / "last.pt")
+    state = run_folder.load(out / below / "last.pt")
     state["model"]["encoder.conv_in.weight"] += 1
-    checkpoint.save(out / below / "last.pt", state)
+    run_folder.save(out / below / "last.pt", state)
     status, text = train(out, "--stage", stage)
     assert status == 2
     assert "another first stage" in text
@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_with_term_and_step_and_keeps_the_checkp
     error = text[text.index("error: "):]
     assert "vqgan step 2: " in error
     assert "pixel" in error.split("not finite")[0]
-    state = checkpoint.load(tmp_path / "run" / "vqgan" / "last.pt")
+    state = run_folder.load(tmp_path / "run" / "vqgan" / "last.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
     assert state["step"] == 0
 
@@ -401,7 +401,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     assert status == 2, text
     assert "Traceback" not in text
     assert "make room" in text
-    assert checkpoint.load(out / "vqgan" / "last.pt")["step"] == 0
+    assert run_folder.load(out / "vqgan" / "last.pt")["step"] == 0
     finish(out, "--stage", "vqgan")
 
 
@@ -425,7 +425,7 @@ def test_max_hours_saves_and_leaves_in_good_order(whole, tmp_path):
     assert "saved at step 1" in text
     assert not (out / "report.json").exists()
     finish(out, "--stage", "vqgan")
-    weights = [checkpoint.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
+    weights = [run_folder.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -450,10 +450,10 @@ def test_on_a_given_first_stage_the_runs_own_refit_is_what_the_others_stand_on(w
     out = tmp_path / "run"
     text = finish(out, "--vqgan", str(whole[0] / "vqgan" / "last.pt"))
     assert "refit, decoder, prior at 32 px" in text
-    refit = checkpoint.load(out / "refit" / "last.pt")
-    parent = checkpoint.weights_hash(refit["model"])
+    refit = run_folder.load(out / "refit" / "last.pt")
+    parent = run_folder.weights_hash(refit["model"])
     assert load(out).parent == load_prior(out).parent == parent
-    assert refit["parent"] == checkpoint.load(whole[0] / "refit" / "last.pt")["parent"]
+    assert refit["parent"] == run_folder.load(whole[0] / "refit" / "last.pt")["parent"]
     assert "finished before" in finish(out, "--vqgan", str(whole[0] / "vqgan" / "last.pt"))
 
 
@@ -481,7 +481,7 @@ def test_micro_batches_give_the_same_weights_but_for_rounding(whole, tmp_path):
     more = ("--stage", "vqgan", "--disc-start", "50")
     finish(tmp_path / "one", *more)
     finish(tmp_path / "two", *more, "--micro-batch", "2")
-    one, two = (checkpoint.load(tmp_path / name / "vqgan" / "last.pt") for name in ("one", "two"))
+    one, two = (run_folder.load(tmp_path / name / "vqgan" / "last.pt") for name in ("one", "two"))
     assert two["extra"]["micro_batch"] == 2
     assert_nearly(one["model"], two["model"])
 
@@ -497,7 +497,7 @@ def test_a_priors_micro_batches_and_processes_see_the_same_noise(whole, tmp_path
     finish(tmp_path / "micro", "--stage", "prior", "--micro-batch", "2")
     results = ranks(tmp_path / "ranks", "--stage", "prior")
     assert [status for status, _ in results] == [0, 0], results
-    one, *others = (checkpoint.load(run / "prior" / "last.pt")
+    one, *others = (run_folder.load(run / "prior" / "last.pt")
                     for run in (whole[0], tmp_path / "micro", tmp_path / "ranks"))
     for other in others:
         assert_nearly(one["model"], other["model"])
@@ -549,7 +549,7 @@ def test_two_processes_write_one_run_and_one_process_continues_it(whole, tmp_pat
     assert "2 x cpu" in results[0][1]
     assert "statistics are per process" in results[0][1]
     assert results[1][1] == ""                                         # only rank 0 speaks
-    assert checkpoint.load(out / "vqgan" / "last.pt")["step"] == 1
+    assert run_folder.load(out / "vqgan" / "last.pt")["step"] == 1
     finish(out)
     assert [line["step"] for line in log_lines(out / "vqgan")] == list(range(7))
     ours = log_lines(out / "vqgan")
@@ -566,7 +566,7 @@ def test_two_processes_rebuild_the_codebook_of_one_and_one_continues_them(whole,
     before("refit", whole[0], out)
     results = ranks(out, "--stage", "refit", "--max-hours", "1e-9")
     assert [status for status, _ in results] == [0, 0], results
-    one, two = (checkpoint.load(run / "refit" / "last.pt") for run in (whole[0], out))
+    one, two = (run_folder.load(run / "refit" / "last.pt") for run in (whole[0], out))
     name = "quantize.embedding.weight"
     assert torch.equal(two["model"][name], one["model"][name])
     assert two["extra"]["val"] == one["extra"]["val"]

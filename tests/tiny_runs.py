@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-import checkpoint
+import run_folder
 from asym_decoder import AsymDecoder
 from convert import denoiser
 from ema import EMA
@@ -31,7 +31,7 @@ def write_stage(run, stage, weights, config, parent=None, finished=True, extra=N
     state = {"format": 1, "stage": stage, "config": config, "model": weights, "ema": None,
              "optimizers": {}, "images": 16, "step": 2, "parent": parent,
              "extra": {"finished": finished} | (extra or {})}
-    checkpoint.save(run / stage / "last.pt", state)
+    run_folder.save(run / stage / "last.pt", state)
 
 
 def write_first_stage(run, seed=0, stage="vqgan", finished=True):
@@ -39,7 +39,7 @@ def write_first_stage(run, seed=0, stage="vqgan", finished=True):
     torch.manual_seed(seed)
     model = VQGAN(TINY)
     write_stage(run, stage, model.state_dict(), settings(), finished=finished)
-    return model, checkpoint.weights_hash(model.state_dict())
+    return model, run_folder.weights_hash(model.state_dict())
 
 
 def write_decoder(run, parent, seed=1, **options):
@@ -72,4 +72,4 @@ def write_prior(run, parent, grid=(16, 16), seed=2, finished=True, **options):
              "model": unet.state_dict(), "ema": EMA(unet, 0.5).state_dict(), "optimizers": {},
              "images": 16, "step": 2, "parent": parent,
              "extra": {"finished": finished, "K": TINY.K, "grid": list(grid)}}
-    checkpoint.save(run / "prior" / "last.pt", state)
+    run_folder.save(run / "prior" / "last.pt", state)
