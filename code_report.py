@@ -13,6 +13,7 @@ from compare import first_stage_of
 from convert import chosen_steps, load_prior, prior_facts
 from data import open_dataset
 from distributed import UserError, on_rank0
+from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from paper_tables import (
     CODEBOOK_KEYS,
     STEP_KEYS,
@@ -22,7 +23,6 @@ from paper_tables import (
     steps_table,
 )
 from pictures import image_grid, image_rows
-from prior_pictures import COMPLETIONS, RESAMPLE, completion_strips, inpainting_columns
 from sample import Drawing, decoder_name, measure, open_decoder
 
 SAMPLES, REPORT_STEPS = 16, 25               # of the report's pictures
@@ -142,7 +142,7 @@ def _draw(folder, dataset, steps, device, out):
     row, samples = measure(prior, model, drawing, SAMPLES)
     caption = f"{SAMPLES} samples ({drawing}), decoded by {decoder_name(model)}"
     image_rows([(caption, list(samples))], out / "samples.png", across=8)
-    image_rows(completion_strips(prior, dataset, drawing.steps), out / "completions.png",
+    image_rows(completion_rows(prior, dataset, drawing.steps), out / "completions.png",
                across=2 + COMPLETIONS)
     pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
     if isinstance(model, AsymVQGAN):

@@ -18,7 +18,7 @@ passes through encoder and decoder as a whole, so memory grows with its area.
 import argparse
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,133 @@ import torch
 from PIL import Image
 
 from asym_decoder import AsymVQGAN
-from canvas import prepare, shrink
-from completion import complete, fill_with_mean, windows
 from convert import STEPS, chosen_steps, load, load_prior
-from data import load_image
+from data import load_image, pixels
+from diffusion import known_cells
 from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
 from folders import decoded, read_mask
+from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from run_folder import Progress, duration
-from seeding import COMPLETION, keyed_generators
+from seeding import COMPLETION, FIGURE, keyed_generators
 
 DECODERS = ("asym", "vanilla", "paste")
 TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
 DRAWING = ("samples", "steps", "resample", "temperature", "seed", "margin", "tile",
            "prior")                              # flags that are about the prior
+
+RESAMPLE = 5
+PICTURES, COMPLETIONS = 2, 3        # of each of the paper's masks, and of each picture
+ROWS = 6                            # of the inpainting
+
+
+# -- photo and mask as networks take them ----------------------------------------------------------
+
+
+@dataclass
+class Canvas:
+    """A photo and its mask: as they are, and padded, in a batch of one, on the device."""
+
+    photo: np.ndarray         # uint8 (H,W,3)
+    hole:  np.ndarray         # bool (H,W), True = to be generated
+    x:     torch.Tensor       # (1,3,H',W') in [-1,1], H' and W' multiples of f
+    mask:  torch.Tensor       # (1,1,H',W') in {0,1}
+    known: torch.Tensor       # bool (1,H'/f,W'/f), True = the photo's code stays
+
+    def cut(self, x):
+        """(1,C,H',W') -> (C,H,W), without the padding."""
+        return x[0, :, :self.hole.shape[0], :self.hole.shape[1]]
+
+
+def prepare(photo, hole, f, grid=(1, 1), device="cpu", margin=0):
+    """The Canvas of photo, uint8 (H,W,3), and hole, bool (H,W). margin: see known_cells.
+
+    Both are continued to the right and below, as if in a mirror, to multiples of f and to at least
+    `grid` (h,w) cells. A mirrored hole is a hole: nothing that it hides comes back as known.
+    """
+    sides = [max(cells, math.ceil(side / f)) * f for side, cells in zip(hole.shape, grid)]
+    ends = [(0, end - side) for side, end in zip(hole.shape, sides)]
+    padded = torch.from_numpy(np.pad(photo, [*ends, (0, 0)], mode="symmetric"))     # (H', W', 3)
+    mask = torch.from_numpy(np.pad(hole, ends, mode="symmetric"))                   # (H', W')
+    x = padded.to(device).permute(2, 0, 1)[None] / 127.5 - 1                        # (1,3,H',W')
+    mask = mask.to(device)[None, None].float()                                      # (1,1,H',W')
+    return Canvas(photo, hole, x.contiguous(), mask, known_cells(mask, f, margin))
+
+
+def shrink(canvas, f, grid, margin=0):
+    """The Canvas of the photo made so small that a map of `grid` (h,w) spans its short side.
+
+    That is how much of a picture the prior was trained to see. A photo that is no larger is left as
+    it is: then the canvas itself. The filter is the box, under which a pixel without any of the
+    hole has nothing of what it hides.
+    """
+    scale = max(cells * f / side for cells, side in zip(grid, canvas.hole.shape))
+    if scale >= 1:
+        return canvas
+    H, W = (round(side * scale) for side in canvas.hole.shape)
+    photo, hole = (Image.fromarray(array).resize((W, H), Image.Resampling.BOX)
+                   for array in (canvas.photo, canvas.hole.astype(np.float32)))
+    return prepare(np.array(photo), np.array(hole) > 0, f, grid, canvas.x.device, margin)
+
+# -- codes for a hole ------------------------------------------------------------------------------
+
+
+def fill_with_mean(x, mask):
+    """x with its hole in the mean colour of its known pixels; mid-grey where there are none.
+
+    x (B,3,H,W), mask (B,1,H,W) in {0,1} -> (B,3,H,W). All codes see the hole a little, so it
+    should look like nothing in particular.  deviation D50
+    """
+    known = 1 - mask
+    mean = (x * known).sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
+    return x * known + mean * mask
+
+
+def windows(unknown, grid):
+    """Where maps of `grid` (h,w) cells are to be completed: [(rows, columns)], slices.
+
+    unknown: bool (H,W), at least as large as the grid. One window with the hole in its middle,
+    where a quarter of a window of context fits around it; else windows half a window apart, from
+    the context's top left on, line by line, of which each sees what is known and what was drawn
+    before it. Windows that would find nothing left to draw are left out.
+    """
+    left, chosen = unknown.cpu().numpy().copy(), []
+    if not left.any():
+        return chosen
+    tops, lefts = (_starts(left.any(1 - axis), grid[axis]) for axis in (0, 1))
+    for top in tops:
+        for start in lefts:
+            window = slice(top, top + grid[0]), slice(start, start + grid[1])
+            if left[window].any():
+                left[window] = False
+                chosen.append(window)
+    return chosen
+
+
+def _starts(unknown, length):
+    """Where windows of `length` cells begin along one axis; unknown: bool (n,)."""
+    n, where = len(unknown), unknown.nonzero()[0].tolist()
+    first, end, context = where[0], where[-1] + 1, length // 4
+    low, high = max(0, first - context), min(n, end + context)
+    if high - low <= length:
+        return [min(max(0, (first + end - length) // 2), n - length)]
+    return [*range(low, high - length, max(1, length // 2)), high - length]
+
+
+def complete(prior, indices, known, generators, steps=None, resample=1, temperature=1.0):
+    """Codes (B,h,w) with all cells that are not known drawn by the prior. [DDM Sec. 4.4]
+
+    prior: a prior.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w). Maps of
+    the prior's own grid are drawn at once, larger ones window by window. generators, steps,
+    resample, temperature: see MultinomialDiffusion.inpaint.
+    """
+    indices, known = indices.clone(), known.clone()
+    for window in windows(~known.all(0), prior.grid):
+        window = (slice(None), *window)
+        indices[window] = prior.diffusion.inpaint(
+            prior.unet, indices[window], known[window], steps, resample, generators, temperature)
+        known[window] = True
+    return indices
 
 
 # -- from hole to picture --------------------------------------------------------------------------
@@ -154,6 +267,70 @@ def _same_codes(first_stage, other):
         return False
     ours, theirs = (owner.quantize.embedding.weight.cpu() for owner in (first_stage, other))
     return torch.equal(ours, theirs)
+
+# -- held-out pictures completed by a prior --------------------------------------------------------
+
+
+def paper_masks(size):
+    """{caption: uint8 (size,size), 1 = hidden} of the three rows of the figure."""
+    whole, half, quarter = np.ones((size, size), np.uint8), size // 2, size // 4
+    corner = box_mask(size, half, half, size - half, size - half)
+    centre = box_mask(size, quarter, quarter, half, half)
+    return {"the upper 62.5 % hidden": box_mask(size, 0, 0, 5 * size // 8, size),
+            "all but the lower right quarter hidden": whole - corner,
+            "all but the centre quarter hidden": whole - centre}
+
+
+def completion_rows(prior, dataset, steps):
+    """Groups for pictures.image_rows: under each of the paper's masks, completions. [DDM Fig. 8]
+
+    dataset: held-out pictures of the prior's size, of which each mask has others.
+    """
+    groups = []
+    for number, (caption, mask) in enumerate(paper_masks(dataset.size).items()):
+        x = _read_pictures(prior, dataset, range(number * PICTURES, (number + 1) * PICTURES))
+        m = _masks(prior, [mask] * PICTURES)                                        # (P, 1, H, W)
+        codes = _completions(prior, x.repeat_interleave(COMPLETIONS, 0),
+                           m.repeat_interleave(COMPLETIONS, 0), number, steps)      # (P·C, h, w)
+        completed = prior.first_stage.decode_indices(codes).split(COMPLETIONS)
+        row = [image for i in range(PICTURES)
+               for image in (x[i], show_masked(x[i], m[i]), *completed[i])]
+        groups.append((f"{caption}: original, masked, {COMPLETIONS} completions ({steps} steps, "
+                       f"resample {RESAMPLE})", row))
+    return groups
+
+
+def inpainting_columns(prior, model, dataset, steps):
+    """Columns for pictures.image_grid: held-out pictures under their evaluation masks, inpainted.
+
+    model: an AsymVQGAN on the prior's first stage; dataset: as for completion_rows.
+    """
+    places = range(0, 10 * ROWS, 10)         # neighbours often have the same evaluation mask
+    x = _read_pictures(prior, dataset, places)                                      # (R, 3, H, W)
+    mask = _masks(prior, [evaluation_mask(dataset.size, i) for i in places])        # (R, 1, H, W)
+    codes = _completions(prior, x, mask, len(paper_masks(dataset.size)), steps)     # (R, h, w)
+    z = prior.first_stage.quantize.lookup(codes)                                    # (R, d, h, w)
+    return {"original": list(x), "masked": list(show_masked(x, mask)),
+            "codes by VQ-DDM, vanilla decoder": list(prior.first_stage.decode(z)),
+            "the same codes, ours": list(model.decode(z, image=x, mask=mask))}
+
+
+def _completions(prior, x, mask, number, steps):
+    """Codes (B,h,w) of x with the hole filled; picture i's noise is a function of (number, i)."""
+    generators = keyed_generators((FIGURE, number, i) for i in range(len(x)))
+    indices = prior.first_stage.indices(fill_with_mean(x, mask))                    # (B, h, w)
+    known = known_cells(mask, prior.first_stage.config.f)                           # (B, h, w)
+    return complete(prior, indices, known, generators, steps, RESAMPLE)
+
+
+def _read_pictures(prior, dataset, indices):
+    """x (B,3,H,W) of pictures of a data set, from its start again where it is short."""
+    images = [dataset.read(index % len(dataset))[0] for index in indices]
+    return pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prior.device)
+
+
+def _masks(prior, masks):
+    return torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
 
 
 # -- the program -----------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""canvas.py: any size in, the same size out, and nothing of what the hole hides among the known."""
+"""inpaint.py: any size in, the same size out, and nothing that the hole hides among the known."""
 
 import numpy as np
 import pytest
 import torch
 
-from canvas import prepare, shrink
 from diffusion import known_cells
+from inpaint import prepare, shrink
 
 
 def pair(height, width, seed=0):

@@ -1,4 +1,4 @@
-"""completion.py: the windows cover the hole and nothing is drawn twice; known codes stay."""
+"""inpaint.py: the windows cover the hole and nothing is drawn twice; known codes stay."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from completion import complete, fill_with_mean, windows
 from diffusion import MultinomialDiffusion
+from inpaint import complete, fill_with_mean, windows
 
 
 def generators(B):

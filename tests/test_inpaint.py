@@ -22,12 +22,20 @@ from tiny_runs import (
 )
 
 import inpaint
-from canvas import prepare
-from completion import complete, fill_with_mean, windows
 from convert import load_model, load_prior
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error
-from inpaint import canvas_to_draw_on, decode, inpaint_photo, latents, read_pair
+from inpaint import (
+    canvas_to_draw_on,
+    complete,
+    decode,
+    fill_with_mean,
+    inpaint_photo,
+    latents,
+    prepare,
+    read_pair,
+    windows,
+)
 from vqgan import VQGAN
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,16 +2,16 @@ import pytest
 import torch
 from tiny_runs import SIZE, write_decoder, write_first_stage, write_prior
 
-import prior_pictures as program
+import inpaint as program
 from convert import load_model, load_prior
 from data import Signs
 from diffusion import known_cells
-from prior_pictures import (
+from inpaint import (
     COMPLETIONS,
     PICTURES,
     RESAMPLE,
     ROWS,
-    completion_strips,
+    completion_rows,
     inpainting_columns,
     paper_masks,
 )
@@ -37,8 +37,8 @@ def test_the_three_masks_hide_what_the_paper_hides():
 def test_completions_stand_beside_their_picture_and_differ_from_each_other(run):
     prior, signs = load_prior(run), Signs("val", SIZE)
     with torch.inference_mode():
-        groups = completion_strips(prior, signs, 1)
-        again = completion_strips(prior, signs, 1)
+        groups = completion_rows(prior, signs, 1)
+        again = completion_rows(prior, signs, 1)
     assert len(groups) == 3
     for (caption, images), (_, others), mask in zip(groups, again, paper_masks(SIZE).values()):
         assert "(1 steps, resample 5)" in caption
@@ -63,8 +63,8 @@ def test_the_network_is_given_the_known_codes_of_the_masked_picture(run, monkeyp
     signs, hidden = Signs("val", SIZE), Signs("val", SIZE)
     monkeypatch.setattr(hidden, "read", lambda index: (_without_top(signs, index), ()))
     with torch.inference_mode():
-        completion_strips(prior, signs, 4)
-        completion_strips(prior, hidden, 4)
+        completion_rows(prior, signs, 4)
+        completion_rows(prior, hidden, 4)
     indices, known, count, steps, resample = calls[0]
     assert (count, steps, resample) == (PICTURES * COMPLETIONS, 4, RESAMPLE)
     mask = torch.tensor(paper_masks(SIZE)["the upper 62.5 % hidden"])[None, None]
