@@ -39,8 +39,8 @@ from distributed import (
     world_size,
 )
 from examples import Examples
-from folders import MatchedFolders, PictureFolder, folder_pictures
 from generated import SHOWN, Samples
+from image_pairs import MatchedFolders, PictureFolder, folder_pictures
 from losses import TRUNKS
 from nearest import show_nearest
 from paper_tables import PAPER_TABLES, make_report, report_text, rows_of

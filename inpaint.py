@@ -30,7 +30,7 @@ from convert import STEPS, chosen_steps, load, load_prior
 from data import load_image, pixels
 from diffusion import known_cells
 from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
-from folders import decoded, read_mask
+from image_pairs import decoded, read_mask
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from run_folder import Progress, duration

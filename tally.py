@@ -6,7 +6,7 @@
 
 Batches are forgotten once measured and statistics have a fixed size, so memory does not grow with
 the number of pictures. Each process measures its own share; the tallies are merged at the end. Not
-here: where pictures come from (compare.py, folders.py) and how rows are printed (paper_tables.py).
+here: where pictures come from (compare.py, image_pairs.py), how rows are printed (paper_tables.py).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""folders.py: which files belong together, what is read of them, and that it streams."""
+"""image_pairs.py: which files belong together, what is read of them, and that it streams."""
 
 import math
 import re
@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import folders
+import image_pairs
 from distributed import UserError
-from folders import MatchedFolders, PictureFolder, folder_pictures, item_batches
+from image_pairs import MatchedFolders, PictureFolder, folder_pictures, item_batches
 
 CPU = torch.device("cpu")
 
@@ -456,8 +456,8 @@ def test_every_picture_is_of_one_rank_whatever_their_number(here, world, monkeyp
     assert sorted(index for share in shares for index in share) == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     for rank in range(world):
-        monkeypatch.setattr(folders, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(folders, "world_size", lambda: world)
+        monkeypatch.setattr(image_pairs, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(image_pairs, "world_size", lambda: world)
         pictures = PictureFolder("--pred", "real").pictures(2, CPU)
         assert [index for batch in pictures for index in batch.index] == shares[rank]
 
@@ -470,7 +470,7 @@ def test_more_ranks_than_pictures_leave_some_with_nothing(here):
 
 def test_only_a_few_items_are_in_memory_at_once(here, monkeypatch):
     fill(here / "real", *(f"{k:03}.png" for k in range(80)))
-    monkeypatch.setattr(folders, "THREADS", 2)
+    monkeypatch.setattr(image_pairs, "THREADS", 2)
     matched, made, alive = MatchedFolders("real"), [], []
     read = matched.read
 
@@ -491,7 +491,7 @@ def test_the_next_pictures_are_decoded_while_these_are_in_use(here, monkeypatch)
     fill(here / "real", *(f"{k}.png" for k in range(8)))
     matched, begun = MatchedFolders("real"), set()
     read = matched.read
-    monkeypatch.setattr(folders, "THREADS", 2)
+    monkeypatch.setattr(image_pairs, "THREADS", 2)
     monkeypatch.setattr(matched, "read", lambda index: (begun.add(index), read(index))[1])
     batches = item_batches(matched, 2)
     next(batches)
@@ -505,7 +505,7 @@ def test_the_next_pictures_are_decoded_while_these_are_in_use(here, monkeypatch)
 
 def test_items_come_in_order_though_threads_finish_in_another(here, monkeypatch):
     fill(here / "real", *(f"{k:02}.png" for k in range(12)))
-    monkeypatch.setattr(folders, "THREADS", 4)
+    monkeypatch.setattr(image_pairs, "THREADS", 4)
     matched = MatchedFolders("real")
     read = matched.read
 
@@ -526,7 +526,7 @@ def test_warnings_are_heard_as_before_after_threads_have_hidden_them(here, monke
 
     def leaves_them_hidden(index):                               # as two that decode at once may
         warnings.simplefilter("ignore")
-        return folders.Item(str(index), torch.zeros(3, 1, 1, dtype=torch.uint8))
+        return image_pairs.Item(str(index), torch.zeros(3, 1, 1, dtype=torch.uint8))
 
     monkeypatch.setattr(matched, "read", leaves_them_hidden)
     assert len(indices(item_batches(matched, 2))) == 4
@@ -567,8 +567,8 @@ def test_what_was_not_given_is_none_for_the_tally(here):
 
 def test_this_process_gets_its_share(here, monkeypatch):
     fill(here / "real", *(f"{k}.png" for k in range(5)))
-    monkeypatch.setattr(folders, "rank", lambda: 1)
-    monkeypatch.setattr(folders, "world_size", lambda: 2)
+    monkeypatch.setattr(image_pairs, "rank", lambda: 1)
+    monkeypatch.setattr(image_pairs, "world_size", lambda: 2)
     shares = [pictures.index for pictures in folder_pictures(MatchedFolders("real"), 4, CPU)]
     assert shares == [[1, 3]]
 

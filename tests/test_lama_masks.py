@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lama_masks
+import image_pairs
 from data import ImageFiles, validation_batches
 from distributed import UserError, exit_on_user_error
-from folders import MatchedFolders
-from lama_masks import output_names, summary, write_evaluation_set
+from image_pairs import MatchedFolders, output_names, summary, write_evaluation_set
 from masks import area_bucket, random_mask
 
 SIZE = 32
@@ -46,9 +45,9 @@ def contents(folder):
 
 def run(monkeypatch, *arguments):
     """The command; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["lama_masks.py", *(str(value) for value in arguments)])
+    monkeypatch.setattr(sys, "argv", ["image_pairs.py", *(str(value) for value in arguments)])
     with pytest.raises(SystemExit) as left:
-        exit_on_user_error(lama_masks.main)
+        exit_on_user_error(image_pairs.main)
     return left.value.code
 
 
@@ -100,17 +99,17 @@ def test_a_second_run_gives_the_same_bytes(photos, tmp_path):
 
 def test_an_interrupted_set_is_made_again_with_the_same_bytes(photos, tmp_path, monkeypatch):
     write_evaluation_set(photos, tmp_path / "whole", size=SIZE)
-    progress = lama_masks.Progress
+    progress = image_pairs.Progress
 
     class Interrupted(progress):
         def show(self, step, terms):
             if step == 4:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(lama_masks, "Progress", Interrupted)
+    monkeypatch.setattr(image_pairs, "Progress", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_evaluation_set(photos, tmp_path / "out", size=SIZE)
-    monkeypatch.setattr(lama_masks, "Progress", progress)
+    monkeypatch.setattr(image_pairs, "Progress", progress)
     write_evaluation_set(photos, tmp_path / "out", size=SIZE)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
