@@ -90,14 +90,15 @@ def test_every_deviation_marked_in_the_code_is_told(path):
 
 def test_every_deviation_that_is_told_is_marked_in_the_code():
     told = [row[0] for row in table("c")]
-    assert told == [f"D{n}" for n in range(1, len(told) + 1)]
+    numbers = [int(name[1:]) for name in told]           # a number keeps its meaning: gaps may be
+    assert numbers == sorted(set(numbers))
     marked = set().union(*(deviations_of(path) for path in MODULES))
     missing = [name for name in told if name not in marked]
     assert not missing, f"PAPERS.md (c) tells of {missing}, which no module marks: deviation D3"
 
 
 def test_every_deviation_names_tests_that_exist():
-    written = {node.name for path in (ROOT / "tests").glob("test_*.py")
+    written = {node.name for path in (ROOT / "tests").glob("**/*.py")
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                if isinstance(node, ast.FunctionDef)}
     for row in table("c"):
