@@ -8,7 +8,7 @@
 The image towers of CLIP are rebuilt here and read OpenAI's published files, or the same weights in
 Hugging Face's layout. LAION's and others' towers of these shapes have another activation (GELU in
 place of QuickGELU), which no file tells: they would give wrong scores here. Not here: means over
-pictures (tally.py), the text tower, where files come from (weight_files.py).
+pictures (metrics.py), the text tower, where files come from (weight_files.py).
 """
 
 import zipfile

@@ -9,11 +9,11 @@ line. Not here: decoders on the same latents, which are the report's rows (eval.
 
 from asym_decoder import AsymVQGAN
 from codebook import FIRST_STAGE, CodeCounter, codebook_row, count_splits, learnt_usage, remembered
-from compare import first_stage_of
 from convert import chosen_steps, load_prior, prior_facts
 from data import open_dataset
 from distributed import UserError, on_rank0
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
+from metrics import first_stage_of
 from paper_tables import (
     CODEBOOK_KEYS,
     STEP_KEYS,
@@ -37,7 +37,7 @@ def prior_folder(paths):
 
 
 class CodeReport:
-    """What the report of some compare.Runs says of the codes that they share.
+    """What the report of some eval.Runs says of the codes that they share.
 
     where: {"data", "root", "size"} of the held-out pictures, `dataset`; paths: of the runs.
     codebooks: paper_tables.codebook_table's rows, the last is in use; prior: report.json's;

@@ -16,9 +16,9 @@ import torch
 import run_folder
 from convert import load_first_stage, run_of
 from distributed import UserError, gather_objects
+from metrics import Networks, tally_batches
 from originals import originals
 from refit import code_statistics, count_codes
-from tally import Networks, tally_batches
 
 BEFORE, AFTER, FIRST_STAGE = "before ReFiT", "after ReFiT", "the first stage's"
 
@@ -36,7 +36,7 @@ def codebook_row(name, config, size, statistics, usage_train=None, rfid=None):
 
 
 def refit_of(run):
-    """(contents of the refit file that holds a compare.Run's first stage, its run folder), or None.
+    """(contents of the refit file that holds a eval.Run's first stage, its run folder), or None.
 
     The file is that of the run, or of the one that its --vqgan names.
     """
@@ -100,7 +100,7 @@ class CodeCounter:
         return indices
 
     def reconstruct(self, pictures):
-        """Count, and decode: what tally.tally_batches calls a decoder's pictures."""
+        """Count, and decode: what metrics.tally_batches calls a decoder's pictures."""
         indices = self.offer(pictures.x)
         return {(name, "vanilla"): (model.decode_indices(indices[name]), 0.0)
                 for name, model in self.first_stages.items()}

@@ -8,7 +8,7 @@
     python eval.py --pred DIR --real DIR ...       pictures of Stable Diffusion, of anything
     python eval.py --pred DIR --real DIR --unpaired samples, against other pictures
 
-    pictures (data set, folders) -> compare.decode_all, or --pred -> tally.py -> paper_tables.py
+    pictures (data set, folders) -> metrics.decode_all, or --pred -> metrics.py -> paper_tables.py
 
 Writes report.md, report.json and, of runs, report.png (whole pictures) and report_crops.png (cut
 out where fine detail is half known); of a run with a prior its pictures, too. [AVQ Tab. 2]
@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
+from asym_decoder import AsymVQGAN
 from clip_score import CLIP_MODELS
 from code_report import CodeReport
-from compare import dataset_pictures, decode_all, open_runs
-from data import BadFiles, Signs, open_dataset
+from convert import Loaded, load
+from data import BadFiles, Signs, open_dataset, validation_batches
 from distributed import (
     UserError,
     exact_float32,
@@ -42,11 +43,13 @@ from examples import Examples
 from generated import SHOWN, Samples
 from image_pairs import MatchedFolders, PictureFolder, folder_pictures
 from losses import TRUNKS
+from metrics import REAL, Pictures, Tally, decode_all, open_networks, tally_batches
 from nearest import show_nearest
+from originals import report_bad
 from paper_tables import PAPER_TABLES, make_report, report_text, rows_of
 from pictures import image_grid
 from run_folder import Progress, make_folder, write_text
-from tally import REAL, Tally, open_networks, tally_batches
+from stages import validation_batch
 
 EXAMPLES = 6                                     # rows of the pictures
 MADE_TABLES, CLIP_TABLES, SAMPLE_TABLES = ("1", "4", "5"), ("4", "5"), ("6", "10")
@@ -67,11 +70,58 @@ class Options:
     steps:      int | None         = None    # of samples; None: 25, or all where those are fewer
 
     def networks(self, config, references):
-        """The tally.Networks of an evaluation whose runs have this config."""
+        """The metrics.Networks of an evaluation whose runs have this config."""
         net = self.lpips or config.get("perceptual", "vgg")
         return open_networks(torch.device(self.device), self.weights or config.get("weights"), net,
                              asked=self.lpips is not None, fid=self.fid,
                              clip=self.clip if references else None)
+
+
+@dataclass
+class Run:
+    """One model of the comparison: its name in the tables, and what convert.load found there."""
+
+    name: str
+    loaded: Loaded
+
+    @property
+    def decodes(self):
+        """Whether it has an asymmetric decoder, not only a first stage."""
+        return isinstance(self.loaded.model, AsymVQGAN)
+
+    @property
+    def first_stage(self):
+        return self.loaded.model.first_stage if self.decodes else self.loaded.model
+
+
+def open_runs(paths, device):
+    """A Run for each path. Raises UserError where they cannot stand in one table."""
+    runs = [Run(str(Path(path)), load(path, device)) for path in paths]
+    first = runs[0]
+    for run in runs[1:]:
+        if run.name in [other.name for other in runs if other is not run]:
+            raise UserError(f"{run.name} is given twice")
+        if run.loaded.latents != first.loaded.latents:
+            raise UserError(f"{run.name} and {first.name} stand on different first-stage weights, "
+                            "so their decoders read different latents; evaluate them one by one, "
+                            f"or train one on the other's: train.py --vqgan {first.name}")
+        for key in ("data", "size"):
+            ours, theirs = run.loaded.config.get(key), first.loaded.config.get(key)
+            if None not in (ours, theirs) and ours != theirs:
+                raise UserError(f"--{key} of {run.name} is {ours}, of {first.name} {theirs}; "
+                                "evaluate them one by one")
+    return runs
+
+
+def dataset_pictures(dataset, n, batch_size, device, bad):
+    """The first `n` pictures of a data set with their evaluation masks: this rank's Pictures.
+
+    bad: a data.BadFiles, told of what cannot be decoded. Raises UserError for too many of these.
+    """
+    for batch in validation_batches(dataset, n, batch_size, rank(), world_size()):
+        report_bad(bad, batch["bad"])
+        on_device = validation_batch(batch, device)
+        yield Pictures(batch["index"], on_device.x, on_device.mask)
 
 
 # -- on runs ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Examples:
         self.count, self.best = count, []        # [(score, position, crop, {caption: ...})]
 
     def offer(self, pictures, outputs):
-        """Keep the best of one batch. pictures: tally.Pictures; outputs: compare.decode_all's."""
+        """Keep the best of one batch. pictures: metrics.Pictures; outputs: metrics.decode_all's."""
         x, mask = pictures.x, pictures.mask
         if mask is None:
             return

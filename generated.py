@@ -1,7 +1,7 @@
 """Samples of one prior under several decoders: what AVQ's Tables 6 and 10 need a generator for.
 
     n held-out pictures --originals--> x -------+
-    (seed, i) --Drawing--> codes --lookup--> z -+--> tally.Pictures --compare.decode_all--> x_hat
+    (seed, i) --Drawing--> codes --lookup--> z -+--> metrics.Pictures --metrics.decode_all--> x_hat
 
 All decoders read the same codes and none is given a mask. That x and z have nothing to do with one
 another is as it should be: FID compares sets. [AVQ Tab. 6] [AVQ Tab. 10]
@@ -20,7 +20,7 @@ SHOWN = 8                                        # samples in the picture, of ea
 class Samples:
     """The samples of the first of some run folders, `paths`, that has a prior.
 
-    runs: the compare.Runs whose decoders read them. Raises UserError where there is no prior, or
+    runs: the eval.Runs whose decoders read them. Raises UserError where there is no prior, or
     none on their first stage.
     """
 
@@ -54,7 +54,7 @@ class Samples:
             yield batch
 
     def keep(self, pictures, outputs):
-        """Keep the first samples to show. outputs: compare.decode_all's."""
+        """Keep the first samples to show. outputs: metrics.decode_all's."""
         for key, (x_hat, _) in outputs.items():
             kept = self.shown.setdefault(key, [])
             kept += x_hat[:SHOWN - len(kept)].cpu()

@@ -1,6 +1,6 @@
 """Pictures matched by file name, made by anything; and LaMa's masks for a folder of photos.
 
-    --real, --pred, --masks, --refs, --latents --MatchedFolders--> Item --> tally.Pictures
+    --real, --pred, --masks, --refs, --latents --MatchedFolders--> Item --> metrics.Pictures
     python image_pairs.py PHOTOS -o SET --kind thick --size 512   writes images/, masks/ of LaMa's
 
 Nothing is resized, cropped, replaced or left out, because each would change the figures: what does
@@ -34,8 +34,8 @@ from data import load_image, pixels, square_crop
 from distributed import UserError, exit_on_user_error, print0, rank, world_size
 from listing import EXTENSIONS, list_images
 from masks import MASK_KINDS, area_bucket, evaluation_draw
+from metrics import Pictures
 from run_folder import Progress, write_text
-from tally import Pictures
 
 LATENTS = (".npy", ".pt")
 MASK_SUFFIX = re.compile(r"_mask\d*$")
@@ -328,7 +328,7 @@ class PictureFolder:
         return _read_picture(os.path.join(self.name, self.files[index]))
 
     def pictures(self, batch_size, device):
-        """This process's share as tally.Pictures, shared out and batched as by item_batches."""
+        """This process's share as metrics.Pictures, shared out and batched as by item_batches."""
         ahead = _read_ahead(self.read, range(rank(), len(self), world_size()), batch_size)
         for batch in _batches(ahead, batch_size, lambda picture: picture.shape):
             indices, pictures = zip(*batch)
@@ -362,7 +362,7 @@ def _batches(things, batch_size, sizes):
 
 
 def folder_pictures(folders, batch_size, device):
-    """This process's share of a MatchedFolders as tally.Pictures. UserError: as item_batches."""
+    """This process's share of a MatchedFolders as metrics.Pictures. UserError: as item_batches."""
     for batch in item_batches(folders, batch_size, rank(), world_size()):
         items = [item for _, item in batch]
         pictures = Pictures([index for index, _ in batch], pixels(_stack(items, "real"), device))

@@ -1,15 +1,16 @@
 """The pictures of a data set as they are: in their fixed view, whole, no mask.
 
-    dataset --data.views--> uint8 (b,3,H,W) --originals--> tally.Pictures, this process's share
+    dataset --data.views--> uint8 (b,3,H,W) --originals--> metrics.Pictures, this process's share
 
 What samples are compared with, and what codes are counted of. With evaluation masks they come from
-compare.py.
+metrics.py.
 """
+
 
 from data import BadFiles, pixels, views
 from distributed import rank, world_size
+from metrics import Pictures
 from run_folder import Progress
-from tally import Pictures
 
 
 def shares(n, batch_size):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from diffusion import bits_per_dim
-from tally import BUCKETS, MEASURES, SETS
+from metrics import BUCKETS, MEASURES, SETS
 
 DECODERS = ("vanilla", "asym", "asym-nomask", "paste", "files")
 SHARED = ("vanilla", "paste")            # the same for all runs on one first stage

@@ -35,12 +35,12 @@ from distributed import (
     world_size,
 )
 from fid import FeatureStatistics, InceptionV3
+from metrics import FEATURES
 from originals import originals, shares
 from paper_tables import steps_table
 from pictures import image_rows
 from run_folder import Progress, make_folder, write_text
 from seeding import SAMPLE, keyed_generators
-from tally import FEATURES
 from validation import held_out_bound
 
 # -- drawing ---------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from tiny_runs import (
 import code_report as program
 import run_folder
 from code_report import CodeReport
-from compare import open_runs
 from data import Signs
 from distributed import UserError
+from eval import open_runs
+from metrics import Pictures
 from paper_tables import CODEBOOK_KEYS
-from tally import Pictures
 from vqgan import VQGAN
 
 CPU = torch.device("cpu")

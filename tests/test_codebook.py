@@ -18,8 +18,8 @@ from codebook import (
     refit_of,
     remembered,
 )
-from compare import open_runs
 from data import Signs
+from eval import open_runs
 from fid import FeatureStatistics
 from refit import install_codebook
 

@@ -22,8 +22,8 @@ from tiny_runs import (
 )
 
 import eval as program
+import metrics
 import run_folder
-import tally
 from data import SIGNS_LENGTH, Signs
 from distributed import UserError
 from eval import Options
@@ -368,7 +368,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
             return a.flatten(1)[:, ::1000]
 
     for name, fake in (("LPIPS", Fake), ("InceptionV3", Fake), ("CLIPImageEncoder", FakeClip)):
-        monkeypatch.setattr(f"tally.{name}", fake)
+        monkeypatch.setattr(f"metrics.{name}", fake)
     monkeypatch.chdir(folders)
     _call(monkeypatch, "--pred", "pred", "--real", "real", "--masks", "masks", "--refs", "refs",
           "--table", "4", "--batch-size", "2")
@@ -392,7 +392,7 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
         features = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1).repeat(1, 11)
         return features[:, :2048], features[:, :1008] * 9
 
-    networks = tally.Networks(inception=network, notes={})
+    networks = metrics.Networks(inception=network, notes={})
     monkeypatch.setattr(program, "open_networks", lambda *_, **__: networks)
     for index in range(3):
         (folders / "real" / f"{index}.png").rename(folders / "real" / f"other{index}.png")

@@ -3,7 +3,7 @@
 import torch
 
 from examples import Examples, half_known
-from tally import Pictures
+from metrics import Pictures
 
 
 def test_words_that_are_half_known_are_found_wherever_they_are():

@@ -11,15 +11,14 @@ from tiny_runs import SIZE, write_decoder, write_first_stage, write_prior, write
 
 import eval as evaluation
 import run_folder
-from compare import decode_all, open_runs
 from data import Signs
 from distributed import UserError
-from eval import Options, evaluate_samples
+from eval import Options, evaluate_samples, open_runs
 from fid import FeatureStatistics, inception_score
 from generated import Samples
+from metrics import Networks, decode_all
 from paper_tables import validate
 from sample import Drawing
-from tally import Networks
 
 CPU = torch.device("cpu")
 

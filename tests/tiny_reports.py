@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from metrics import Networks, Pictures, Tally, measure
 from paper_tables import make_report, rows_of
-from tally import Networks, Pictures, Tally, measure
 
 CPU, SIZE = torch.device("cpu"), 16
 RUNS = [("add", {"preset": "base", "blend": "add"}),
