@@ -1,9 +1,9 @@
-"""Frechet inception distance and inception score: the network, and what its answers say.
+"""Compute the Frechet inception distance and the inception score: the network and both formulas.
 
-    images (B,3,H,W) in [-1,1] ──InceptionV3──► features (B,2048), logits (B,1008)
-    features (B,D) ──FeatureStatistics──► n, mu (D,), sigma (D,D) ──┐
-    features of the other images ──────► n, mu, sigma ──────────────┴─frechet──► distance
-    logits (B,1008), positions (B,) ──InceptionScore──► mean, std over splits
+    images (B,3,H,W) ──InceptionV3──► features (B,2048), logits (B,1008)
+    features, in any batches ──FeatureStatistics──► n, mu (D,), sigma (D,D) ──┐
+    the same of the other images ─────────────────────────────────────────────┴─frechet──► FID
+    logits (N,1008) ──inception_score──► mean, std over splits
 
 Scores are comparable only between programs that run this very network, Inception v3 as TensorFlow
 published it in 2015, so it is rebuilt here layer by layer, and reads pytorch-fid's conversion of
@@ -15,18 +15,14 @@ How many images there are belongs to every such number: the distance falls as n 
 bias, not quality, and below D = 2048 images it is large.
 """
 
-import zipfile
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import lapack
 from torch import nn
 
-from distributed import UserError
 from weight_files import read_weights
 
-# ---------------------------------------------------------------- the network
+# -- the network -----------------------------------------------------------------------------------
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIZE = 299                                                 # pixels a side that the network sees
@@ -239,57 +235,32 @@ class BlockE(nn.Module):
         ), 1)                                                                  # (B, 2048, 8, 8)
 
 
-# ---------------------------------------------------------------- statistics
-
-BLOCK = 256                                # rows multiplied at once, once there are more than D
-
-# ---------------------------------------------------------------- Frechet distance
+# -- the distance ----------------------------------------------------------------------------------
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians N(mu, sigma), a float.
+    """Squared Frechet distance of two Gaussians N(mu, sigma), a float >= 0.
 
         |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
 
-    mu (D,), sigma (D,D) symmetric and positive semi-definite, singular or not. With any F for which
-    sigma = F^T F, the last trace is the nuclear norm of F1 F2^T (the sum of its singular values):
-    no square root of a matrix, nor of a rounding error near 0, is ever taken. Never negative: where
-    rounding, about 1e-15 of the traces, would make it so, it is 0. Source: Heusel et al.,
-    arXiv 1706.08500. Raises ValueError for other shapes, values that are not finite, and a sigma
-    with clearly negative eigenvalues.
+    mu (D,), sigma (D,D) symmetric and positive semi-definite. With R = sigma1^(1/2), the symmetric
+    R sigma2 R has the eigenvalues of sigma1 sigma2, and the last trace is the sum of their roots.
+    A singular sigma (n <= D images) has eigenvalues that are zero but for rounding: the negative
+    ones are set to 0, the roots of the others make the distance too small, by about 1e-7 of the
+    traces. Source: Heusel et al., arXiv 1706.08500. Raises ValueError for other shapes and for
+    values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    for mu, sigma in ((mu1, sigma1), (mu2, sigma2)):
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-            raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}: expected (D,) and (D, D)")
-    return _distance(mu1, _cholesky(sigma1), mu2, _cholesky(sigma2))
-
-
-def _distance(mu1, F1, mu2, F2):
-    """The distance of N(mu1, F1^T F1) and N(mu2, F2^T F2); mu (D,), F (any number of rows, D)."""
-    if mu1.shape != mu2.shape:
-        raise ValueError(f"features of {len(mu1)} and of {len(mu2)} dimensions: not comparable")
-    if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
-        raise ValueError("features hold values that are not finite: there is no distance")
+    shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
+    if mu1.ndim != 1 or shapes != 2 * [mu1.shape, 2 * mu1.shape]:
+        raise ValueError(f"mu and sigma {shapes}: expected (D,), (D, D), (D,), (D, D)")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("mu or sigma holds values that are not finite: there is no distance")
+    values, vectors = np.linalg.eigh(sigma1)
+    R = vectors * np.sqrt(values.clip(0)) @ vectors.T                          # (D, D)
+    root = np.sqrt(np.linalg.eigvalsh(R @ sigma2 @ R).clip(0)).sum()
     means = np.square(mu1 - mu2).sum()
-    traces = np.square(F1).sum() + np.square(F2).sum()
-    return max(float(means + traces - 2 * np.linalg.norm(F1 @ F2.T, "nuc")), 0.0)
-
-
-def _cholesky(sigma):
-    """F (r,D) with F^T F = sigma (D,D) and r its numerical rank: Cholesky with pivoting.
-
-    It ends where the largest variance left is below D eps of the largest of all, so what a singular
-    sigma holds of rounding errors is left out; an eigenvalue's square root would magnify them.
-    """
-    if not np.isfinite(sigma).all():
-        raise ValueError("sigma holds values that are not finite: there is no distance")
-    upper, pivots, rank, _ = lapack.dpstrf(sigma)
-    F = np.empty((rank, len(sigma)))
-    F[:, pivots - 1] = np.triu(upper)[:rank]
-    if abs(np.square(F).sum() - sigma.trace()) > 1e-3 * sigma.trace():
-        raise ValueError("sigma is not positive semi-definite, hence no covariance")
-    return F
+    return max(float(means + sigma1.trace() + sigma2.trace() - 2 * root), 0.0)
 
 
 class FeatureStatistics:
@@ -297,217 +268,89 @@ class FeatureStatistics:
 
     n: how many. mu: (D,), sigma: (D,D) unbiased (divided by n - 1); numpy, float64. Any order and
     size of batches and any order of `merge` give the same to rounding, also where the mean is large
-    beside the deviation. Up to D vectors are kept as they are, 8 n D bytes; beyond, they become a
-    D x D matrix. So the object is small where few images are, and can be pickled.
+    beside the deviation. Each call costs some D^2, however few vectors it adds. On the CPU.
     """
 
     def __init__(self, dim):
         self.dim, self.n = dim, 0
-        self._rows = []                    # vectors not yet in the matrix: arrays (b, D)
-        self._folded, self._mean, self._scatter = 0, 0.0, 0.0  # those in it, sum (x-mean)(x-mean)^T
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)   # sum (x - mean)(x - mean)^T
 
     def update(self, features):
         """Add `features` (B,D) of any float type and device; B may be 0. ValueError otherwise."""
-        self._require_count()
         features = torch.as_tensor(features)
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)}: expected (B, {self.dim})")
         if len(features):
-            self._rows.append(features.detach().cpu().to(torch.float64, copy=True).numpy())
-            self.n += len(features)
-            self._fold_when_many()
+            rows = features.detach().cpu().double()                            # (B, D)
+            mean = rows.mean(0)                                                # (D,)
+            rows = rows - mean
+            self._scatter.addmm_(rows.T, rows)
+            self._join(len(rows), mean)
 
     def merge(self, other):
-        """Add all that `other` has seen: another process's share, or another file's."""
-        self._require_count()
-        other._require_count()
+        """Add all that `other` has seen: another process's share. ValueError for another D."""
         if other.dim != self.dim:
             raise ValueError(f"features of {other.dim} dimensions cannot join {self.dim}")
-        self._rows = self._rows + other._rows
-        self.n += other.n
-        if other._folded:
-            self._absorb(other._folded, other._mean, other._scatter)
-        self._fold_when_many()
+        if other.n:
+            self._scatter += other._scatter
+            self._join(other.n, other._mean)
 
-    @property
-    def factors(self):
-        """The centred features (n,D) while n <= D, else None; None for those from a file, too."""
-        rows = self._kept()
-        return None if rows is None else rows - rows.sum(0) / max(self.n, 1)
+    def _join(self, n, mean):
+        """Add what lies between two groups, each centred on its own mean (Chan et al. 1979).
+
+        No sum of squares is ever taken from the origin, where a large mean would eat the digits.
+        """
+        total = self.n + n
+        delta = mean - self._mean                                              # (D,)
+        self._scatter.addr_(delta, delta, alpha=self.n * n / total)
+        self._mean += delta * (n / total)
+        self.n = total
 
     @property
     def mu(self):
         """Mean (D,). Raises ValueError without any vector."""
         if self.n == 0:
             raise ValueError("no features yet: they have no mean")
-        rows = self._kept()
-        if rows is not None:
-            return rows.mean(0)
-        self._fold()
-        return self._mean
+        return self._mean.numpy().copy()
 
     @property
     def sigma(self):
         """Unbiased covariance (D,D). Raises ValueError for fewer than 2 vectors."""
-        if self.n is None:
-            return self._scatter
         if self.n < 2:
             raise ValueError(f"{self.n} feature vectors have no covariance: at least 2 are needed")
-        factors = self.factors
-        if factors is not None:
-            return factors.T @ factors / (self.n - 1)
-        self._fold()
-        return self._scatter / (self.n - 1)
+        return self._scatter.numpy() / (self.n - 1)
 
     def frechet(self, other):
-        """Squared Frechet distance to `other` as `frechet_distance` has it, a float >= 0.
-
-        The features themselves serve as factors while there are no more than D. Raises ValueError
-        for fewer than 2 vectors, different D, and values that are not finite.
-        """
-        return _distance(self.mu, self._factor(), other.mu, other._factor())
-
-    def save(self, path):
-        """Write mu, sigma and n as pytorch-fid's `.npz`, which has no n and overlooks it."""
-        arrays = {"mu": self.mu, "sigma": self.sigma}
-        if self.n is not None:
-            arrays["n"] = self.n
-        with open(path, "wb") as file:     # by name, numpy would add an ending
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path):
-        """Statistics from `save` or from pytorch-fid. Raises UserError for any other file.
-
-        pytorch-fid's have n = None: they can be compared, not updated or merged (ValueError).
-        """
-        try:
-            with np.load(path) as file:
-                mu, sigma = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
-                n = int(file["n"]) if "n" in file else None
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a file of feature statistics, an .npz with mu and sigma "
-                            f"({' '.join(str(error).split())})") from None
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-            raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape}, not (D,) and (D, D)")
-        statistics = cls(len(mu))
-        statistics.n, statistics._folded, statistics._mean = n, n, mu
-        statistics._scatter = sigma if n is None else sigma * (n - 1)
-        return statistics
-
-    def _factor(self):
-        """F (r,D) with F^T F = sigma."""
-        factors = self.factors
-        if factors is None or self.n < 2:
-            return _cholesky(self.sigma)
-        return factors / np.sqrt(self.n - 1)
-
-    def _kept(self):
-        """All vectors as they came, (n,D), while there are no more than D, else None."""
-        if self.n is None or self.n > self.dim or self._folded:
-            return None
-        return np.concatenate([np.empty((0, self.dim)), *self._rows])
-
-    def _require_count(self):
-        if self.n is None:
-            raise ValueError("these statistics come from a file that does not say how many images "
-                             "they are of: they can be compared, not updated or merged")
-
-    def _fold_when_many(self):
-        if self.n > self.dim and sum(map(len, self._rows)) >= BLOCK:
-            self._fold()
-
-    def _fold(self):
-        """Move the waiting rows into the matrix."""
-        if self._rows:
-            rows = np.concatenate(self._rows)                                  # (b, D)
-            self._rows = []
-            mean = rows.mean(0)
-            rows -= mean
-            self._absorb(len(rows), mean, rows.T @ rows)
-
-    def _absorb(self, n, mean, scatter):
-        """Join two groups, each centred on its own mean (Chan, Golub and LeVeque 1979).
-
-        No sum of squares is ever taken from the origin, where a large mean would eat the digits.
-        """
-        total = self._folded + n
-        delta = mean - self._mean
-        between = np.outer(delta, delta) * (self._folded * n / total)
-        self._scatter = self._scatter + scatter + between                      # (D, D)
-        self._mean = self._mean + delta * (n / total)                          # (D,)
-        self._folded = total
+        """`frechet_distance` to `other`. Raises ValueError for fewer than 2 vectors, too."""
+        return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
 
 
-# ---------------------------------------------------------------- inception score
+# -- the inception score ---------------------------------------------------------------------------
 
 
 def inception_score(logits, splits=10):
-    """`InceptionScore` of logits (N,classes) that are all there, in their order: (mean, std)."""
-    score = InceptionScore(len(logits), splits, logits.shape[1])
-    score.update(torch.arange(len(logits)), logits)
-    return score.result()
+    """Inception score of logits (N,classes): (mean, std) over `splits` runs of consecutive images.
 
+    With p the softmax of an image's logits, a split scores
 
-class InceptionScore:
-    """Inception score of n images, whose logits come in any batches and any order.
+        exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
-    Image i belongs to the split s with s n // splits <= i < (s + 1) n // splits, and with p the
-    softmax of its logits a split scores
-
-        exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p,
-
-    of which only sums are kept. Reported are the mean of all splits and their standard deviation,
-    divided by the number of splits. Source: Salimans et al., arXiv 1606.03498, and their program,
-    whose logits are without the bias, too. The field's tools differ: torch-fidelity does the same
-    after one shuffle (seed 2020) unless told otherwise; torchmetrics shuffles at random, rounds the
-    splits' size up and divides by their number less one. A split of m images scores at most m.
-
-    Raises ValueError where there are fewer images than splits.
+    Split s has the images s N // splits to (s + 1) N // splits; fewer images than splits are a
+    split each. The standard deviation is divided by the number of splits. A split of m images
+    scores at most m. Source: Salimans et al., arXiv 1606.03498, and their program, whose logits
+    lack the bias as well. The field's tools differ: torch-fidelity does the same after one shuffle
+    (seed 2020) unless told otherwise; torchmetrics shuffles at random, rounds the splits' size up
+    and divides by their number less one. Raises ValueError for no images, and for logits that are
+    not finite.
     """
-
-    def __init__(self, n, splits=10, classes=1008):
-        if not 1 <= splits <= n:
-            raise ValueError(f"{n} images, {splits} splits: each split needs an image")
-        self.n, self.splits = n, splits
-        self._seen = torch.zeros(n, dtype=torch.bool)
-        self._p = torch.zeros(splits, classes, dtype=torch.float64)            # sum of p
-        self._entropy = torch.zeros(splits, dtype=torch.float64)               # sum of H(p)
-
-    def update(self, indices, logits):
-        """Add images: indices (B,), their positions 0..n-1, each once; logits (B,classes)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
-        known = ((indices >= 0) & (indices < self.n)).all()
-        if not known or len(indices.unique()) < len(indices) or self._seen[indices].any():
-            raise ValueError(f"indices: expected each of 0..{self.n - 1} once")
-        p = logits.detach().cpu().double().softmax(1)                          # (B, classes)
-        split = self._split(indices)                                           # (B,)
-        self._p.index_add_(0, split, p)
-        self._entropy.index_add_(0, split, torch.special.entr(p).sum(1))
-        self._seen[indices] = True
-
-    def merge(self, other):
-        """Add what `other` has seen of the same n images: another process's share."""
-        if (other.n, other._p.shape) != (self.n, self._p.shape):
-            raise ValueError("scores of other images or splits cannot be merged")
-        if (self._seen & other._seen).any():
-            raise ValueError("an image is in both of the scores to be merged")
-        self._p += other._p
-        self._entropy += other._entropy
-        self._seen |= other._seen
-
-    def result(self):
-        """(mean, std) over splits. ValueError while images are missing or logits are not finite."""
-        missing = int((~self._seen).sum())
-        if missing:
-            raise ValueError(f"{missing} of {self.n} images are missing")
-        size = self._split(torch.arange(self.n)).bincount()                    # (splits,)
-        q = self._p / size[:, None]                                            # (splits, classes)
-        score = (torch.special.entr(q).sum(1) - self._entropy / size).exp()    # (splits,)
-        if not score.isfinite().all():
-            raise ValueError("logits hold values that are not finite: there is no score")
-        return score.mean().item(), score.std(correction=0).item()
-
-    def _split(self, indices):
-        # the largest s with s n // splits <= i, that is, with s n < (i + 1) splits
-        return ((indices + 1) * self.splits - 1) // self.n
+    p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
+    n, splits = len(p), min(splits, len(p))
+    if splits < 1:
+        raise ValueError(f"{n} images, {splits} splits: there is nothing to score")
+    parts = [p[s * n // splits:(s + 1) * n // splits] for s in range(splits)]
+    scores = torch.stack([(entropy(part.mean(0)).sum() - entropy(part).sum(1).mean()).exp()
+                          for part in parts])                                  # (splits,)
+    if not scores.isfinite().all():
+        raise ValueError("logits hold values that are not finite: there is no score")
+    return scores.mean().item(), scores.std(correction=0).item()

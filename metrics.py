@@ -19,7 +19,7 @@ import torch
 
 from clip_score import CLIPImageEncoder, clip_score
 from distributed import UserError, gather_objects, rank, wait_for
-from fid import FeatureStatistics, InceptionScore, InceptionV3
+from fid import FeatureStatistics, InceptionV3, inception_score
 from losses import LPIPS
 from masks import area_bucket
 
@@ -230,7 +230,7 @@ class Cell:
 
     def __init__(self):
         self.n, self.totals, self.counts = 0, {}, {}
-        self.statistics = FeatureStatistics(FEATURES)
+        self.statistics = None                       # of features, once there are some
 
     def add(self, values, features=None):
         """values: {measure: (b,)}; a NaN stands for no value. features: (b,2048) or None."""
@@ -239,6 +239,7 @@ class Cell:
             self.totals[name] = self.totals.get(name, 0.0) + valid.sum().item()
             self.counts[name] = self.counts.get(name, 0) + len(valid)
         if features is not None:
+            self.statistics = self.statistics or FeatureStatistics(features.shape[1])
             self.statistics.update(features)
 
     def merge(self, other):
@@ -246,7 +247,8 @@ class Cell:
         for name, total in other.totals.items():
             self.totals[name] = self.totals.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0) + other.counts[name]
-        if other.statistics.n:
+        if other.statistics is not None:
+            self.statistics = self.statistics or FeatureStatistics(other.statistics.dim)
             self.statistics.merge(other.statistics)
 
     def mean(self, name):
@@ -264,13 +266,14 @@ class Cell:
 
 
 class Tally:
-    """Everything measured so far: a Cell for each (decoder, bin), and sums over whole sets.
+    """Everything measured so far: a Cell for each (decoder, bin), and the logits of whole sets.
 
-    n: pictures in all, over all processes; the inception score's splits need it beforehand.
+    n: pictures in all, over all processes.
     """
 
     def __init__(self, n):
-        self.n, self.cells, self.scores, self.seconds = n, {}, {}, {}
+        self.n, self.cells, self.seconds = n, {}, {}
+        self.logits = {}                     # {key: [(positions, logits (B,classes)), ...]}
 
     def add(self, key, pictures, values, outputs=None, seconds=0.0):
         """One batch of one decoder. [AVQ Tab. 1]
@@ -286,17 +289,14 @@ class Tally:
             cell.add({name: of_each[rows] for name, of_each in values.items()},
                      None if outputs is None else outputs[0].cpu()[rows])
         if outputs is not None and key != REAL:
-            self._score(key).update(pictures.index, outputs[1])
+            self.logits.setdefault(key, []).append((pictures.index, outputs[1].cpu()))
         self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-
-    def _score(self, key):
-        return self.scores.setdefault(key, InceptionScore(self.n, min(10, self.n)))
 
     def merge(self, other):
         for place, cell in other.cells.items():
             self.cells.setdefault(place, Cell()).merge(cell)
-        for key, score in other.scores.items():
-            self._score(key).merge(score)
+        for key, parts in other.logits.items():
+            self.logits.setdefault(key, []).extend(parts)
         for key, seconds in other.seconds.items():
             self.seconds[key] = self.seconds.get(key, 0.0) + seconds
 
@@ -329,11 +329,13 @@ class Tally:
         cell, row = self.cell(key, bucket), dict.fromkeys(SETS)
         row |= {"bucket": bucket, "n": cell.n, "images_per_s": None}
         row |= {name: cell.mean(name) for name in MEASURES}
-        if cell.statistics.n:
+        if cell.statistics is not None:
             row["fid"] = cell.frechet(self.cell(REAL, bucket))
         if bucket == "all":
-            if key in self.scores:
-                row["is_mean"], row["is_std"] = self.scores[key].result()
+            if key in self.logits:
+                index, parts = zip(*self.logits[key])
+                order = torch.cat([torch.as_tensor(own) for own in index]).argsort()
+                row["is_mean"], row["is_std"] = inception_score(torch.cat(parts)[order])
             if self.seconds.get(key):
                 row["images_per_s"] = cell.n / self.seconds[key]
         return row
