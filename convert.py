@@ -43,7 +43,7 @@ from public_names import (
 from run_folder import write_text
 from unet import UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
-from weight_files import PIPELINE_FOLDERS, read_public, write_safetensors
+from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
 STAGES = ("decoder", *FIRST_STAGES)
@@ -173,8 +173,7 @@ def _is_public(path):
     """Whether others wrote `path`: a file that is not ours, a folder of diffusers."""
     if path.is_file():
         return not _is_ours(path)
-    configs = (path / name / "config.json" for name in ("", *PIPELINE_FOLDERS))
-    return any(file.is_file() and b'"_class_name"' in file.read_bytes() for file in configs)
+    return diffusers_folder(path) is not None
 
 
 def _is_ours(path):
@@ -217,8 +216,6 @@ def _reading_notes(public):
     if public.dropped:
         counts = ", ".join(f"{family} ({count})" for family, count in public.dropped.items())
         notes.append(f"keys that are no first stage's, left out: {counts}")
-    if public.stand_ins:
-        notes.append(f"not imported, and not needed: {', '.join(public.stand_ins)}")
     foreign = [name for name in ("shift_factor", "latents_mean", "latents_std")
                if (public.config or {}).get(name)]
     if foreign:
@@ -230,7 +227,7 @@ def _loaded(model, state, first_stage=None, notes=()):
     """first_stage: its Loaded, where there is one, whose hashes are known."""
     model.eval().requires_grad_(False)
     if first_stage is None:
-        weights = _first_stage(model).state_dict()
+        weights = model.first_stage.state_dict()
         parent, latents = run_folder.weights_hash(weights), run_folder.weights_hash(
             {name: value for name, value in weights.items()
              if name.startswith(("encoder.", "quant_conv.", "quantize."))})
@@ -238,10 +235,6 @@ def _loaded(model, state, first_stage=None, notes=()):
         parent, latents = first_stage.parent, first_stage.latents
     return Loaded(model, state["stage"], state["config"], state["step"],
                   bool(state["extra"].get("finished")), parent, latents, list(notes))
-
-
-def _first_stage(model):
-    return model.first_stage if isinstance(model, AsymVQGAN) else model
 
 
 def _vqgan_config(state):
@@ -445,7 +438,7 @@ def _may_be_replaced(folder):
 
 def describe(loaded):
     """What a Loaded is, in lines of text."""
-    model, first_stage = loaded.model, _first_stage(loaded.model)
+    model, first_stage = loaded.model, loaded.model.first_stage
     config = model.config
     kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
     levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""

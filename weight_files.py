@@ -1,16 +1,12 @@
-"""Read weights that others wrote: public checkpoints, .safetensors, the published files.
+"""Read weights that others wrote, without running anything from their files.
 
-    folder: diffusers' own, or a pipeline's vae/, movq/ or vqvae/ --+--> config.json
-                                                                    +--> one file of weights
-    .ckpt .pt .pth .bin --pickles.read_pickle--> contents --+
-    .safetensors ----------read_safetensors-----------------+--> {key: tensor}
-        --what is no first stage left out, prefix taken off--> Public.state, and what was left out
-    {name: tensor} --write_safetensors--> file --read_safetensors--> {name: tensor}, mapped
-    name --find_weights--> path, downloaded once, its hash checked --read_weights--> state dict
+    .ckpt .pt .pth .bin --read_pickle-----+
+    .safetensors --------read_safetensors-+--> {key: tensor} --read_public--> the first stage in it
+    a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> the same, config
+    a published name --find_weights--> path, downloaded once --read_weights--> state dict
 
-A whole Stable Diffusion checkpoint is mostly U-Net: its file is mapped, and only what is kept is
-read. Keys are not renamed here (public_names.py). A published file is asked for by its name, which
-stands with its address and hash in PUBLISHED_FILES.
+A whole Stable Diffusion checkpoint is mostly U-Net. Its file is mapped into memory, and only what
+is kept is read. Keys are renamed in public_names.py.
 """
 
 import hashlib
@@ -26,170 +22,72 @@ from pathlib import Path
 import torch
 
 from distributed import UserError, print0
-from pickles import check_download, read_pickle
 
-PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder. may stand behind
-PIPELINE_FOLDERS = ("vae", "movq", "vqvae")
-WEIGHTS = "diffusion_pytorch_model"                  # diffusers' name, then .bin or .safetensors
-
-LOOKS_LIKE = (                                       # the first that occurs in a key says it
-    ("lora", "a LoRA"),
-    ("diffusion_model", "a U-Net"),
-    ("down_blocks.", "a U-Net"),
-    ("model_ema.", "EMA weights without their model"),
-    ("text_model.", "a text encoder"),
-    ("transformer.", "a transformer"),
-    ("loss.", "a training loss"),
-)
+# -- pickles ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Public:
-    """The first stage in a public checkpoint, by the names it has there."""
+class StandIn:
+    """In place of an object whose class is not imported: takes anything, does nothing."""
 
-    path:      Path          # of the file of weights
-    state:     dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
-    config:    dict | None   # diffusers' config.json beside it
-    dropped:   dict          # {"model.diffusion_model.": 686, ...}: how many keys were left out
-    stand_ins: list          # dotted names of classes in the file that were not imported
-    notes:     list          # what else the user should know, one line each
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
 
 
-def read_public(path):
-    """The first stage at `path`: a Public.
+# What a file may name besides tensors and what torch's own reader knows: containers, packages whose
+# classes trainers leave in checkpoints, and single classes. No name is looked up in its package,
+# installed or not.
+CONTAINERS = {f"builtins.{kind.__name__}": kind for kind in (
+    bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)}
+CONTAINERS |= {"collections.defaultdict": lambda *args: {}, "collections.deque": lambda *args: []}
+PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "ldm.",
+            "taming.", "datetime.", "pathlib.", "numpy.dtypes.")
+CLASSES = {"argparse.Namespace", "typing.Any", "torch.torch_version.TorchVersion", "numpy.dtype",
+           "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+           "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"}
 
-    path: a file, or a folder of diffusers (an autoencoder's or a whole pipeline's).
-    Left out are the other parts of a larger model, and taming's loss, model_ema and colorize.
-    Raises UserError, one line: nothing there; no checkpoint, or one that would run code (as
-    pickles.read_pickle does); no first stage in it, or two; values that are no tensors.
+
+def read_pickle(path):
+    """What torch.save wrote into the file `path`: containers, and tensors on the CPU, mapped.
+
+    Nothing that the file names is imported or called, but for torch's own weights-only list. An
+    object of PACKAGES or CLASSES is a StandIn. Raises UserError, one line: any other name; a file
+    that is missing, damaged, a TorchScript archive, or from before PyTorch 1.6.
     """
-    file, config = _locate(Path(path))
-    weights, stand_ins = _read(file)
-    prefix = _prefix_of_first_stage(file, weights)
-    state, dropped = {}, Counter()
-    for key, value in weights.items():
-        name = key.removeprefix(prefix)
-        left_out = name.startswith(("loss.", "model_ema.")) or name == "colorize"
-        if left_out or not key.startswith(prefix):
-            dropped[_family(key)] += 1
-        else:
-            state[name] = value
-    _check_tensors(file, state)
-    own = {name: _own(value) for name, value in state.items()}
-    return Public(file, own, config, dict(dropped), stand_ins, _notes(file, state))
-
-
-def _own(tensor):
-    """A copy that needs the file no more."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _notes(file, state):
-    is_variant = file.stem.startswith(f"{WEIGHTS}.")
-    notes = [f"read a variant, {file.name}"] if is_variant else []
-    changed = {str(value.dtype).removeprefix("torch.") for value in state.values()
-               if value.is_floating_point() and value.dtype != torch.float32}
-    return notes + [f"{dtype} weights are read as float32" for dtype in sorted(changed)]
-
-
-def _family(key):
-    """The part of a larger model that a key belongs to; a U-Net's has two names."""
-    parts = key.split(".")
-    if len(parts) == 1:
-        return "single buffers"                      # betas and the like
-    return ".".join(parts[:2 if parts[0] == "model" else 1]) + "."
-
-
-def _prefix_of_first_stage(file, weights):
-    # At the start of a key only: decoder.encoder. is the condition branch, and text encoders have
-    # an encoder. inside.
-    found = [prefix for prefix in PREFIXES
-             if any(key.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for key in weights)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = " and ".join(f"{prefix}decoder." for prefix in found)
-        raise UserError(f"{file}: more than one first stage ({names}); "
-                        "give a checkpoint with one of them")
-    looks = [words for mark, words in LOOKS_LIKE if any(mark in key for key in weights)]
-    kind = f"; it looks like {looks[0]}" if looks else ""
-    names = ", ".join([*list(weights)[:3], "..."]) if weights else "there is none"
-    raise UserError(f"{file}: holds no first stage: no key starts with encoder. or decoder. "
-                    f"({names}){kind}")
-
-
-def _check_tensors(file, state):
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        names = ", ".join(f"{name} is of type {type(state[name]).__name__}" for name in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(f"{file}: not only tensors in its state dict: {names}{more}")
-
-
-# -- where the weights are -------------------------------------------------------------------------
-
-
-def _locate(path):
-    """(the file of weights, diffusers' config.json beside it or None)."""
-    if path.is_file():
-        return path, _config_in(path.parent)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    for folder in (path, *(path / name for name in PIPELINE_FOLDERS)):
-        config = _config_in(folder)
-        if config is not None:
-            return _weights_in(folder), config
-    raise UserError(f"{path}: no config.json of diffusers in it, nor in its "
-                    f"{', '.join(PIPELINE_FOLDERS)}; give a folder with one, or a checkpoint file")
-
-
-def _config_in(folder):
-    """The contents of `folder`'s config.json where diffusers wrote it, else None."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
+    path, known = Path(path), {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    return config if isinstance(config, dict) and "_class_name" in config else None
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise UserError(
+                    f"{path}: no checkpoint of PyTorch 1.6 or later; make one of an older file: "
+                    f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
+        for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+            if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
+                raise UserError(f"{path}: refused: it asks for {_one_line(name)}, which is code, "
+                                "not weights")
+            # Lightning's AttributeDict is filled as a dict is.
+            known[name] = dict if name.endswith(".AttributeDict") else CONTAINERS.get(name, StandIn)
+        with torch.serialization.safe_globals([(kind, name) for name, kind in known.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except Exception as error:               # a damaged pickle can raise anything at all
+        raise _damaged(path, error) from None
 
 
-def _weights_in(folder):
-    """The whole weights, safetensors first; or a variant such as .fp16, if it is the only one."""
-    for ending in ("safetensors", "bin"):
-        if (folder / f"{WEIGHTS}.{ending}").is_file():
-            return folder / f"{WEIGHTS}.{ending}"
-    for ending in ("safetensors", "bin"):
-        variants = sorted(folder.glob(f"{WEIGHTS}.*.{ending}"))
-        if len(variants) > 1:
-            names = ", ".join(variant.name for variant in variants)
-            raise UserError(f"{folder}: give one of its variants: {names}")
-        if variants:
-            return variants[0]
-    raise UserError(f"{folder}: no {WEIGHTS}.safetensors or .bin beside its config.json; "
-                    "download the weights, too")
+def _damaged(path, error):
+    reason = _one_line(f"{type(error).__name__}: {error}")
+    return UserError(f"{path}: truncated or no checkpoint ({reason})")
 
 
-def _read(file):
-    """({key: value}, stand-ins) of a file, without what a trainer wraps around a state dict."""
-    if file.suffix == ".safetensors":
-        return read_safetensors(file), []
-    contents, stand_ins = read_pickle(file)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(contents, dict) and isinstance(contents.get(wrapper), dict):
-            contents = contents[wrapper]
-            break
-    if not isinstance(contents, dict):
-        raise UserError(f"{file}: holds an object of type {type(contents).__name__}, "
-                        "not a state dict; save its state_dict() instead")
-    if not all(isinstance(key, str) and key.isprintable() for key in contents):
-        raise UserError(f"{file}: holds a dictionary whose keys are no names, not a state dict")
-    return contents, stand_ins
+def _one_line(text):
+    """Text that the file chose, for a terminal: short, no line breaks, no control characters."""
+    return text[:200].encode("unicode_escape").decode()
 
 
-# -- the .safetensors format -----------------------------------------------------------------------
+# -- the .safetensors format: length of the header, header, numbers --------------------------------
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -197,36 +95,26 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 
 
 def read_safetensors(path):
-    """{name: tensor} of the file `path` (a Path), on the CPU; only what is looked at is read.
-
-    Raises UserError for a file that is missing, truncated or no such file.
-    """
+    """{name: tensor} of the file `path`, on the CPU, mapped. Raises UserError."""
+    path = Path(path)
     try:
-        with path.open("rb") as file:
-            check_download(path, file)
-        # Mapped privately: whoever writes to a tensor does not write to the file.
+        # Mapped privately: what is written into a tensor does not reach the file.
         data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         entries = json.loads(data[8:start].numpy().tobytes())
         entries.pop("__metadata__", None)
-        return {name: _tensor(data[start:], **entry) for name, entry in entries.items()}
-    except UserError:
-        raise
-    except Exception as error:                   # a damaged header can ask for anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
-
-
-def _tensor(data, dtype, shape, data_offsets):
-    """One tensor out of the numbers of all of them, data (n,) uint8."""
-    first, last = data_offsets
-    numbers = data[first:last]
-    if first < 0 or len(numbers) < last - first:
-        raise ValueError(f"{last - first} bytes are asked for, {len(numbers)} are there")
-    width = torch.empty(0, dtype=TYPES[dtype]).element_size()
-    if numbers.data_ptr() % width:               # a view must begin where such a number may
-        numbers = numbers.clone()
-    return numbers.view(TYPES[dtype]).view(shape)
+        tensors = {}
+        for name, entry in entries.items():
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= len(data) - start:
+                raise ValueError(f"the numbers of {name} are not all there")
+            numbers, dtype = data[start + first:start + last], TYPES[entry["dtype"]]
+            if numbers.data_ptr() % dtype.itemsize:      # a view begins where such a number may
+                numbers = numbers.clone()
+            tensors[name] = numbers.view(dtype).view(entry["shape"])
+        return tensors
+    except Exception as error:               # a damaged header can ask for anything
+        raise _damaged(path, error) from None
 
 
 def write_safetensors(path, weights):
@@ -245,6 +133,101 @@ def write_safetensors(path, weights):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+# -- the first stage in a public checkpoint --------------------------------------------------------
+
+PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder. may stand behind
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"        # diffusers' name, then .safetensors or .bin
+
+
+@dataclass
+class Public:
+    """The first stage in a public checkpoint, by the names it has there."""
+
+    path:    Path          # of the file of weights
+    state:   dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
+    config:  dict | None   # diffusers' config.json beside it
+    dropped: dict          # {"model": 686, ...}: how many keys of other parts were left out
+    notes:   list          # what else the user should know, one line each
+
+
+def read_public(path):
+    """The first stage at `path`, a file or a folder of diffusers: a Public.
+
+    Left out are the other parts of a larger model, and taming's loss, model_ema and colorize.
+    Raises UserError: nothing there, a file that cannot be read, no first stage in it, or two.
+    """
+    path = Path(path)
+    if path.is_file():
+        file, config = path, _config_in(path.parent)
+    elif folder := diffusers_folder(path):
+        file, config = _weights_in(folder), _config_in(folder)
+    else:
+        raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
+    weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+            break
+    if not isinstance(weights, dict) or not all(
+            isinstance(key, str) and key.isprintable() for key in weights):
+        raise UserError(f"{file}: holds no state dict; save the model's state_dict()")
+    # At the start of a key only: decoder.encoder. is the condition branch, and text encoders have
+    # an encoder. inside.
+    found = [prefix for prefix in PREFIXES
+             if any(key.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for key in weights)]
+    if len(found) != 1:
+        names = ", ".join(f"{prefix}decoder." for prefix in found) or ", ".join(list(weights)[:3])
+        raise UserError(f"{file}: holds {'more than one' if found else 'no'} first stage, whose "
+                        f"keys start with encoder. or decoder. ({names or 'it is empty'})")
+    prefix, state, dropped, dtypes = found[0], {}, Counter(), set()
+    for key, value in weights.items():
+        name = key.removeprefix(prefix)
+        if (not key.startswith(prefix) or name == "colorize"
+                or name.startswith(("loss.", "model_ema."))):
+            dropped[key.split(".")[0] if "." in key else "single buffers"] += 1
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{file}: {name} in its state dict is no tensor")
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        if dtype != value.dtype:
+            dtypes.add(str(value.dtype).removeprefix("torch."))
+        # A copy, which needs the mapped file no more.
+        state[name] = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    variant = file.stem.startswith(f"{DIFFUSERS_WEIGHTS}.")
+    notes = [f"read a variant, {file.name}"] if variant else []
+    notes += [f"{dtype} weights are read as float32" for dtype in sorted(dtypes)]
+    return Public(file, state, config, dict(dropped), notes)
+
+
+def diffusers_folder(path):
+    """The folder of diffusers' autoencoder: `path`, or the one in a pipeline's folder; or None."""
+    folders = (path, *(path / name for name in ("vae", "movq", "vqvae")))
+    return next((folder for folder in folders if _config_in(folder)), None)
+
+
+def _config_in(folder):
+    """The contents of `folder`'s config.json where diffusers wrote it, else None."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not a JSON file ({error})") from None
+    return config if isinstance(config, dict) and "_class_name" in config else None
+
+
+def _weights_in(folder):
+    for ending in ("safetensors", "bin", "*.safetensors", "*.bin"):      # * of a variant: fp16
+        files = sorted(folder.glob(f"{DIFFUSERS_WEIGHTS}.{ending}"))
+        if len(files) > 1:
+            raise UserError(f"{folder}: give one of its variants: "
+                            f"{', '.join(file.name for file in files)}")
+        if files:
+            return files[0]
+    raise UserError(f"{folder}: no {DIFFUSERS_WEIGHTS}.safetensors or .bin beside its config.json; "
+                    "download the weights as well")
 
 
 # -- published files -------------------------------------------------------------------------------
@@ -272,42 +255,32 @@ PUBLISHED_FILES = {
     "ViT-L-14.pt": (f"{_CLIP}{_CLIP_L14}/", _CLIP_L14),
 }
 
-MAX_WAIT = 600           # seconds that the other processes of a machine wait for a download
-
 
 def find_weights(name, folder=None):
     """The path of the published file `name` (a row of PUBLISHED_FILES), downloaded if missing.
 
     folder: where it is or shall be; default torch hub's cache, which torchvision shares. On each
-    machine only local rank 0 downloads, and the others wait for the file, MAX_WAIT seconds at most.
-    A file with another hash is the user's choice: used, and said. Raises UserError that names file,
-    address and folder when there is no file and no way to get it.
+    machine only local rank 0 downloads, and the others wait for the file. A file with another hash
+    is the user's choice: used, and said. Raises UserError that names file, address and folder when
+    there is no file and no way to get it.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     address, sha256 = PUBLISHED_FILES[name]
     path = folder / name
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        _download(address + name, path, sha256)
-    deadline = time.monotonic() + MAX_WAIT
-    while not path.exists():  # a failing rank 0 mostly ends the others through the launcher
-        if time.monotonic() > deadline:
-            raise UserError(f"{name} did not come to {folder} within {MAX_WAIT // 60} minutes: "
-                            f"get {address}{name} and put it there")
+        print0(f"downloading {address}{name} to {folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Writes to a temporary name beside `path` and renames it once the hash is right.
+            torch.hub.download_url_to_file(address + name, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise UserError(f"{name} is not in {folder} and could not be downloaded "
+                            f"({_one_line(str(error))}): get {address}{name} and put it "
+                            "there") from None
+    while not path.exists():                 # where local rank 0 fails, torchrun ends the others
         time.sleep(0.5)
     _tell_if_changed(path, sha256)
     return path
-
-
-def _download(address, path, sha256):
-    print0(f"downloading {address} to {path.parent}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Writes to a temporary name beside `path` and renames it once the hash is right.
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path.name} is not in {path.parent} and could not be downloaded "
-                        f"({reason}): get {address} and put it there") from None
 
 
 @cache  # said once, however often the file is read
@@ -323,25 +296,23 @@ def read_weights(name, wanted, folder=None, ignore=None):
     """The state dict in the published file `name`, with float tensors in float32, on the CPU.
 
     wanted: a state dict with exactly the keys and shapes that the file must have; keys that start
-    with `ignore` are dropped first. Loading runs no code from the file. Raises UserError as
-    `find_weights`, and for a file that is damaged or holds other keys or shapes.
+    with `ignore` are dropped first. Raises UserError as `find_weights`, and for a file that is
+    damaged or holds other keys or shapes.
     """
     path = find_weights(name, folder)
+    mend = f"put {PUBLISHED_FILES[name][0]}{name} there"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {key: tuple(value.shape) for key, value in state.items()
                   if not (ignore and key.startswith(ignore))}
     except Exception as error:  # torch.load has no error of its own for a file that it cannot read
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise UserError(f"{path}: not a file of weights ({reason}); put a fresh copy of "
-                        f"{PUBLISHED_FILES[name][0]}{name} there") from None
+        raise UserError(f"{path}: not a file of weights ({reason}); {mend}") from None
     wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
     wrong += [f"no key {key}" for key in wanted if key not in shapes]
     wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" for key, value in wanted.items()
               if key in shapes and shapes[key] != tuple(value.shape)]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"{path}: {wrong[0]}{more}; expected the keys and shapes of "
-                        f"{PUBLISHED_FILES[name][0]}{name}")
+        raise UserError(f"{path}: {wrong[0]}; {mend}")
     return {key: state[key].float() if state[key].is_floating_point() else state[key]
             for key in wanted}

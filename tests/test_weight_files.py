@@ -1,7 +1,22 @@
-import json
-import struct
-from argparse import Namespace
+"""Every attack here is shown to work on Python's own reader before it fails on ours."""
 
+import argparse
+import builtins
+import collections
+import copyreg
+import datetime
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,11 +25,367 @@ from distributed import UserError
 from weight_files import (
     PUBLISHED_FILES,
     TYPES,
+    StandIn,
     find_weights,
+    read_pickle,
     read_public,
     read_safetensors,
     write_safetensors,
 )
+
+# -- attacks ---------------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickled, it is a call: function(*args)."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def evil(monkeypatch, tmp_path):
+    """Importable modules whose class writes the marker in whatever way a pickle may use it."""
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __new__(cls, *args, **kwargs):
+            if args or kwargs:
+                marker.touch()
+            return super().__new__(cls)
+
+        def touch(self, *args):
+            marker.touch()
+
+        __setstate__ = __setitem__ = append = extend = add = touch
+
+    for name in ("omegaconf_evil", "taming", "taming.modules"):
+        module = types.ModuleType(name)
+        module.Evil = Evil
+        monkeypatch.setitem(sys.modules, name, module)
+    return marker
+
+
+def text(string):
+    """The opcode that pushes a string in protocol 2."""
+    return b"X" + struct.pack("<I", len(string.encode())) + string.encode()
+
+
+def by_name(module, name):
+    return b"c" + f"{module}\n{name}\n".encode()
+
+
+def embedded(thing):
+    """The opcodes that push a thing."""
+    return pickle.dumps(thing, 2)[2:-1]
+
+
+def archived(contents, **records):
+    """The bytes of a zip file as torch.save makes it, of a pickle and other records."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in {"data.pkl": contents, "version": b"3\n", **records}.items():
+            archive.writestr(f"archive/{name}", data)
+    return file.getvalue()
+
+
+def attacks(marker, package="omegaconf_evil"):
+    """{what: (pickle, the name that it asks for)}"""
+    touch, opening = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
+    saved = io.BytesIO()
+    torch.save(Call(exec, opening), saved)
+    evil, arg = b"\x80\x02" + by_name(package, "Evil"), text(str(marker))
+    return {
+        "os.system": (pickle.dumps(Call(os.system, touch), 2), f"{os.system.__module__}.system"),
+        "exec": (pickle.dumps(Call(exec, opening), 2), "builtins.exec"),
+        "eval": (pickle.dumps(Call(eval, opening), 2), "builtins.eval"),
+        "import": (pickle.dumps(Call(builtins.__import__, "os"), 2), "builtins.__import__"),
+        "Popen": (pickle.dumps(Call(subprocess.Popen, ["touch", str(marker)]), 2),
+                  ".Popen"),                   # of `commands`, subprocess's name in protocol 2
+        "touch of a path": (b"\x80\x02" + by_name("builtins", "getattr") + embedded(marker)
+                            + text("touch") + b"\x86R)R.", "builtins.getattr"),
+        "partial": (b"\x80\x02" + by_name("functools", "partial") + by_name("posix", "system")
+                    + text(touch) + b"\x86R)R.", "functools.partial"),
+        "attrgetter": (b"\x80\x02" + by_name("operator", "attrgetter") + text("touch")
+                       + b"\x85R" + embedded(marker) + b"\x85R)R.", "operator.attrgetter"),
+        "a path through an allowed module": (
+            b"\x80\x04" + by_name("torch", "serialization.os.system") + text(touch) + b"\x85R.",
+            "torch.serialization.os.system"),
+        "a path through an allowed function": (
+            b"\x80\x04" + by_name("torch._utils", "_rebuild_tensor.__globals__") + b".",
+            "torch._utils._rebuild_tensor.__globals__"),
+        "a storage inside": (
+            pickle.dumps(Call(torch.storage._load_from_bytes, saved.getvalue()), 2),
+            "torch.storage._load_from_bytes"),
+        "NEWOBJ": (evil + arg + b"\x85\x81.", f"{package}.Evil"),
+        "REDUCE": (evil + arg + b"\x85R.", f"{package}.Evil"),
+        "BUILD": (evil + b")\x81}b.", f"{package}.Evil"),
+        "SETITEM": (evil + b")\x81" + arg + arg + b"s.", f"{package}.Evil"),
+        "SETITEMS": (evil + b")\x81(" + arg + arg + b"u.", f"{package}.Evil"),
+        "APPEND": (evil + b")\x81" + arg + b"a.", f"{package}.Evil"),
+        "APPENDS": (evil + b")\x81(" + arg + b"e.", f"{package}.Evil"),
+        "in the state of a stand-in": (
+            b"\x80\x02" + by_name("taming", "Evil") + b")\x81}" + text("a")
+            + by_name("posix", "system") + text(touch) + b"\x85Rsb.", "posix.system"),
+        "in the arguments of a stand-in": (
+            b"\x80\x02" + by_name("taming", "Evil") + by_name("posix", "system") + text(touch)
+            + b"\x85R\x85R.", "posix.system"),
+        # Opcodes that torch's reader does not know, so that no name is looked at.
+        "protocol 0": (f"cos\nsystem\n(S'{touch}'\ntR.".encode(), "Unsupported operand"),
+        "INST": (f"(S'{touch}'\nios\nsystem\n.".encode(), "Unsupported operand"),
+        "OBJ": (f"(cos\nsystem\nS'{touch}'\no.".encode(), "Unsupported operand"),
+        "protocol 4": (pickle.dumps(Call(os.system, touch), 4), "Unsupported operand"),
+        "NEWOBJ_EX": (evil + b")}" + text("a") + arg + b"s\x92.", "Unsupported operand"),
+        "ADDITEMS": (evil + b")\x81(" + arg + b"\x90.", "Unsupported operand"),
+    }
+
+
+ATTACKS = sorted(attacks(Path("marker")))
+HARMLESS = {"import", "a path through an allowed function"}    # by themselves: only a first step
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in HARMLESS])
+def test_the_attacks_are_real(attack, evil):
+    payload, _ = attacks(evil)[attack]
+    if attack == "a storage inside":
+        assert "weights_only=False" in Path(torch.storage.__file__).read_text(encoding="utf-8")
+    result = pickle.loads(payload)
+    if isinstance(result, subprocess.Popen):
+        result.wait()
+    assert evil.exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_refused_by_file_and_name_and_nothing_runs(tmp_path, attack, evil):
+    payload, name = attacks(evil)[attack]
+    path = tmp_path / "model.ckpt"
+    for data in (archived(payload), payload):                  # in a zip, and as a bare pickle
+        path.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            read_pickle(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).isprintable()
+        assert name in str(caught.value) or data == payload
+        assert not evil.exists()
+
+
+@pytest.mark.parametrize("opcode", ["NEWOBJ", "REDUCE", "BUILD", "SETITEM", "APPENDS"])
+def test_a_real_class_behind_a_stand_ins_name_is_never_touched(tmp_path, opcode, evil):
+    payload, _ = attacks(evil, package="taming.modules")[opcode]
+    (tmp_path / "a.ckpt").write_bytes(archived(payload))
+    try:
+        assert type(read_pickle(tmp_path / "a.ckpt")) is StandIn
+    except UserError:                                          # filled like a dict, which it is not
+        assert opcode in ("SETITEM", "APPENDS")
+    assert not evil.exists()
+
+
+def test_the_extension_registry_is_not_asked(tmp_path, evil):
+    copyreg.add_extension("posix", "system", 240)
+    try:
+        payload = b"\x80\x02\x82\xf0" + embedded((f"touch {evil}",)) + b"R."
+        pickle.loads(payload)                          # works, and warms the registry's cache
+        assert evil.exists()
+        evil.unlink()
+        (tmp_path / "model.ckpt").write_bytes(archived(payload))
+        with pytest.raises(UserError, match="Unsupported operand"):
+            read_pickle(tmp_path / "model.ckpt")
+    finally:
+        copyreg.remove_extension("posix", "system", 240)
+        copyreg._extension_cache.pop(240, None)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize(("module", "name"), [
+    ("torch.nn.modules.linear", "Linear"), ("torch", "load"), ("torch.hub", "load"),
+    ("numpy", "load"), ("nt", "system"), ("builtins", "type"), ("builtins", "object"),
+    ("builtins", "getattr"), ("typing", "get_type_hints"), ("numpy.core.multiarray", "fromfile"),
+    ("lightning_evil", "X"), ("\u043emegaconf", "X"), ("Omegaconf", "X"), ("pickle", "loads"),
+    ("copyreg", "_reconstructor"), ("argparse", "ArgumentParser"), ("os\x1b[2J", "system"),
+])
+def test_names_beside_the_list_are_refused(tmp_path, module, name):
+    (tmp_path / "a.pt").write_bytes(archived(b"\x80\x02" + by_name(module, name) + b"."))
+    with pytest.raises(UserError) as caught:
+        read_pickle(tmp_path / "a.pt")
+    named = f"{module}.{name}".encode("unicode_escape").decode()    # a Cyrillic o shows itself
+    assert f"asks for {named}, which is code" in str(caught.value)
+
+
+def test_a_numpy_array_with_a_made_up_dtype_is_a_stand_in(tmp_path):
+    """With numpy's own dtype, these eight bytes would be followed as a pointer."""
+    fields = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+    dtype = by_name("numpy", "dtype") + text("V8") + b"\x85R" + embedded(fields) + b"b"
+    array = (b"\x80\x02" + by_name("numpy.core.multiarray", "_reconstruct")
+             + by_name("numpy", "ndarray") + b"K\x00\x85" + text("b") + b"\x87R(K\x01K\x01\x85"
+             + dtype + b"\x89" + text("A" * 8) + b"tb.")
+    (tmp_path / "a.pt").write_bytes(archived(array))
+    assert type(read_pickle(tmp_path / "a.pt")) is StandIn
+
+
+# -- what trainers write ---------------------------------------------------------------------------
+
+
+def test_containers_and_numbers_come_back_and_the_rest_as_stand_ins(tmp_path):
+    base, frozen = torch.randn(6, 4), torch.nn.Parameter(torch.randn(2), requires_grad=False)
+    tensors = {"transposed": base.t(), "every other": base[::2, 1:], "half": base.half(),
+               "bfloat16": base.bfloat16(), "int64": torch.arange(4), "scalar": torch.tensor(3.5),
+               "empty": torch.empty(0, 3), "expanded": base[:1].expand(9, 4), "frozen": frozen,
+               "bool": torch.tensor([True, False])}
+    plain = {"epoch": 3, "step": 2**40, "bytes": b"\x00\xff", "kept": {1, 2}, "sizes": (1, 2.5),
+             "frozen": frozenset("ab"), "types": [int, dict, range(3), slice(1, 2), None],
+             "milestones": collections.Counter([3, 5]), "dtype": torch.float16,
+             "ordered": collections.OrderedDict(a=1), "shape": torch.Size([2, 3])}
+    foreign = {"args": argparse.Namespace(lr=0.1), "path": Path("a"), "loss": np.float32(0.5),
+               "when": datetime.datetime(2026, 1, 1), "array": np.arange(3),
+               "version": torch.__version__, "numpy": np.dtype("float32")}
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": tensors, "plain": plain, "foreign": foreign, "share": [base, base[2]],
+                "loops": collections.defaultdict(list, a=[1]),
+                "queue": collections.deque([1, 2], maxlen=5)}, path)
+    before, contents = path.read_bytes(), read_pickle(path)
+    for name, tensor in tensors.items():
+        read = contents["state_dict"][name]
+        assert (read.dtype, read.stride()) == (tensor.dtype, tensor.stride())
+        assert torch.equal(read, tensor)
+    assert contents["plain"] == plain
+    assert (contents["loops"], contents["queue"]) == ({"a": [1]}, [1, 2])
+    assert {type(value) for value in contents["foreign"].values()} == {StandIn}
+    whole, row = contents["share"]
+    whole.fill_(7)                                   # tensors still share, and the file is not hit
+    assert row.tolist() == [7] * 4
+    assert path.read_bytes() == before
+
+
+def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_dict(
+        tmp_path, monkeypatch):
+    names = {"pytorch_lightning.callbacks": "ModelCheckpoint", "omegaconf.dictconfig": "DictConfig",
+             "lightning_fabric.utilities.data": "AttributeDict"}
+    with monkeypatch.context() as patch:
+        kinds = {}
+        for module, name in names.items():
+            kind = type(name, (dict,) if name == "AttributeDict" else (), {"__module__": module})
+            for part in (module.split(".")[0], module):
+                patch.setitem(sys.modules, part, types.ModuleType(part))
+            setattr(sys.modules[module], name, kind)
+            kinds[name] = kind
+        config = kinds["DictConfig"]()
+        config.content = {"lr": 1e-4}
+        torch.save({"callbacks": {kinds["ModelCheckpoint"]: {"best": torch.tensor(0.5)}},
+                    "hyper_parameters": kinds["AttributeDict"](config=config, lr=0.1),
+                    "state_dict": {"a": torch.ones(2)}}, tmp_path / "a.ckpt")
+    contents = read_pickle(tmp_path / "a.ckpt")
+    assert contents["state_dict"]["a"].tolist() == [1, 1]
+    assert contents["callbacks"] == {StandIn: {"best": torch.tensor(0.5)}}
+    assert type(contents["hyper_parameters"]) is dict
+    assert contents["hyper_parameters"]["lr"] == 0.1
+    assert type(contents["hyper_parameters"]["config"]) is StandIn
+
+
+LIGHTNING = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch, pytorch_lightning as pl
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+class Net(pl.LightningModule):
+    def __init__(self, config, widths, lr):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    def training_step(self, batch, _):
+        return self.net(batch[0]).square().mean()
+    def validation_step(self, batch, _):
+        self.log("loss", self.net(batch[0]).mean())
+    def configure_optimizers(self):
+        adam = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+        return [adam], [torch.optim.lr_scheduler.MultiStepLR(adam, [1, 2])]
+
+folder = sys.argv[1]
+config = OmegaConf.create({"lr": 1e-3, "deep": {"a": [1, {"b": None}]}, "same": "${lr}"})
+net = Net(config, OmegaConf.create([1, 2, 3]), 1e-3)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8)), 4)
+callbacks = [ModelCheckpoint(folder, "best", monitor="loss", save_last=True), EarlyStopping("loss")]
+trainer = pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, logger=False,
+                     enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(net, data, data)
+trainer.save_checkpoint(f"{folder}/saved.ckpt")
+for name in ("best", "last", "saved"):
+    state = torch.load(f"{folder}/{name}.ckpt", weights_only=False)["state_dict"]
+    torch.save(dict(state), f"{folder}/{name}.pt")
+"""
+
+
+def test_a_checkpoint_that_lightning_wrote_is_read_without_lightning(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("omegaconf")
+    subprocess.run([sys.executable, "-c", LIGHTNING, str(tmp_path)], check=True, timeout=300)
+    read = ("import sys; from weight_files import read_pickle; import torch\n"
+            "for name in ('best', 'last', 'saved'):\n"
+            "    found = read_pickle(f'{sys.argv[1]}/{name}.ckpt')\n"
+            "    state = torch.load(f'{sys.argv[1]}/{name}.pt')\n"
+            "    assert found['state_dict'].keys() == state.keys()\n"
+            "    assert all(torch.equal(found['state_dict'][key], state[key]) for key in state)\n"
+            "    assert {'callbacks', 'optimizer_states', 'lr_schedulers'} <= found.keys()\n"
+            "    assert type(found['hyper_parameters']['config']).__name__ == 'StandIn'\n"
+            "assert not {'pytorch_lightning', 'omegaconf'} & sys.modules.keys()\n")
+    subprocess.run([sys.executable, "-c", read, str(tmp_path)], check=True, timeout=300,
+                   cwd=Path(weight_files.__file__).parent)
+
+
+# -- what is no checkpoint -------------------------------------------------------------------------
+
+
+def saved(contents, **how):
+    file = io.BytesIO()
+    torch.save(contents, file, **how)
+    return file.getvalue()
+
+
+def test_a_file_cut_anywhere_is_one_line(tmp_path):
+    whole, path = saved({"a": torch.randn(50)}), tmp_path / "a.pt"
+    for cut in [*range(2, len(whole), 31), len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"a\.pt: truncated or no checkpoint") as caught:
+            read_pickle(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "no checkpoint of PyTorch 1.6"), (b"<!DOCTYPE html><html>", "no checkpoint of"),
+    (saved({}, _use_new_zipfile_serialization=False), r"torch\.load\('a\.pt', weights_only=True"),
+    (b"\x89PNG\r\n\x1a\n", "no checkpoint of"), (pickle.dumps({"a": 1}), "no checkpoint of"),
+    (b"PK\x03\x04", "truncated or no"), (archived(b""), "truncated or no"),
+    (archived(b"\x80\x02\x1b]2;title\x07."), "truncated or no"),
+    (archived(pickle.dumps({}, 2), **{"constants.pkl": b""}), "torchscript"),
+])
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, data, reason):
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"a\.pt: .*{reason}") as caught:
+        read_pickle(tmp_path / "a.pt")
+    assert str(caught.value).isprintable()
+
+
+def test_a_tensor_never_reaches_beyond_its_storage(tmp_path):
+    data, path = torch.arange(5.0), tmp_path / "a.pt"
+    pid = b"(" + b"".join(map(embedded, ("storage", torch.FloatStorage, "0", "cpu", 5))) + b"tQ"
+    for offset, size, stride in ((0, (6,), (1,)), (0, (5,), (2,)), (1, (5,), (1,)),
+                                 (0, (2**62, 4), (1, 1)), (4, (2,), (-1,)), (0, (5,), (1,))):
+        contents = (b"\x80\x02" + by_name("torch._utils", "_rebuild_tensor_v2") + b"(" + pid
+                    + b"".join(map(embedded, (offset, size, stride, False, {}))) + b"tR.")
+        path.write_bytes(archived(contents, **{"data/0": data.numpy().tobytes()}))
+        if stride == (1,) and offset + size[0] == 5:
+            assert read_pickle(path).tolist() == data.tolist()
+            continue
+        with pytest.raises(UserError, match="truncated or no checkpoint"):
+            read_pickle(path)
+
+
+# -- the first stage in a public checkpoint --------------------------------------------------------
 
 
 def first_stage():
@@ -36,8 +407,7 @@ def stable_diffusion(weights, prefix="first_stage_model."):
             **{prefix + name: value for name, value in weights.items()}}
 
 
-DROPPED = {"model.diffusion_model.": 2, "model_ema.": 2, "single buffers": 2, "conditioner.": 1,
-           "cond_stage_model.": 1}
+DROPPED = {"model": 2, "model_ema": 2, "single buffers": 2, "conditioner": 1, "cond_stage_model": 1}
 
 
 def same(state, expected):
@@ -48,19 +418,6 @@ def same(state, expected):
         assert torch.equal(state[name], value.float())
 
 
-def write_by_hand(path, weights):
-    """By hand, so that writing needs no package: length of the header, header, bytes."""
-    header, data = {}, b""
-    for name, value in weights.items():
-        raw = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[value.dtype]
-        header[name] = {"dtype": kind, "shape": list(value.shape),
-                        "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-
-
 def write_config(folder, **fields):
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKL", "latent_channels": 4, **fields}
@@ -68,95 +425,62 @@ def write_config(folder, **fields):
     return config
 
 
-WRAPPERS = {
-    "flat": lambda weights: weights,
-    "state_dict": lambda weights: {"epoch": 3, "state_dict": weights, "optimizer_states": [{}]},
-    "model": lambda weights: {"model": weights, "step": 1},
-}
-
-
-@pytest.mark.parametrize("ending", ["ckpt", "pt", "pth", "bin"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_pickled_first_stage_comes_as_it_is_named(tmp_path, wrapper, ending):
-    weights, path = first_stage(), tmp_path / f"model.{ending}"
-    torch.save(WRAPPERS[wrapper](weights), path, _use_new_zipfile_serialization=ending != "pth")
+@pytest.mark.parametrize("wrap", [
+    lambda weights: weights, lambda weights: {"model": weights, "step": 1},
+    lambda weights: {"epoch": 3, "state_dict": weights, "optimizer_states": [{}]}])
+def test_a_pickled_first_stage_comes_as_it_is_named_and_needs_the_file_no_more(tmp_path, wrap):
+    weights, path = first_stage(), tmp_path / "model.ckpt"
+    torch.save(wrap(weights), path)
     found = read_public(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
     same(found.state, weights)
-    assert (found.path, found.config, found.dropped, found.stand_ins, found.notes) == (
-        path, None, {}, [], [])
+    assert (found.path, found.config, found.dropped, found.notes) == (path, None, {}, [])
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
-def test_of_a_whole_stable_diffusion_checkpoint_only_the_first_stage_is_kept(tmp_path, prefix):
-    weights, path = first_stage(), tmp_path / "sd.ckpt"
-    torch.save({"state_dict": stable_diffusion(weights, prefix)}, path)
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_of_a_whole_stable_diffusion_checkpoint_only_the_first_stage_is_kept(
+        tmp_path, prefix, ending):
+    weights, path = first_stage(), tmp_path / f"sd.{ending}"
+    whole = stable_diffusion(weights, prefix)
+    if ending == "safetensors":
+        write_safetensors(path, whole)
+    else:
+        torch.save({"state_dict": whole | {"model_ema.num_updates": 7}}, path)
     found = read_public(path)
     same(found.state, weights)
-    assert found.dropped == DROPPED
+    assert found.dropped == DROPPED | {"model_ema": 2 if ending == "safetensors" else 3}
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
 def test_what_only_training_needed_is_left_out_and_the_unexpected_is_not(tmp_path, prefix):
-    weights = first_stage() | {"quantize.used": torch.ones(2), "lossless.weight": torch.ones(2),
-                               "surprise": torch.ones(1)}
+    weights = first_stage() | {"quantize.used": torch.ones(2), "lossless.weight": torch.ones(2)}
     training = {"loss.logvar": torch.ones(1), "loss.discriminator.main.0.bias": torch.ones(3),
                 "model_ema.decay": torch.ones(1), "colorize": torch.ones(1)}
     torch.save({prefix + name: value for name, value in (training | weights).items()},
                tmp_path / "a.ckpt")
     found = read_public(tmp_path / "a.ckpt")
     same(found.state, weights)
-    assert found.dropped == ({"loss.": 2, "model_ema.": 1, "single buffers": 1} if not prefix
-                             else {"first_stage_model.": 4})
-
-
-def test_two_first_stages_in_one_file_are_refused(tmp_path):
-    weights = first_stage()
-    torch.save(stable_diffusion(weights) | weights, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt: more than one first stage \(first_stage_model\."
-                                        r"decoder\. and decoder\.\)"):
-        read_public(tmp_path / "a.ckpt")
-
-
-@pytest.mark.parametrize(("keys", "kind"), [
-    (["lora_unet_down_blocks_0.lora_up.weight"], "a LoRA"),
-    (["model.diffusion_model.out.0.bias", "betas"], "a U-Net"),
-    (["down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"], "a U-Net"),
-    (["model_ema.decay", "model_ema.encoderconv_inweight"], "EMA weights without their model"),
-    (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder"),
-    (["cond_stage_model.transformer.text_model.encoder.layers.0.weight"], "a text encoder"),
-    (["transformer.tok_emb.weight"], "a transformer"),
-    (["a.weight", "b.encoder.weight", "c.weight", "d.weight"], None),
-])
-def test_a_file_without_a_first_stage_says_what_it_looks_like(tmp_path, keys, kind):
-    torch.save({"state_dict": {key: torch.ones(1) for key in keys}}, tmp_path / "a.pt")
-    with pytest.raises(UserError) as caught:
-        read_public(tmp_path / "a.pt")
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'a.pt'}: holds no first stage: no key starts with "
-                              f"encoder. or decoder. ({', '.join(keys[:3])}, ...)")
-    assert message.endswith(f"; it looks like {kind}" if kind else "...)")
+    assert sum(found.dropped.values()) == 4
 
 
 @pytest.mark.parametrize(("contents", "reason"), [
-    ({}, "there is none"), ({"state_dict": {}}, "there is none"),
-    ([torch.ones(1)], "an object of type list, not a state dict"),
-    (torch.ones(1), "an object of type Tensor"),
-    ({3: torch.ones(1)}, "keys are no names"), ({"encoder.\x1b[2J": 1}, "keys are no names"),
-    ({"encoder.a": 3, "decoder.b": torch.ones(1), "decoder.c": "text"},
-     "not only tensors in its state dict: encoder.a is of type int, decoder.c is of type str"),
-    ({f"encoder.{n}": n for n in range(5)}, "encoder.2 is of type int and 2 more"),
+    (stable_diffusion(first_stage()) | first_stage(),
+     r"more than one first stage.*\(first_stage_model\.decoder\., decoder\.\)"),
+    ({"model.diffusion_model.out.0.bias": torch.ones(1), "betas": torch.ones(1)},
+     r"no first stage.*\(model\.diffusion_model\.out\.0\.bias, betas\)"),
+    ({}, "it is empty"), ({"state_dict": {}}, "it is empty"), ([torch.ones(1)], "no state dict"),
+    (torch.ones(1), "no state dict"), ({3: torch.ones(1)}, "no state dict"),
+    ({"encoder.\x1b[2J": 1}, "no state dict"),
+    ({"encoder.a": torch.ones(1), "decoder.c": "text"}, r"decoder\.c in its state dict is no"),
+    ({"state_dict": first_stage(), "callback": print}, r"refused: it asks for builtins\.print"),
 ])
-def test_what_is_no_state_dict_is_one_line(tmp_path, contents, reason):
+def test_what_holds_not_one_first_stage_is_one_line(tmp_path, contents, reason):
     torch.save(contents, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=reason) as caught:
+    with pytest.raises(UserError, match=rf"a\.pt: .*{reason}") as caught:
         read_public(tmp_path / "a.pt")
-    assert str(caught.value).startswith(str(tmp_path / "a.pt"))
     assert str(caught.value).isprintable()
-
-
-def test_a_value_that_is_none_of_the_first_stages_may_be_anything(tmp_path):
-    torch.save(stable_diffusion(first_stage()) | {"model_ema.num_updates": 7}, tmp_path / "a.pt")
-    assert read_public(tmp_path / "a.pt").dropped == DROPPED | {"model_ema.": 3}
 
 
 def test_half_precision_becomes_float32_and_is_told(tmp_path):
@@ -171,64 +495,41 @@ def test_half_precision_becomes_float32_and_is_told(tmp_path):
                            "float16 weights are read as float32"]
 
 
-def test_what_was_read_does_not_need_the_file_any_more(tmp_path):
-    weights, path = first_stage(), tmp_path / "a.pt"
-    torch.save(weights, path)
-    found = read_public(path)
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-    same(found.state, weights)
-
-
-def test_classes_of_the_trainer_are_listed(tmp_path):
-    torch.save({"state_dict": first_stage(), "hparams": Namespace(lr=1.0)}, tmp_path / "a.ckpt")
-    assert read_public(tmp_path / "a.ckpt").stand_ins == ["argparse.Namespace"]
-
-
-# -- folders and safetensors -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("where", ["", "vae", "movq", "vqvae"])
-def test_a_folder_of_diffusers_gives_weights_and_config(tmp_path, where):
+def test_a_folder_of_diffusers_gives_weights_and_config_safetensors_first(tmp_path, where):
     weights, folder = first_stage(), tmp_path / where
     config = write_config(folder)
     torch.save(weights, folder / "diffusion_pytorch_model.bin")
-    (tmp_path / "model_index.json").write_text("{}")
+    assert read_public(tmp_path).path == folder / "diffusion_pytorch_model.bin"
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", weights)
     found = read_public(tmp_path)
     same(found.state, weights)
-    assert found.config == config
-    assert found.path == folder / "diffusion_pytorch_model.bin"
-    assert found.notes == []
+    assert (found.config, found.notes) == (config, [])
 
 
 def test_a_file_has_the_config_beside_it_if_diffusers_wrote_that(tmp_path):
     torch.save(first_stage(), tmp_path / "model.bin")
     (tmp_path / "config.json").write_text('{"lr": 0.1}')
+    write_config(tmp_path / "vae")
     assert read_public(tmp_path / "model.bin").config is None
     config = write_config(tmp_path)
     assert read_public(tmp_path / "model.bin").config == config
-    assert read_public(tmp_path / "model.bin").notes == []
 
 
 def test_the_only_variant_in_a_folder_is_read_and_told(tmp_path):
-    weights = {name: value.half() for name, value in first_stage().items()}
     write_config(tmp_path)
-    torch.save(weights, tmp_path / "diffusion_pytorch_model.fp16.bin")
-    found = read_public(tmp_path)
-    same(found.state, weights)
-    assert found.notes == [
-        "read a variant, diffusion_pytorch_model.fp16.bin",
-        "float16 weights are read as float32"]
-    torch.save(weights, tmp_path / "diffusion_pytorch_model.non_ema.bin")
+    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.fp16.bin")
+    assert read_public(tmp_path).notes == ["read a variant, diffusion_pytorch_model.fp16.bin"]
+    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.non_ema.bin")
     with pytest.raises(UserError, match=r"give one of its variants: .*fp16\.bin, .*non_ema\.bin"):
         read_public(tmp_path)
-    torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.bin")
     assert read_public(tmp_path).path.name == "diffusion_pytorch_model.bin"
 
 
 @pytest.mark.parametrize(("files", "reason"), [
-    ({}, "no config.json of diffusers in it, nor in its vae, movq, vqvae"),
-    ({"config.json": '{"model_type": "clip"}'}, "no config.json of diffusers"),
+    ({}, "no folder of diffusers"), ({"config.json": '{"model_type": "clip"}'}, "no folder of"),
     ({"config.json": "{"}, r"config\.json: not a JSON file"),
     ({"config.json": '{"_class_name": "VQModel"}'}, "no diffusion_pytorch_model.safetensors or"),
 ])
@@ -240,55 +541,7 @@ def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, r
     assert str(tmp_path) in str(caught.value)
 
 
-def test_safetensors_come_like_pickles_and_before_them(tmp_path):
-    weights, config = first_stage(), write_config(tmp_path)
-    weights["quant_conv.weight"] = weights["quant_conv.weight"].bfloat16()
-    write_by_hand(tmp_path / "diffusion_pytorch_model.safetensors", weights)
-    torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    found = read_public(tmp_path)
-    same(found.state, weights)
-    assert found.config == config
-    write_by_hand(tmp_path / "sd.safetensors", stable_diffusion(weights))
-    found = read_public(tmp_path / "sd.safetensors")
-    same(found.state, weights)
-    assert found.dropped == DROPPED
-
-
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"", "it is empty"), (b"<html>", "it is a web page"), (b"\x10", "Error"),
-    (struct.pack("<Q", 2) + b"{", "JSONDecodeError"),
-    (b"version https://git-lfs.github.com/spec/v1", "it is a git-lfs pointer"),
-])
-def test_a_damaged_safetensors_file_is_one_line(tmp_path, data, reason):
-    (tmp_path / "a.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=rf"a\.safetensors: truncated or no checkpoint.*{reason}"):
-        read_public(tmp_path / "a.safetensors")
-
-
-# -- what pickles.py refuses -----------------------------------------------------------------------
-
-
-def test_missing_truncated_and_foreign_files_are_one_line_each(tmp_path):
-    torch.save(first_stage(), tmp_path / "a.ckpt")
-    whole = (tmp_path / "a.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[:-20])
-    (tmp_path / "page.ckpt").write_bytes(b"<!DOCTYPE html>")
-    (tmp_path / "empty.ckpt").write_bytes(b"")
-    for name, reason in {"gone.ckpt": "no such file or folder", "cut.ckpt": "truncated or no",
-                         "page.ckpt": "a web page", "empty.ckpt": "empty"}.items():
-        with pytest.raises(UserError, match=reason) as caught:
-            read_public(tmp_path / name)
-        assert str(caught.value).startswith(str(tmp_path / name))
-        assert "\n" not in str(caught.value)
-
-
-def test_code_beside_the_weights_is_refused_by_name(tmp_path):
-    torch.save({"state_dict": first_stage(), "callback": print}, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt: refused: it asks for __builtin__\.print, which"):
-        read_public(tmp_path / "a.ckpt")
-
-
-# -- the .safetensors format ----------------------------------------------------------------------
+# -- the .safetensors format -----------------------------------------------------------------------
 
 
 def raw(path, header, numbers=b""):
@@ -298,13 +551,16 @@ def raw(path, header, numbers=b""):
     return path
 
 
-def test_what_is_written_is_read_as_it_was(tmp_path):
+def test_what_is_written_is_read_as_it_was_and_stays_so(tmp_path):
     weights = {"a.weight": torch.randn(3, 4).half(), "empty": torch.zeros(0, 5),
                "scalar": torch.tensor(2.5), "view": torch.randn(4, 6).T[::2]}
     write_safetensors(tmp_path / "x.safetensors", weights)
-    found = read_safetensors(tmp_path / "x.safetensors")
+    before, found = (tmp_path / "x.safetensors").read_bytes(), read_safetensors(
+        tmp_path / "x.safetensors")
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], value.float()) for name, value in weights.items())
+    found["view"].zero_()
+    assert (tmp_path / "x.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -318,16 +574,8 @@ def test_every_type_is_read_also_where_its_numbers_lie_askew(tmp_path, name):
     assert torch.equal(found, value)
 
 
-def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"x": torch.ones(4)})
-    before = path.read_bytes()
-    read_safetensors(path)["x"].zero_()
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize("header", [
-    b"no json", {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9999]}},
+    b"no json", b"", {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9999]}},
     {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
     {"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
     {"x": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, {"x": 3}, [1, 2]])
@@ -339,13 +587,15 @@ def test_a_header_that_lies_is_one_line_that_names_the_file(tmp_path, header):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_cut_short_and_a_missing_one_are_named(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"x": torch.ones(400)})
-    path.write_bytes(path.read_bytes()[:-1])
-    for wrong in (path, tmp_path / "gone.safetensors"):
-        with pytest.raises(UserError, match=wrong.name):
-            read_safetensors(wrong)
+def test_a_file_cut_short_a_web_page_and_a_missing_one_are_named(tmp_path):
+    write_safetensors(tmp_path / "cut.safetensors", {"x": torch.ones(400)})
+    whole = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
+    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html><html></html>")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for name in ("cut", "page", "empty", "gone"):
+        with pytest.raises(UserError, match=rf"{name}\.safetensors: truncated or no checkpoint"):
+            read_safetensors(tmp_path / f"{name}.safetensors")
 
 
 def test_the_package_reads_and_writes_the_same(tmp_path):
@@ -431,14 +681,3 @@ def test_only_local_rank_0_downloads_and_the_others_wait(published, monkeypatch,
     monkeypatch.setattr(weight_files.time, "sleep",
                         lambda _: (folder / name).write_bytes(b"weights"))
     assert find_weights(name, folder).read_bytes() == b"weights"
-
-
-def test_who_waits_ten_minutes_in_vain_says_which_file_is_missing(published, monkeypatch):
-    name, folder, _ = published
-    now = [1000.0]
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(weight_files.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(weight_files.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
-    with pytest.raises(UserError, match=f"{name} did not come to {folder} within 10 minutes: get"):
-        find_weights(name, folder)
-    assert now[0] == pytest.approx(1600, abs=1)
