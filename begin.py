@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 import run_folder
-from codes import CodeItems, code_maps, histogram_nats
+from codes import CodeItems, code_maps
 from convert import denoiser, load_first_stage
 from data import TrainingItems, pixels, validation_batches, views
+from diffusion import histogram_nats
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
 from losses import LPIPS
 from quantize import nearest_code

@@ -2,7 +2,6 @@
 
     pictures --views, encode--> indices (n,h,w) --> RUN/codes/SPLIT-KEY.npy         code_maps
     position in the run -> epoch, permuted row -> a map (h,w)                        CodeItems
-    maps for training, maps held out -> nats by the frequencies alone                histogram_nats
 
 The first stage is frozen, so a picture's codes are the same at every look: encoding it again in
 each epoch would cost more than the prior's own step. Not here: what a step with these maps is
@@ -100,19 +99,3 @@ class CodeItems:
     def __getitem__(self, position):
         indices = self.codes[self.order[position]].astype(np.int64)                 # (h, w)
         return {"indices": torch.from_numpy(indices), "position": position, "bad": ()}
-
-
-def histogram_nats(codes, held_out, K):
-    """Nats a map that held_out (m,h,w) costs by the frequencies of codes (n,h,w) at each cell.
-
-    The mean over the held-out maps: what a model can reach that knows where a cell is, but not its
-    neighbours. Each count begins at one (Laplace), so that no code is impossible.
-    """
-    cells = codes[0].size
-    first = np.arange(cells) * K                                                    # (h·w)
-    counts = np.ones(cells * K, np.int64)
-    for start in range(0, len(codes), 4096):
-        part = codes[start:start + 4096].reshape(-1, cells)                         # (b, h·w)
-        counts += np.bincount((part + first).ravel(), minlength=cells * K)
-    nats = -np.log(counts / (len(codes) + K))                                       # (h·w·K)
-    return nats[held_out.reshape(-1, cells).astype(np.int64) + first].sum(1).mean().item()

@@ -304,12 +304,17 @@ class Prior:
 def denoiser(settings, K):
     """The network and the process that a run's settings["prior"] name, for K codes.
 
-    -> (UNet with random weights, MultinomialDiffusion).
+    -> (UNet with random weights, MultinomialDiffusion). Raises UserError for a process that is not
+    the papers'.
     """
+    for name, ours in (("schedule", "cosine"), ("form", "theta")):
+        if settings.get(name, ours) != ours:
+            raise UserError(f"this prior was trained with {name} {settings[name]!r}, which is no "
+                            f"longer here; train one with {ours!r}, as train.py does")
     net = {name: tuple(value) if isinstance(value, list) else value
            for name, value in settings["net"].items()}
-    T, others = settings["T"], [settings[name] for name in ("schedule", "form", "residual")]
-    return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, *others)
+    T = settings["T"]
+    return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
 
 
 def load_prior(path, device="cpu"):

@@ -1,41 +1,49 @@
-"""VQ-DDM's prior over code maps: multinomial diffusion. DDM Sec. 3.1 (Eq. 22-24) and 4.4.
+"""VQ-DDM's prior over code maps, discrete diffusion. DDM Sec. 3.1 (Eq. 7, 15-24) and 4.4.
 
-uniform_noise.py noises a map; here a network runs that backwards. It sees the whole noisy map and
-gives, for each cell, logits of a distribution over codes; everything else is closed form.
+    training     z_0 --q_sample--> z_t --model--> logits --log_x0_hat--> x0_hat --kl--> L_{t-1}
+    sampling     z_T uniform --model--> x0_hat --draw from theta--> z_s --> ... --> z_0
+    completion   the same, the known cells replaced by noised given codes after each step
 
-    training     z_0 --q_sample--> z_t --model--> logits --log_x0hat, log_x--> x --bound_term--> L_t
-    sampling     z_T uniform --model--> x --draw from theta--> z_s --> ... --> z_0
-    inpainting   the same, the known cells replaced by noised given codes after each step
+One step of noise keeps a code with probability alpha_t, else replaces it by one of all K, drawn
+uniformly. Many steps do the same with another probability. So from any time to any later one, and
+back, a cell needs two numbers and no K x K matrix: a, that it was never replaced, and b = (1-a)/K,
+what each code gets otherwise; a + K b = 1. For times 0 <= s < t <= T (the paper's step is s = t-1):
 
-What x means (tests/test_diffusion.py shows each on enumerable data):
+    a_0s = alpha_bar_s                  b_0s = (1 - a_0s) / K        from 0 to s; 1 and 0 for s = 0
+    a_st = alpha_bar_t / alpha_bar_s    b_st = (1 - a_st) / K        from s to t
+    a_0t = a_0s a_st                    b_0t = a_st b_0s + b_st      from 0 to t
 
-- theta multiplies "noise on z_t" with x, so x must not contain what the cell's own z_t says: the
-  best x is p(z_0^i | all other cells), and with it theta is the true reverse for *every* s < t,
-  which is why steps may be skipped. That is form="theta".
-- The D3PM mixture, sum_k x̂0_k q(z_s|z_t,z_0=k), wants the full p(z_0^i | all cells).
-- They differ by Bayes' rule for that one observation, which is one logit: lambda_t on z_t's code.
-  So form="mixture" subtracts it and goes on as theta; its sum over k is never formed.
+Of one cell i = z_t and j = z_0 below. tests/textbook/dense_diffusion.py has the same laws with
+K x K matrices. theta multiplies "noise on z_t" with x0_hat, so x0_hat must not contain what the
+cell's own z_t says: the best one is p(z_0^i | all other cells). With it theta is the true reverse
+for *every* s < t, which is why steps may be skipped.
 
-`model` is any callable: indices (B,h,w) int64, t (B,) int64 on the same device -> logits (B,K,h,w).
-A generator is one CPU torch.Generator, a list with one for each image, or None; either way an image
-does not depend on the batch it is drawn in. Not here: the network; which t to train on
-(timesteps.py).
+`model` is any callable: codes (B,h,w) int64, t (B,) int64 on the same device -> logits (B,K,h,w).
+Times are int64 (B,) on the CPU, where the float64 tables are; all else may be on any device.
+`generator` is one CPU torch.Generator, a list with one for each image, or None; an image does not
+depend on the batch it is drawn in.
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distributed import gather_objects
 from seeding import per_image, uniforms
-from uniform_noise import UniformNoise, draw_codes
 
-FORMS = ("theta", "mixture")
-RESIDUALS = ("none", "onehot", "likelihood")
-LAST_STEPS = ("theta", "x0hat")
+RESIDUALS = ("none", "onehot")
 SAMPLERS = ("strided", "route")
 ROUTE_NOISE = 0.5         # Gumbel noise on the route sampler's confidence: 0 repeats itself most
+HISTORY = 10              # latest losses of each t, as in Improved DDPM
+UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
+STRATA = 4                # times t at which a held-out map's bound is looked at, and t = 1
+
+# log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
+softplus = partial(F.softplus, threshold=40.0)
 
 
 def known_cells(mask, f, margin=0):
@@ -57,38 +65,123 @@ def bits_per_dim(nats, cells):
     return nats / (cells * math.log(2))
 
 
-def _add_at(logits, z_t, values):
-    """logits (B,K,h,w), with values (B,) added at each cell's own code."""
-    values = values.to(logits.dtype).to(logits.device)[:, None, None, None]         # (B, 1, 1, 1)
-    return logits.scatter_add(1, z_t[:, None], values.expand(-1, 1, *z_t.shape[1:]))
+def draw_codes(log_x, u):
+    """Codes of distribution x, one for each cell, by the inverse of its cumulative sums.
+
+    log_x (B,K,h,w), u (B,h,w) in [0,1) -> (B,h,w). The first code whose cumulative sum reaches
+    1 - u, in (0,1], has a probability above zero. A Gumbel draw would need K numbers a cell.
+    """
+    cumulative = log_x.exp().cumsum(1)                                              # (B, K, h, w)
+    level = (1 - u)[:, None].to(cumulative.dtype).to(cumulative.device)             # (B, 1, h, w)
+    return (cumulative < level * cumulative[:, -1:]).sum(1)                         # (B, h, w)
 
 
-class MultinomialDiffusion(UniformNoise):
-    """The process of uniform_noise.py with its learnt inversion. [DDM Sec. 3.1]
+def cosine_schedule(T):
+    """log alpha_bar_t for t = 0..T: (T+1,) float64. [DDM Eq. 19]  deviation D33
 
-    K: codes; T: steps; schedule: "cosine" or "cosine_sqrt".
-    form: what the network's x̂0 is: "theta" (Eq. 22), p(z_0^i | other cells), or "mixture" (D3PM),
-        p(z_0^i | all cells).  deviation D32
-    residual: what is added to the network's logits at z_t's code: "none"; "onehot", 1 (Eq. 23);
-        "likelihood", lambda_t, which is Bayes-exact for the mixture: together they are the default.
-    last_step: "theta" for one formula at all t, or "x0hat" for Eq. 22's first line,
-        p(z_0|z_1) = Cat(x̂0). With "mixture" the two agree. With form "theta" the latter makes x̂0
-        mean one thing at t = 1 and another at t > 1, and the bound is loose even for the best x̂0.
-        deviation D30
-    aux_weight: of D3PM's auxiliary cross-entropy in `loss`, 0.001 to 0.01 in the literature.
+    alpha_bar_t = f(t) / f(0), f(t) = cos²((t/T + s)/(1 + s) · pi/2), s = 0.008. As f(T) = 0, the
+    steps alpha_t = f(t) / f(t-1) are clipped to at least 0.001, which touches the last one only.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2                       # (T+1)
+    log_alpha_t = (f[1:] / f[:-1]).clamp(min=0.001).log()                           # (T)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha_t.cumsum(0)])  # (T+1)
+
+
+class MultinomialDiffusion:
+    """The noise q, its inversion by Bayes' rule and the learnt one. [DDM Sec. 3.1] [DDM Eq. 15]
+
+    Q_t = alpha_t I + (1 - alpha_t)/K 11^T, symmetric; a product of such matrices is another one.
+
+    K: codes; T: steps. residual: what is added to the network's logits at z_t's code, "none" or
+    "onehot", 1 (Eq. 23).  deviation D31  deviation D32
+    alpha_bar_t, log_alpha_bar_t: (T+1,) float64, indexed by t.
     """
 
-    def __init__(self, K, T, schedule="cosine", form="theta", residual="none", last_step="theta",
-                 aux_weight=0.0):
-        super().__init__(K, T, schedule)
-        for name, value, choices in [("form", form, FORMS), ("residual", residual, RESIDUALS),
-                                     ("last_step", last_step, LAST_STEPS)]:
-            if value not in choices:
-                raise ValueError(f"{name} {value!r}: choose from {', '.join(choices)}")
-        self.form, self.residual, self.last_step = form, residual, last_step
-        self.aux_weight = aux_weight
+    def __init__(self, K, T, residual="none"):
+        if K < 2 or T < 1:
+            raise ValueError(f"K = {K}, T = {T}: give at least 2 codes and 1 step")
+        if residual not in RESIDUALS:
+            raise ValueError(f"residual {residual!r}: choose from {', '.join(RESIDUALS)}")
+        self.K, self.T, self.residual = K, T, residual
+        self.log_alpha_bar_t = cosine_schedule(T)
+        self.alpha_bar_t = self.log_alpha_bar_t.exp()
 
-    # ------------------------------------------------ the reverse process
+    def coefficients(self, t, s, like):
+        """a_0s, b_0s, a_st, b_st, a_0t, b_0t for times s < t, (B,): (6,B,1,1,1), as `like` is."""
+        log_a_0s, log_a_0t = self.log_alpha_bar_t[s], self.log_alpha_bar_t[t]
+        # 1 - a is -expm1(log a): a difference would lose the first steps' digits.
+        table = torch.stack([number for log_a in (log_a_0s, log_a_0t - log_a_0s, log_a_0t)
+                             for number in (log_a.exp(), -torch.expm1(log_a) / self.K)])  # (6, B)
+        return table.to(like.dtype).to(like.device)[..., None, None, None]
+
+    def random_codes(self, u):
+        """Uniform codes from u in [0,1), of the same shape."""
+        return (u * self.K).long()
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def q_sample(self, z_0, t, generator=None):
+        """z_t ~ q(z_t|z_0): codes (B,h,w), times (B,) -> (B,h,w). [DDM Eq. 17] [DDM Eq. 18]"""
+        u = uniforms(per_image(generator, len(z_0)), 2, *z_0.shape[1:])             # (2, B, h, w)
+        return self.forward(z_0, torch.zeros_like(t), t, u)
+
+    def forward(self, z_s, s, t, u):
+        """z_t ~ q(z_t|z_s) from uniforms u (2,B,h,w) float64. [DDM Eq. 16]
+
+        Cat(a z_s + b) in words: keep the code with probability a, else draw one of all K, among
+        them the same again. What is rare is asked near u = 0, where numbers are finest.
+        """
+        lost = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
+        lost = (u[0] < lost[:, None, None]).to(z_s.device)                          # (B, h, w)
+        return torch.where(lost, self.random_codes(u[1]).to(z_s.device), z_s)
+
+    # -- backward, one step ------------------------------------------------------------------------
+
+    def log_posterior(self, z_t, z_0, t, s):
+        """log q(z_s|z_t,z_0): (B,K,h,w) float64 on the CPU. [DDM Eq. 20]
+
+        Bayes: q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0). As a function of z_s the first factor is the
+        column z_t of the matrix from s to t. That is symmetric, so it is the row z_t, which looks
+        like noise put on z_t: a_st 1[k=i] + b_st. All in all log_theta with a one-hot for x0_hat.
+        """
+        code = torch.arange(self.K).view(-1, 1, 1)                                  # (K, 1, 1)
+        one_hot = (code == z_0.cpu()[:, None]).double()                             # (B, K, h, w)
+        return self.log_theta(one_hot.log(), z_t.cpu(), t, s)
+
+    def log_theta(self, log_x, z_t, t, s):
+        """log N[theta(z_t,x)] over z_s, x in the place of z_0: (B,K,h,w). [DDM Eq. 21]
+
+        theta_k = (a_st 1[k=i] + b_st)(a_0s x_k + b_0s), and its sum over k needs no sum: the second
+        factor alone sums to a_0s + K b_0s = 1, so
+            S = a_st (a_0s x_i + b_0s) + b_st = a_0t x_i + b_0t.
+        """
+        a_0s, b_0s, a_st, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
+        i = z_t[:, None]                                                            # (B, 1, h, w)
+        code = torch.arange(self.K, device=z_t.device).view(-1, 1, 1)               # (K, 1, 1)
+        first = torch.where(code == i, (a_st + b_st).log(), b_st.log())       # (B, K, h, w)
+        second = torch.logaddexp(log_x + a_0s.log(), b_0s.log())                # (B, K, h, w)
+        log_x_i = log_x.gather(1, i)                                                # (B, 1, h, w)
+        log_S = torch.logaddexp(log_x_i + a_0t.log(), b_0t.log())               # (B, 1, h, w)
+        return first + second - log_S
+
+    def draw(self, log_x, z_t, t, s, u):
+        """z_s ~ N[theta(z_t,x)] from uniforms u (3,B,h,w) float64: (B,h,w). [DDM Eq. 22]
+
+        deviation D30: one formula for all t, also for the last step to s = 0.
+
+            theta_k = 1[k=i] a_st (a_0s x_i + b_0s) + b_st (a_0s x_k + b_0s)
+        and the second part sums to b_st. So with probability b_st / S the cell leaves z_t, for a
+        draw from x with probability a_0s, else for one of all K codes. Cumulative sums over theta
+        itself would lose b_st, which is 1e-8 near t = 1, in float32.
+        """
+        _, b_0s, _, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
+        S = a_0t * log_x.gather(1, z_t[:, None]).exp() + b_0t                   # (B, 1, h, w)
+        leave, noise = u[:2, :, None].to(log_x.dtype).to(log_x.device)              # (B, 1, h, w)
+        elsewhere = torch.where((noise < self.K * b_0s)[:, 0],
+                                self.random_codes(u[2]).to(z_t.device),
+                                draw_codes(log_x, u[2]))                            # (B, h, w)
+        return torch.where((leave < b_st / S)[:, 0], elsewhere, z_t)
 
     def logits(self, model, z_t, t):
         """The network's answer to maps z_t at times t (B,), in float32 at least: (B,K,h,w)."""
@@ -99,68 +192,67 @@ class MultinomialDiffusion(UniformNoise):
                              f"{self.K}: {(B, self.K, h, w)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def log_x0hat(self, logits, z_t, t, temperature=1.0):
-        """log x̂0, the network's distribution over z_0: (B,K,h,w). [DDM Eq. 23]  deviation D31
-
-        temperature: below 1 sharper, as in sampling from any logits.
-        """
+    def log_x0_hat(self, logits, z_t, temperature=1.0):
+        """log x0_hat, the network's distribution over z_0: (B,K,h,w). [DDM Eq. 23]"""
         if self.residual == "onehot":
-            logits = _add_at(logits, z_t, torch.ones(len(t)))
-        elif self.residual == "likelihood":
-            logits = _add_at(logits, z_t, self.lambda_t[t])
+            logits = logits.scatter_add(1, z_t[:, None], torch.ones_like(logits[:, :1]))
         return F.log_softmax(logits / temperature, dim=1)
 
-    def log_x(self, log_x0hat, z_t, t):
-        """log of what theta takes for z_0, a distribution that ignores the cell's z_t: (B,K,h,w).
+    # -- the bound ---------------------------------------------------------------------------------
 
-        In the mixture sum_k x̂0_k q(z_s|z_t,z_0=k), each q has the denominator a_0t 1[k=i] + b_0t,
-        so it is theta with x̂0_k divided by that: only x̂0_i loses lambda_t = log(1 + a_0t/b_0t).
+    def kl(self, log_x, z_t, z_0, t, s):
+        """KL(q(z_s|z_t,z_0) || N[theta(z_t,x)]) in nats: (B,h,w). [DDM Eq. 24]
+
+        q and p share theta's first factor. With r_k = log(a_0s x_k / b_0s + 1), a softplus,
+            q_k / p_k = (a_0s/b_0s 1[k=j] + 1) / exp(r_k) · S(x)/S(z_0),
+            KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x)/S(z_0).
+        q has one value at all k but i and j, so the sum is one over r_k and two corrections:
+            sum_k q_k r_k = q_k sum_k r_k + (q_i - q_k) r_i + 1[i!=j] (q_j - q_k) r_j.
+        For s = 0 all of q is at j. The KL is -log p_j there, the limit of the same formula, with
+        -log x_j for the first two terms. At t = 1 it is the bound's L_0.
         """
-        if self.form == "theta":
-            return log_x0hat
-        return F.log_softmax(_add_at(log_x0hat, z_t, -self.lambda_t[t]), dim=1)
+        a_0s, b_0s, a_st, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
+        i, j = z_t[:, None], z_0[:, None]                                           # (B, 1, h, w)
+        same, last = i == j, b_0s == 0
+        log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
 
-    def log_p(self, logits, z_t, t, s):
-        """log p(z_s|Z_t) of each cell for times s < t, (B,) each: (B,K,h,w). [DDM Eq. 22]
+        S = torch.where(same, a_0t + b_0t, b_0t)                              # (B, 1, h, w)
+        q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
+        q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
+        q_k = b_st * b_0s / S
 
-        s = 0 gives p(z_0|Z_t), the picture to show on the way.
+        odds = a_0s / torch.where(last, 1, b_0s)     # finite for s = 0, or gradients were NaN
+        r = softplus(log_x + odds.log()).sum(1, keepdim=True)                       # (B, 1, h, w)
+        r_i, r_j = softplus(log_x_i + odds.log()), softplus(log_x_j + odds.log())
+        expected = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
+        divergence = torch.where(last, -log_x_j, q_j * odds.log1p() - expected)     # (B, 1, h, w)
+
+        odds = a_0t / b_0t                           # S(x) = b_0t (odds x_i + 1)
+        log_S_ratio = softplus(log_x_i + odds.log()) - torch.where(same, odds.log1p(), 0)
+        return (divergence + log_S_ratio)[:, 0]
+
+    def prior_kl(self):
+        """L_T = KL(q(z_T|z_0) || uniform) of one cell in nats; without parameters, and tiny.
+
+        With a = alpha_bar_T, one code has probability a + b, the K - 1 others b, and Kb = 1 - a:
+            (a + b) log(1 + (K-1) a) + (K-1) b log(1 - a).
         """
-        log_x0hat = self.log_x0hat(logits, z_t, t)
-        log_p = self.log_theta(self.log_x(log_x0hat, z_t, t), z_t, t, s)
-        if self.last_step == "x0hat":
-            at_end = (s == 0).to(z_t.device)[:, None, None, None]                   # (B, 1, 1, 1)
-            log_p = torch.where(at_end, log_x0hat, log_p)
-        return log_p
-
-    # ------------------------------------------------ the bound
-
-    def bound_term(self, log_x0hat, z_t, z_0, t):
-        """L_{t-1} of the bound in nats a cell: L_0 where t = 1, else Eq. 24's KL: (B,h,w)."""
-        term = self.kl(self.log_x(log_x0hat, z_t, t), z_t, z_0, t, t - 1)
-        if self.last_step == "x0hat":
-            nll = -log_x0hat.gather(1, z_0[:, None])[:, 0]                          # (B, h, w)
-            term = torch.where((t == 1).to(z_t.device)[:, None, None], nll, term)
-        return term
+        K, a = self.K, self.alpha_bar_t[-1].item()
+        b = (1 - a) / K
+        return (a + b) * math.log1p((K - 1) * a) + (K - 1) * b * math.log1p(-a)
 
     def loss(self, model, z_0, t, p, generator=None):
-        """One draw of the bound to descend on: (loss, terms).
+        """One draw of the bound to descend on: (loss, terms). [DDM Eq. 7]
 
         z_0: codes (B,h,w); t, p: (B,), one time for each image and its probability, as
         `Timesteps.draw` gives them. loss: the mean over images of L_{t-1}/p_t + L_T in nats a cell,
         whose expectation is the bound; ln K for a network that knows nothing. terms: L_{t-1} in
         nats a map, (B,) without graph, for `Timesteps.observe`.
-
-        The auxiliary term adds aux_weight times -log p(z_0|Z_t) to L_{t-1}: the cross-entropy of
-        N[theta_{0|t}], not of x̂0, which is to stay blind to z_t.
         """
         z_t = self.q_sample(z_0, t, generator)
-        log_x0hat = self.log_x0hat(self.logits(model, z_t, t), z_t, t)
-        terms = self.bound_term(log_x0hat, z_t, z_0, t).sum((1, 2))                 # (B)
-        total = terms
-        if self.aux_weight:
-            nll = self.nll(self.log_x(log_x0hat, z_t, t), z_t, z_0, t).sum((1, 2))  # (B)
-            total = terms + self.aux_weight * nll
-        weighted = total / p.to(total.dtype).to(total.device)
+        log_x0_hat = self.log_x0_hat(self.logits(model, z_t, t), z_t)
+        terms = self.kl(log_x0_hat, z_t, z_0, t, t - 1).sum((1, 2))                 # (B)
+        weighted = terms / p.to(terms.dtype).to(terms.device)
         return weighted.mean() / z_0[0].numel() + self.prior_kl(), terms.detach()
 
     @torch.no_grad()
@@ -168,29 +260,29 @@ class MultinomialDiffusion(UniformNoise):
         """The bound on -log p(z_0) in nats a map, and its parts, (B,) float64 each. [DDM Eq. 7]
 
         {"L_T": KL at the end, "L_t": sum over t = 2..T, "L_0": at t = 1, "vlb": their sum}, z_t
-        drawn once at each t. strata: None for all t; a number to draw one t from each of so many
-        equal parts of 2..T instead, without bias. L_T and L_0 are always there.
+        drawn once at each t. strata: a number to draw one t from each of so many equal parts of
+        2..T instead of every t, without bias.
         """
         B, h, w = z_0.shape
         generators = per_image(generator, B)
-        strata = strata or self.T - 1
-        L_0 = self._term_in_float64(model, z_0, torch.ones(B, dtype=torch.int64), generators)
-        L_t = torch.zeros_like(L_0)
+
+        def term(t):
+            """L_{t-1} in nats a map, (B,) float64 on the CPU."""
+            z_t = self.q_sample(z_0, t, generators)
+            logits = self.logits(model, z_t, t).cpu().double()                      # (B, K, h, w)
+            log_x0_hat = self.log_x0_hat(logits, z_t.cpu())
+            return self.kl(log_x0_hat, z_t.cpu(), z_0.cpu(), t, t - 1).sum((1, 2))
+
+        L_0 = term(torch.ones(B, dtype=torch.int64))
+        L_t, strata = torch.zeros_like(L_0), strata or self.T - 1
         for n in range(strata):
             (u,) = uniforms(generators, 1)                                          # (B)
             t = 2 + ((n + u) * (self.T - 1) / strata).long().clamp(max=self.T - 2)
-            L_t += self._term_in_float64(model, z_0, t, generators) * (self.T - 1) / strata
+            L_t += term(t) * (self.T - 1) / strata
         L_T = torch.full_like(L_0, h * w * self.prior_kl())
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "vlb": L_T + L_t + L_0}
 
-    def _term_in_float64(self, model, z_0, t, generators):
-        """L_{t-1} in nats a map, (B,) float64 on the CPU."""
-        z_t = self.q_sample(z_0, t, generators)
-        logits = self.logits(model, z_t, t).cpu().double()                          # (B, K, h, w)
-        z_t, z_0 = z_t.cpu(), z_0.cpu()
-        return self.bound_term(self.log_x0hat(logits, z_t, t), z_t, z_0, t).sum((1, 2))
-
-    # ------------------------------------------------ sampling
+    # -- sampling ----------------------------------------------------------------------------------
 
     def grid(self, steps=None):
         """[(T, s), ..., (t, 0)]: so many reverse steps, evenly spread; None or T is every step.
@@ -202,15 +294,7 @@ class MultinomialDiffusion(UniformNoise):
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} steps of a process of T = {self.T}: give 1 to {self.T}")
-        times = [self.T * n // steps for n in range(steps, -1, -1)]
-        return list(pairwise(times))
-
-    def _step(self, model, z_t, t, s, u, temperature):
-        """Maps z_s from maps z_t, drawn with uniforms u (3,B,h,w); t, s: (B,)."""
-        log_x0hat = self.log_x0hat(self.logits(model, z_t, t), z_t, t, temperature)
-        if self.last_step == "x0hat" and s[0] == 0:
-            return draw_codes(log_x0hat, u[2])
-        return self.draw(self.log_x(log_x0hat, z_t, t), z_t, t, s, u)
+        return list(pairwise(self.T * n // steps for n in range(steps, -1, -1)))
 
     def sample(self, model, shape, steps=None, generator=None, *, sampler="strided",
                temperature=1.0, device="cpu"):
@@ -234,9 +318,9 @@ class MultinomialDiffusion(UniformNoise):
                 temperature=1.0):
         """indices with the cells that are not known filled in: (B,h,w) int64. [DDM Sec. 4.4]
 
-        indices: codes (B,h,w), any where unknown; known: bool (B,h,w); steps as for `sample`. After
-        each step the known cells are drawn anew from q(z_s|z_0) of the given codes, at the end they
-        are these codes.
+        indices: codes (B,h,w), any where unknown; known: bool (B,h,w); steps: 1..T, None for T.
+        After each step the known cells are drawn anew from q(z_s|z_0) of the given codes, at the
+        end they are these codes.
 
         resample: U of RePaint. In one pass (1, the paper) the unknown cells are drawn before they
         see what the known ones become, so they follow them too loosely; U - 1 times the step is
@@ -264,8 +348,9 @@ class MultinomialDiffusion(UniformNoise):
                     z = torch.where(known, self.forward(indices, zero, t, u[:2]),
                                     self.forward(z, s, t, u[2:]))
                 u = uniforms(generators, 5, h, w)                                   # (5, B, h, w)
+                log_x0_hat = self.log_x0_hat(self.logits(model, z, t), z, temperature)
                 z = torch.where(known, self.forward(indices, zero, s, u[:2]),
-                                self._step(model, z, t, s, u[2:], temperature))
+                                self.draw(log_x0_hat, z, t, s, u[2:]))
         return z
 
     @torch.no_grad()
@@ -284,8 +369,7 @@ class MultinomialDiffusion(UniformNoise):
         clean = torch.zeros(shape, dtype=torch.bool, device=device)                 # (B, h, w)
         for now, then in self.grid(steps):
             t, alpha_bar_s = torch.full((B,), now), self.alpha_bar_t[then].item()
-            log_x0hat = self.log_x0hat(self.logits(model, z, t), z, t, temperature)
-            log_x = self.log_x(log_x0hat, z, t)                                     # (B, K, h, w)
+            log_x = self.log_x0_hat(self.logits(model, z, t), z, temperature)       # (B, K, h, w)
             u = uniforms(generators, 3, h, w)                                       # (3, B, h, w)
             codes = torch.where(clean, z, draw_codes(log_x, u[0]))                  # (B, h, w)
             score = log_x.gather(1, codes[:, None])[:, 0]                           # (B, h, w)
@@ -296,3 +380,93 @@ class MultinomialDiffusion(UniformNoise):
             clean = place < round(alpha_bar_s * h * w)
             z = torch.where(clean, codes, self.random_codes(u[2]).to(device))
         return z
+
+
+class Timesteps:
+    """Which t a training image is noised to, by importance. DDM's appendix  deviation D34
+
+    The terms L_t of the bound differ by orders of magnitude over t, and one image sees one t. So t
+    is drawn with probability p_t ~ sqrt(E[L_t²]), and the loss is weighed by 1/p_t, which keeps its
+    mean and lowers its variance. p_t is uniform until each of t = 1..T has HISTORY losses; from
+    then on UNIFORM_SHARE of it is, and the rest goes by the latest HISTORY losses of each t.
+
+    `update` enters what `observe` saw once a step, in the order of the images. So a draw depends on
+    the image's generator and the history at the step's start alone, whatever the number of
+    processes and micro-batches.
+    """
+
+    def __init__(self, T):
+        self.T = T
+        self.losses = torch.zeros(T, HISTORY, dtype=torch.float64)      # ring buffers
+        self.counts = torch.zeros(T, dtype=torch.int64)                 # losses ever seen
+        self._observed = []
+
+    def probabilities(self):
+        """p_t for t = 1..T: (T,) float64, index 0 is t = 1."""
+        if (self.counts < HISTORY).any():
+            return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
+        weights = self.losses.square().mean(1).sqrt()                               # (T)
+        weights = weights.clamp(min=torch.finfo(torch.float64).tiny)    # all zero is uniform
+        return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.T
+
+    def draw(self, generators):
+        """One t (B,) in 1..T from each image's generator, and its probability p (B,) float64."""
+        p = self.probabilities()                                                    # (T)
+        cumulative = p.cumsum(0)
+        (u,) = uniforms(generators, 1)                                              # (B)
+        index = torch.searchsorted(cumulative, (1 - u) * cumulative[-1])            # (B)
+        return index + 1, p[index]
+
+    def observe(self, t, losses):
+        """Note the losses of a micro-batch: t (B,), L_t (B,) in nats, on any device."""
+        self._observed += zip(t.tolist(), losses.tolist())
+
+    def update(self):
+        """Enter what all processes observed since the last update. Every process must call this.
+
+        A loss that is not finite is left out: one would poison all probabilities.
+        """
+        observed, self._observed = self._observed, []
+        shares = gather_objects(observed)                    # rank by rank is image by image
+        for t, loss in (pair for share in shares for pair in share):
+            if abs(loss) < math.inf:
+                self.losses[t - 1, self.counts[t - 1] % HISTORY] = loss
+                self.counts[t - 1] += 1
+
+    def state_dict(self):
+        """What a checkpoint must hold so that a run continues with the same draws."""
+        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state):
+        """The inverse of state_dict. Raises ValueError for the history of another T."""
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError(f"a history of {len(state['losses'])} times cannot serve T = {self.T}")
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])
+
+
+# -- what a prior is judged by ---------------------------------------------------------------------
+
+def held_out_bound(diffusion, model, indices, first):
+    """The bound of held-out maps (B,h,w), in nats: (B,) float64. first: the first one's place.
+
+    A map's t and noise depend on its place alone, so that bounds can be compared.
+    """
+    generators = [torch.Generator().manual_seed(first + n) for n in range(len(indices))]
+    return diffusion.vlb(model, indices, generators, STRATA)["vlb"]                 # (B)
+
+
+def histogram_nats(codes, held_out, K):
+    """Nats a map that held_out (m,h,w) costs by the frequencies of codes (n,h,w) at each cell.
+
+    The mean over the held-out maps: what a model can reach that knows where a cell is, but not its
+    neighbours. Each count begins at one (Laplace), so that no code is impossible.
+    """
+    cells = codes[0].size
+    first = np.arange(cells) * K                                                    # (h·w)
+    counts = np.ones(cells * K, np.int64)
+    for start in range(0, len(codes), 4096):
+        part = codes[start:start + 4096].reshape(-1, cells)                         # (b, h·w)
+        counts += np.bincount((part + first).ravel(), minlength=cells * K)
+    nats = -np.log(counts / (len(codes) + K))                                       # (h·w·K)
+    return nats[held_out.reshape(-1, cells).astype(np.int64) + first].sum(1).mean().item()

@@ -24,7 +24,7 @@ import torch
 from asym_decoder import AsymVQGAN
 from convert import STEPS, chosen_steps, load, load_prior, run_of
 from data import open_dataset
-from diffusion import SAMPLERS
+from diffusion import SAMPLERS, held_out_bound
 from distributed import (
     UserError,
     exact_float32,
@@ -41,7 +41,6 @@ from paper_tables import steps_table
 from pictures import image_rows
 from run_folder import Progress, make_folder, write_text
 from seeding import SAMPLE, keyed_generators
-from validation import held_out_bound
 
 # -- drawing ---------------------------------------------------------------------------------------
 

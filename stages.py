@@ -20,7 +20,7 @@ from torch import nn
 
 from asym_decoder import AsymDecoder, AsymVQGAN
 from data import pixels
-from diffusion import MultinomialDiffusion
+from diffusion import MultinomialDiffusion, Timesteps
 from distributed import mean_over_ranks, wrap
 from ema import EMA
 from losses import (
@@ -30,7 +30,6 @@ from losses import (
     generator_gradient,
 )
 from seeding import image_generators
-from timesteps import Timesteps
 from vqgan import VQGAN
 
 

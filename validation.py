@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
+from diffusion import held_out_bound
 from losses import pixel_loss
 from metrics import pre_error
 
-STRATA = 4              # times t at which a held-out map's bound is looked at, and t = 1
 SAMPLE_STEPS = 25       # of the pictures
 
 
@@ -61,14 +61,6 @@ def validate_prior(trainee, batches):
             totals.add("val_vlb", nats.mean(), len(nats))
             done += len(nats)
     return totals.means()
-
-
-def held_out_bound(diffusion, model, indices, first):
-    """The bound of maps (B,h,w), in nats: (B,) float64. first: the place of the first of them.
-
-    A map's t and noise depend on its place alone, so that bounds can be compared.
-    """
-    return diffusion.vlb(model, indices, _generators(first, len(indices)), STRATA)["vlb"]   # (B)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The closed forms of uniform_noise.py against the log-one-hot form the field copies.
+"""The closed forms of diffusion.py against the log-one-hot form the field copies.
 
     python benchmarks/diffusion.py [--threads 1] [--codes 512 1024] [--size 16] [--batch-size 16]
 
@@ -120,14 +120,14 @@ def compare(K, args):
     logits = torch.randn(B, K, side, side)
 
     def ours(logits):
-        return diffusion.bound_term(diffusion.log_x0hat(logits, z_t, t), z_t, z_0, t)
+        return diffusion.kl(diffusion.log_x0_hat(logits, z_t), z_t, z_0, t, t - 1)
 
     def theirs(logits):
         return field.terms(logits, z_t, z_0, t)
 
     def step():
         u = uniforms(generators, 3, side, side)
-        diffusion.draw(diffusion.log_x0hat(logits, z_t, t), z_t, t, t - 1, u)
+        diffusion.draw(diffusion.log_x0_hat(logits, z_t), z_t, t, t - 1, u)
 
     exact = zip(gradient(ours, logits.double()), gradient(theirs, logits.double()))
     value, slope = [f"{(a - b).abs().max().item():.0e}" for a, b in exact]

@@ -1,4 +1,4 @@
-"""Root modules are imported by name; every test starts from the same seed."""
+"""Root modules and tests/textbook/'s are imported by name; every test has the same seed."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "textbook")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-"""codes.py: pictures encoded once, and what their frequencies alone are worth."""
-
-import math
+"""codes.py: pictures encoded once."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from PIL import Image
 from train_process import call
 
 import codes
-from codes import CodeItems, code_maps, histogram_nats
+from codes import CodeItems, code_maps
 from data import ImageFiles, Order, Signs, training_batches
 from distributed import UserError
 
@@ -110,20 +108,3 @@ def test_items_are_the_maps_in_the_order_of_pictures_and_leave_the_file_alone():
         np.testing.assert_array_equal(indices, maps[order[position]])
     batch["indices"] += 1
     assert maps.max() == 11
-
-
-def test_histogram_nats_are_those_of_counting_by_hand(monkeypatch):
-    rng = np.random.default_rng(0)
-    maps, held_out = rng.integers(0, 4, (6, 2, 3)), rng.integers(0, 4, (5, 2, 3))
-    nats = 0
-    for one in held_out:
-        for cell in np.ndindex(2, 3):
-            count = sum(other[cell] == one[cell] for other in maps)
-            nats -= math.log((count + 1) / (6 + 4))
-    assert histogram_nats(maps.astype(np.uint16), held_out, 4) == pytest.approx(nats / 5)
-
-
-def test_with_no_more_than_one_map_seen_a_histogram_is_nearly_uniform():
-    maps = np.zeros((1, 4, 4), np.uint16)
-    nats = histogram_nats(maps, maps + 1, 1000)
-    assert nats == pytest.approx(16 * math.log(1001))

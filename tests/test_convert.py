@@ -557,7 +557,7 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
     state = run_folder.load(file)
     weights = {name: torch.randn_like(value) for name, value in state["model"].items()}
     state["ema"]["weights"] = weights
-    state["config"]["prior"] |= {"form": "mixture", "residual": "likelihood"}
+    state["config"]["prior"]["residual"] = "onehot"
     run_folder.save(file, state)
     for path in (tmp_path, file):
         prior = load_prior(path)
@@ -565,8 +565,7 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
         for name, value in prior.unet.state_dict().items():
             assert torch.equal(value, weights[name]), name
         diffusion = prior.diffusion
-        assert (diffusion.K, diffusion.T, diffusion.form, diffusion.residual) == (
-            TINY.K, 6, "mixture", "likelihood")
+        assert (diffusion.K, diffusion.T, diffusion.residual) == (TINY.K, 6, "onehot")
         assert (prior.grid, prior.step, prior.finished, prior.parent) == ((16, 16), 2, True, parent)
         assert prior.facts == state["extra"]
         for module in (prior.unet, prior.first_stage):
@@ -588,6 +587,17 @@ def test_a_finished_refit_goes_before_the_vqgan_and_a_given_first_stage_is_found
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(UserError, match=r"stands on the first stage .*one, which is not there"):
         load_prior(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("name", "value"), [("form", "mixture"), ("schedule", "cosine_sqrt")])
+def test_a_prior_of_another_process_is_refused_in_one_line(name, value, tmp_path):
+    _, parent = write_first_stage(tmp_path)
+    write_prior(tmp_path, parent)
+    state = run_folder.load(tmp_path / "prior" / "last.pt")
+    state["config"]["prior"][name] = value
+    run_folder.save(tmp_path / "prior" / "last.pt", state)
+    with pytest.raises(UserError, match=f"trained with {name} '{value}', which is no longer here"):
+        load_prior(tmp_path)
 
 
 def test_another_first_stage_is_refused_with_the_mend(tmp_path):

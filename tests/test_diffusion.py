@@ -1,28 +1,42 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from dense_diffusion import (
     BestDenoiser,
     all_maps,
+    log_p,
     map_number,
     matrix,
     posterior,
     step_kernel,
+    theta,
     total_variation,
 )
 from scipy.stats import chisquare
 
-from diffusion import MultinomialDiffusion, bits_per_dim, known_cells
+import diffusion as module
+from diffusion import (
+    HISTORY,
+    UNIFORM_SHARE,
+    MultinomialDiffusion,
+    Timesteps,
+    bits_per_dim,
+    cosine_schedule,
+    draw_codes,
+    held_out_bound,
+    histogram_nats,
+    known_cells,
+)
 from seeding import uniforms
-from timesteps import Timesteps
 
 # Two cells of three codes that mostly agree.
 JOINT = torch.tensor([[30, 2, 1], [3, 25, 4], [5, 2, 28]]).double() / 100
-# As different as the options make them; the first is the default.
-OPTIONS = [{}, {"residual": "onehot"}, {"form": "mixture"}, {"last_step": "x0hat"},
-           {"form": "mixture", "residual": "onehot", "schedule": "cosine_sqrt"}]
+K, T = 4, 6
+PAIRS = list(itertools.combinations(range(T + 1), 2))                       # all s < t
+RESIDUALS = pytest.mark.parametrize("residual", ["none", "onehot"])
 
 
 class Table:
@@ -54,108 +68,267 @@ def agreeing(K, w):
     return model
 
 
-# ---------------------------------------------------------------- what x means
+def every_case(s, t, K=K):
+    """All (z_t, z_0) of one cell as a batch: z_t, z_0 (K²,1,1), t, s (K²,)."""
+    i, j = torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij")
+    return i.reshape(-1, 1, 1), j.reshape(-1, 1, 1), *times(K ** 2, t, s)
 
 
-def reverse_law(noise, s, t):
-    """The true q(z_s^d|Z_t) for data JOINT, from all maps: [Z_t, k, d]."""
-    K = 3
-    to_s, on = matrix(noise, 0, s), matrix(noise, s, t)
-    at_s = torch.einsum("ab,ac,bd->cd", JOINT, to_s, to_s)                  # (z_s^1, z_s^2)
-    both = torch.einsum("cd,ce,df->efcd", at_s, on, on)                     # (Z_t, Z_s)
-    law = torch.stack([both.sum(3), both.sum(2)], -1).view(K * K, K, 2)
-    return law / law.sum(1, keepdim=True)
+def random_x(B, K=K, h=1, w=1):
+    """log of random distributions, (B,K,h,w) float64."""
+    return (2 * torch.randn(B, K, h, w, dtype=torch.float64)).log_softmax(1)
 
 
-@pytest.mark.parametrize(("form", "full"), [("theta", False), ("mixture", True)])
-def test_the_best_x_gives_the_true_reverse_between_all_times(form, full):
-    diffusion = MultinomialDiffusion(3, 5, form=form)
-    model, maps = BestDenoiser(diffusion, JOINT, full=full), all_maps(3, 2)
-    for s, t in itertools.combinations(range(6), 2):
-        log_p = diffusion.log_p(model(maps, times(9, t)[0]), maps, *times(9, t, s))[..., 0]
-        torch.testing.assert_close(log_p.exp(), reverse_law(diffusion, s, t), rtol=0, atol=1e-14)
+def dense_kl(diffusion, log_x, z_t, z_0, t, s):
+    """sum_k q_k (log q_k - log p_k), with 0 log 0 = 0: (B,h,w)."""
+    log_q = diffusion.log_posterior(z_t, z_0, t, s).to(log_x.dtype)
+    log_p = diffusion.log_theta(log_x, z_t, t, s)
+    return torch.where(log_q == -torch.inf, 0, log_q.exp() * (log_q - log_p)).sum(1)
 
 
-@pytest.mark.parametrize(("form", "full"), [("theta", True), ("mixture", False)])
-def test_the_other_x_does_not(form, full):
-    diffusion = MultinomialDiffusion(3, 5, form=form)
-    model, maps = BestDenoiser(diffusion, JOINT, full=full), all_maps(3, 2)
-    log_p = diffusion.log_p(model(maps, times(9, 3)[0]), maps, *times(9, 3, 2))[..., 0]
-    assert (log_p.exp() - reverse_law(diffusion, 2, 3)).abs().max() > 0.1
+def assert_drawn_from(codes, p):
+    """A chi-square test at one in a thousand; the seed is fixed, so it fails always or never."""
+    count = torch.bincount(codes.flatten(), minlength=len(p)).double()
+    assert (count[p < 1e-12] == 0).all()
+    count, p = count[p >= 1e-12], p[p >= 1e-12]
+    assert chisquare(count.numpy(), (p / p.sum() * count.sum()).numpy()).pvalue > 1e-3
 
 
-def test_the_mixture_is_the_sum_over_x0hat_of_posteriors():
-    K, T = 4, 6
-    diffusion = MultinomialDiffusion(K, T, form="mixture")
-    z_t = torch.arange(K).view(K, 1, 1)
-    for s, t in itertools.combinations(range(T + 1), 2):
-        logits = 2 * torch.randn(K, K, 1, 1, dtype=torch.float64)
-        x0hat = logits.softmax(1)[..., 0, 0]                                # (z_t, z_0)
-        dense = torch.einsum("ij,ijk->ik", x0hat, posterior(diffusion, s, t))
-        p = diffusion.log_p(logits, z_t, *times(K, t, s)).exp()[..., 0, 0]
-        torch.testing.assert_close(p, dense, rtol=0, atol=1e-15)
+# -- the schedule ----------------------------------------------------------------------------------
+
+def test_the_schedule_is_eq_19_and_only_its_last_step_is_clipped():
+    T = 1000
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+    alpha_bar_t = cosine_schedule(T).exp()
+    assert alpha_bar_t[0] == 1
+    assert alpha_bar_t[:-1].tolist() == pytest.approx([value / f[0] for value in f[:-1]], rel=1e-10)
+    assert (alpha_bar_t[-1] / alpha_bar_t[-2]).item() == pytest.approx(0.001)
 
 
-def test_a_mixture_with_the_likelihood_residual_is_theta_without_one():
-    theta = MultinomialDiffusion(7, 9)
-    mixture = MultinomialDiffusion(7, 9, form="mixture", residual="likelihood")
-    z_t, t = torch.randint(7, (9, 2, 3)), torch.arange(1, 10)
-    logits = torch.randn(9, 7, 2, 3, dtype=torch.float64)
-    torch.testing.assert_close(mixture.log_p(logits, z_t, t, t - 1),
-                               theta.log_p(logits, z_t, t, t - 1), rtol=0, atol=1e-12)
+def test_the_schedule_has_the_known_end_and_so_has_the_root_of_its_steps():
+    assert cosine_schedule(4000)[-1].exp().item() == pytest.approx(1.5e-10, rel=0.05)
+    assert cosine_schedule(100)[-1].exp().item() == pytest.approx(2.4e-7, rel=0.05)
+    assert (cosine_schedule(100)[-1] / 2).exp().item() == pytest.approx(4.9e-4, rel=0.05)
 
 
-def test_the_onehot_residual_adds_one_at_the_codes_own_logit():
-    diffusion = MultinomialDiffusion(5, 4, residual="onehot")
-    z_t = torch.randint(5, (2, 3, 3))
-    logits = torch.randn(2, 5, 3, 3)
+def test_the_first_step_keeps_its_digits_at_t_4000():
+    """1 - alpha_1 = 9.87e-6, which float32 would know to three digits only."""
+    _, _, _, b_st, _, _ = MultinomialDiffusion(2, 4000).coefficients(
+        *times(1, 1, 0), torch.empty(0, dtype=torch.float32))
+    angles = [(t / 4000 + 0.008) / 1.008 * math.pi / 2 for t in (0, 1)]
+    beta_1 = math.sin(sum(angles)) * math.sin(angles[1] - angles[0]) / math.cos(angles[0]) ** 2
+    assert beta_1 == pytest.approx(9.87e-6, rel=1e-3)
+    assert 2 * b_st.item() == pytest.approx(beta_1, rel=1e-6)
+
+
+def test_wrong_sizes_and_an_unknown_residual_are_refused():
+    with pytest.raises(ValueError, match="K = 1, T = 5: give at least 2 codes"):
+        MultinomialDiffusion(1, 5)
+    with pytest.raises(ValueError, match="residual 'likelihood': choose from none, onehot"):
+        MultinomialDiffusion(4, 5, "likelihood")
+
+
+# -- against K x K matrices ------------------------------------------------------------------------
+
+def test_products_of_matrices_are_two_numbers():
+    diffusion = MultinomialDiffusion(K, T)
+    for s, t in PAIRS:
+        a_0s, b_0s, a_st, b_st, a_0t, b_0t = diffusion.coefficients(
+            *times(1, t, s), torch.empty(0).double())[..., 0, 0]
+        for a, b, begin, end in [(a_0s, b_0s, 0, s), (a_st, b_st, s, t), (a_0t, b_0t, 0, t)]:
+            torch.testing.assert_close(a * torch.eye(K) + b, matrix(diffusion, begin, end),
+                                       rtol=0, atol=5e-16)
+
+
+def test_the_posterior_is_bayes_rule_for_all_codes_and_times():
+    diffusion = MultinomialDiffusion(K, T)
+    for s, t in PAIRS:
+        log_q = diffusion.log_posterior(*every_case(s, t))
+        torch.testing.assert_close(log_q.exp().view(K, K, K), posterior(diffusion, s, t),
+                                   rtol=0, atol=1e-15)
+    z_t, z_0, *at_0 = every_case(0, 3)
+    log_q = diffusion.log_posterior(z_t, z_0, *at_0)[..., 0, 0]
+    assert torch.equal(log_q.exp().argmax(1), z_0[:, 0, 0])
+    assert (log_q == -torch.inf).sum() == K ** 2 * (K - 1), "zeros are exact"
+
+
+def test_theta_is_its_formula_normalised_by_a_sum():
+    diffusion = MultinomialDiffusion(K, T)
+    for s, t in PAIRS:
+        z_t, log_x = torch.arange(K).view(K, 1, 1), random_x(K)
+        ours = diffusion.log_theta(log_x, z_t, *times(K, t, s))[..., 0, 0].exp()
+        torch.testing.assert_close(ours, theta(diffusion, log_x[..., 0, 0].exp(), s, t),
+                                   rtol=0, atol=1e-15)
+
+
+def test_each_image_of_a_batch_has_its_own_times():
+    diffusion = MultinomialDiffusion(K, T)
+    t, s = torch.tensor([6, 1, 4]), torch.tensor([2, 0, 3])
+    z_t, z_0 = torch.randint(K, (2, 3, 2, 5))
+    log_x = random_x(3, h=2, w=5)
+    log_theta, kl = diffusion.log_theta(log_x, z_t, t, s), diffusion.kl(log_x, z_t, z_0, t, s)
+    for n in range(3):
+        x, i, j, *of_one = (part[n:n + 1] for part in (log_x, z_t, z_0, t, s))
+        torch.testing.assert_close(diffusion.log_theta(x, i, *of_one), log_theta[n:n + 1])
+        torch.testing.assert_close(diffusion.kl(x, i, j, *of_one), kl[n:n + 1])
+
+
+def test_the_prior_kl_is_that_of_the_last_row_to_uniform():
+    diffusion = MultinomialDiffusion(K, 3)
+    row = matrix(diffusion, 0, 3)[0]
+    assert diffusion.prior_kl() == pytest.approx((row * (row * K).log()).sum().item(), rel=1e-9)
+    assert MultinomialDiffusion(1024, 100).prior_kl() == pytest.approx(3e-11, rel=0.1)
+
+
+@RESIDUALS
+def test_the_onehot_residual_adds_one_at_the_codes_own_logit(residual):
+    z_t, logits = torch.randint(5, (2, 3, 3)), torch.randn(2, 5, 3, 3)
     one_hot = torch.nn.functional.one_hot(z_t, 5).movedim(-1, 1)
-    torch.testing.assert_close(diffusion.log_x0hat(logits, z_t, *times(2, 2)),
-                               (logits + one_hot).log_softmax(1))
+    torch.testing.assert_close(MultinomialDiffusion(5, 4, residual).log_x0_hat(logits, z_t),
+                               (logits + (residual == "onehot") * one_hot).log_softmax(1))
 
 
-def test_a_step_to_0_gives_the_full_posterior_to_show():
-    diffusion = MultinomialDiffusion(3, 5)
-    maps = all_maps(3, 2)
-    blind, full = (BestDenoiser(diffusion, JOINT, full=full) for full in (False, True))
-    for t in range(1, 6):
-        log_p = diffusion.log_p(blind(maps, times(9, t)[0]), maps, *times(9, t, 0))
-        torch.testing.assert_close(log_p, full(maps, times(9, t)[0]).log_softmax(1))
+# -- the closed KL ---------------------------------------------------------------------------------
+
+def test_the_closed_kl_and_its_gradient_are_those_of_the_sum_over_codes():
+    diffusion = MultinomialDiffusion(K, T)
+    for s, t in PAIRS:
+        case = every_case(s, t)
+        logits = torch.randn(K ** 2, K, 1, 1, dtype=torch.float64, requires_grad=True)
+        closed, dense = (kl(logits.log_softmax(1), *case)
+                         for kl in (diffusion.kl, lambda *args: dense_kl(diffusion, *args)))
+        torch.testing.assert_close(closed, dense, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(closed.sum(), logits)[0],
+                                   torch.autograd.grad(dense.sum(), logits)[0],
+                                   rtol=1e-11, atol=1e-13)
 
 
-def test_unknown_options_are_refused_by_name():
-    for name in ("form", "residual", "last_step", "schedule"):
-        with pytest.raises(ValueError, match=f"{name} 'wrong': choose from"):
-            MultinomialDiffusion(4, 5, **{name: "wrong"})
+@pytest.mark.parametrize("K", [2, 300])
+def test_with_two_codes_and_with_many_the_closed_kl_holds_too(K):
+    diffusion = MultinomialDiffusion(K, 20)
+    z_t, z_0 = torch.randint(K, (2, 5, 3, 4))
+    t, s = torch.tensor([2, 5, 9, 20, 1]), torch.tensor([1, 2, 8, 19, 0])
+    log_x = random_x(5, K, 3, 4)
+    torch.testing.assert_close(diffusion.kl(log_x, z_t, z_0, t, s),
+                               dense_kl(diffusion, log_x, z_t, z_0, t, s), rtol=1e-11, atol=1e-14)
 
 
-# ---------------------------------------------------------------- the bound
+def test_the_closed_kl_is_exact_where_torchs_own_softplus_is_not():
+    """At t = 2 of 4000 log(a_0s/b_0s) is above 20, where softplus usually returns its argument."""
+    diffusion = MultinomialDiffusion(6000, 4000)
+    z = torch.zeros(1, 1, 1, dtype=torch.int64)
+    log_x = torch.full((1, 6000, 1, 1), 0.1 / 5999).double()
+    log_x[:, 0] = 0.9
+    case = log_x.log(), z, z, *times(1, 2, 1)
+    assert diffusion.kl(*case).item() == pytest.approx(dense_kl(diffusion, *case).item(), abs=1e-13)
 
 
-def reverse_kernels(diffusion, table):
-    """p(z_{t-1}|Z_t) between all maps for t = 1..T: (T, K^D, K^D)."""
-    return torch.stack([step_kernel(diffusion, table, t, t - 1) for t in range(1, diffusion.T + 1)])
+def test_a_step_to_0_costs_the_nll_and_has_a_finite_gradient_beside_other_steps():
+    diffusion = MultinomialDiffusion(K, T)
+    z_t, z_0 = torch.randint(K, (2, 3, 2, 2))
+    t, s = torch.tensor([1, 4, 3]), torch.tensor([0, 0, 2])
+    logits = torch.randn(3, K, 2, 2, dtype=torch.float64, requires_grad=True)
+    log_x = logits.log_softmax(1)
+    kl = diffusion.kl(log_x, z_t, z_0, t, s)
+    at_z_0 = diffusion.log_theta(log_x, z_t, t, s).gather(1, z_0[:, None])[:, 0]
+    torch.testing.assert_close(kl[:2], -at_z_0[:2])
+    gradient, = torch.autograd.grad(kl.sum(), logits)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).any((1, 2, 3)).all()
 
 
-def exact_bound(diffusion, table, z_0):
+def test_the_kl_to_the_right_answer_is_0():
+    diffusion = MultinomialDiffusion(K, T)
+    for s, t in PAIRS:
+        z_t, z_0, *at = every_case(s, t)
+        log_x = (torch.arange(K).view(-1, 1, 1) == z_0[:, None]).double().log()
+        assert diffusion.kl(log_x, z_t, z_0, *at).abs().max() < 1e-14
+
+
+def test_float32_keeps_the_small_kl_of_late_steps():
+    """With an x0_hat as sure as a trained network's: 2e-5 nats a cell at t = 3000 of T = 4000."""
+    diffusion = MultinomialDiffusion(1024, 4000)
+    z_0, t = torch.randint(1024, (3, 16, 16)), torch.tensor([1000, 3000, 3900])
+    z_t = diffusion.q_sample(z_0, t)
+    sure = torch.full((3, 1, 16, 16), 9.0)
+    logits = torch.randn(3, 1024, 16, 16).scatter_add(1, z_0[:, None], sure)
+    exact, single = (diffusion.kl(log_x, z_t, z_0, t, t - 1).double().mean((1, 2))
+                     for log_x in (logits.double().log_softmax(1), logits.log_softmax(1)))
+    assert exact.tolist() == pytest.approx([1e-4, 2e-5, 8e-7], rel=0.2)
+    assert single.tolist() == pytest.approx(exact.tolist(), rel=0.01)
+
+
+# -- draws -----------------------------------------------------------------------------------------
+
+def test_codes_are_drawn_with_their_probabilities_and_one_of_0_never():
+    p = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).double()
+    log_x = p.log().view(1, -1, 1, 1).expand(-1, -1, 100, 100)
+    assert_drawn_from(draw_codes(log_x, torch.rand(1, 100, 100, dtype=torch.float64)), p)
+    ends = torch.tensor([[[0.0, 1 - 2 ** -53]]], dtype=torch.float64)
+    for kind in (torch.float32, torch.float64):
+        assert draw_codes(log_x[..., :1, :2].to(kind), ends).flatten().tolist() == [4, 1]
+
+
+def test_noised_codes_follow_eq_17_and_from_s_to_t_the_matrix_between_them():
+    diffusion = MultinomialDiffusion(K, T)
+    for t in (1, 3, 6):
+        z_0 = torch.full((1, 100, 100), 2)
+        z_t = diffusion.q_sample(z_0, torch.tensor([t]), torch.Generator().manual_seed(t))
+        assert_drawn_from(z_t, matrix(diffusion, 0, t)[2])
+    u = torch.rand(2, 1, 100, 100, dtype=torch.float64)
+    z_t = diffusion.forward(torch.full((1, 100, 100), 1), *times(1, 2, 4), u)
+    assert_drawn_from(z_t, matrix(diffusion, 2, 4)[1])
+    z_0 = torch.randint(K, (2, 50, 50))
+    assert torch.equal(diffusion.q_sample(z_0, torch.tensor([0, 0])), z_0)
+
+
+def test_noising_forms_no_vector_over_codes():
+    z_t = MultinomialDiffusion(2 ** 40, T).q_sample(torch.zeros(1, 8, 8).long(), torch.tensor([T]))
+    assert 2 ** 38 < z_t.max() < 2 ** 40
+
+
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 5), (1, 2), (2, 5), (5, 6)])
+def test_a_drawn_step_follows_theta(s, t):
+    diffusion = MultinomialDiffusion(K, T)
+    x = torch.tensor([0.6, 0.0, 0.1, 0.3]).double()
+    for i in (0, 1):
+        log_x = x.log().view(1, -1, 1, 1).expand(-1, -1, 100, 100)
+        z_t, u = torch.full((1, 100, 100), i), torch.rand(3, 1, 100, 100, dtype=torch.float64)
+        p = theta(diffusion, x.expand(K, -1), s, t)[i]
+        assert_drawn_from(diffusion.draw(log_x.float(), z_t, *times(1, t, s), u), p)
+
+
+def test_a_step_that_leaves_once_in_ten_million_draws_its_code_by_x():
+    """At t = 1 of 4000 the cell leaves z_t with probability 9e-9: only u below it moves a cell."""
+    log_x = torch.full((1, 1024, 1, 4), -20.0)
+    log_x[:, [5, 700]] = math.log(0.5)
+    u = torch.tensor([[1e-9, 1e-9, 1e-9, 1e-7], [0.1] * 4, [0.1, 0.6, 0.9, 0.5]]).double()
+    z = MultinomialDiffusion(1024, 4000).draw(log_x, torch.full((1, 1, 4), 5), *times(1, 1, 0),
+                                              u.view(3, 1, 1, 4))
+    assert z.flatten().tolist() == [700, 5, 5, 5]
+
+
+# -- the bound -------------------------------------------------------------------------------------
+
+def exact_bound(diffusion, model, z_0):
     """L_T + sum_t E[L_{t-1}] of the one map z_0 (1,D,1), over all z_t."""
-    D, maps = table.D, all_maps(diffusion.K, table.D)
+    D, maps = model.D, all_maps(diffusion.K, model.D)
     n, total = len(maps), D * diffusion.prior_kl()
     for t in range(1, diffusion.T + 1):
         q = matrix(diffusion, 0, t)[z_0[:, :, 0], maps[:, :, 0]].prod(1)    # (K^D)
-        time, = times(n, t)
-        log_x0hat = diffusion.log_x0hat(table(maps, time), maps, time)
-        term = diffusion.bound_term(log_x0hat, maps, z_0.expand(n, -1, -1), time)
+        at, before = times(n, t, t - 1)
+        log_x0_hat = diffusion.log_x0_hat(model(maps, at), maps)
+        term = diffusion.kl(log_x0_hat, maps, z_0.expand(n, -1, -1), at, before)
         total += (q * term.sum((1, 2))).sum().item()
     return total
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@RESIDUALS
 @pytest.mark.parametrize(("K", "T", "D"), [(3, 6, 1), (5, 5, 1), (3, 4, 2), (2, 5, 2)])
-def test_the_bound_is_the_sum_over_all_paths(K, T, D, options):
-    diffusion = MultinomialDiffusion(K, T, **options)
+def test_the_bound_is_the_sum_over_all_paths(K, T, D, residual):
+    diffusion = MultinomialDiffusion(K, T, residual)
     table, maps = Table(K, T, D), all_maps(K, D)
-    p = reverse_kernels(diffusion, table)
+    p = torch.stack([step_kernel(diffusion, table, t, t - 1) for t in range(1, T + 1)])
     q = [torch.stack([matrix(diffusion, t - 1, t)[z[:, 0], maps[:, :, 0]].prod(1) for z in maps])
          for t in range(1, T + 1)]
     paths = torch.tensor(list(itertools.product(range(K ** D), repeat=T)))  # z_1 .. z_T
@@ -173,33 +346,23 @@ def test_the_bound_is_the_sum_over_all_paths(K, T, D, options):
         assert bound >= -evidence[number].log()
 
 
-def expected_bound_of_one_cell(diffusion):
-    """E[VLB] over a prior of five codes, with x̂0 = that prior for every z_t; and its entropy."""
-    prior = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05]).double()
-    table = Table(5, diffusion.T, 1)
+def test_of_a_single_cell_the_bound_is_the_entropy():
+    """E[VLB] over a prior of five codes, with x0_hat = that prior for every z_t."""
+    diffusion, prior = MultinomialDiffusion(5, 8), torch.tensor([8, 5, 4, 2, 1]).double() / 20
+    table = Table(5, 8, 1)
     table.logits[:] = prior.log().view(1, 5, 1, 1)
     bound = sum(p.item() * exact_bound(diffusion, table, torch.tensor([[[code]]]))
                 for code, p in enumerate(prior))
-    return bound, -(prior * prior.log()).sum().item()
-
-
-def test_of_a_single_cell_the_bound_is_the_entropy():
-    bound, entropy = expected_bound_of_one_cell(MultinomialDiffusion(5, 8))
     # What is left is KL(q(z_T) || uniform), as alpha_bar_T is not quite 0.
-    assert bound == pytest.approx(entropy, abs=1e-7)
+    assert bound == pytest.approx(-(prior * prior.log()).sum().item(), abs=1e-7)
 
 
-def test_eq_22s_first_line_is_loose_with_theta_and_right_with_the_mixture():
-    loose, entropy = expected_bound_of_one_cell(MultinomialDiffusion(5, 8, last_step="x0hat"))
-    assert loose > entropy + 0.5
-    mixtures = [MultinomialDiffusion(5, 8, form="mixture", last_step=last_step)
-                for last_step in ("theta", "x0hat")]
-    bounds = [expected_bound_of_one_cell(mixture)[0] for mixture in mixtures]
-    assert bounds[0] == pytest.approx(bounds[1], abs=1e-12)
-    logits, z_t = torch.randn(3, 5, 2, 2, dtype=torch.float64), torch.randint(5, (3, 2, 2))
-    first, second = (mixture.log_p(logits, z_t, *times(3, 4, 0)) for mixture in mixtures)
-    torch.testing.assert_close(first, second)
-    assert torch.equal(second, logits.log_softmax(1))
+def test_a_step_to_0_gives_the_full_posterior_to_show():
+    diffusion, maps = MultinomialDiffusion(3, 5), all_maps(3, 2)
+    blind, full = (BestDenoiser(diffusion, JOINT, full=full) for full in (False, True))
+    for t in range(1, 6):
+        torch.testing.assert_close(log_p(diffusion, blind, maps, t, 0),
+                                   full(maps, times(9, t)[0]).log_softmax(1))
 
 
 def test_vlb_draws_the_bound_and_its_parts():
@@ -214,30 +377,29 @@ def test_vlb_draws_the_bound_and_its_parts():
                                                        abs=4 * error)
 
 
-def fake_terms(monkeypatch, diffusion):
-    """Make L_{t-1} = t² for every image; returns the list of all t asked for, (B,) each."""
-    asked = []
+def with_square_terms(monkeypatch):
+    """A process whose L_{t-1} is t² for every image, and the list of all t asked for."""
+    diffusion, asked = MultinomialDiffusion(4, 30), []
 
-    def term(model, z_0, t, generators):
+    def square(log_x, z_t, z_0, t, s):
         asked.append(t)
-        return t.double() ** 2
-    monkeypatch.setattr(diffusion, "_term_in_float64", term)
-    return asked
+        return t.double().square().view(-1, 1, 1)
+
+    monkeypatch.setattr(diffusion, "kl", square)
+    return diffusion, lambda z, t: torch.zeros(len(z), 4, 1, 1), asked
 
 
 def test_vlb_of_all_t_asks_each_t_once(monkeypatch):
-    diffusion = MultinomialDiffusion(4, 30)
-    asked = fake_terms(monkeypatch, diffusion)
-    parts = diffusion.vlb(None, torch.zeros(3, 1, 1, dtype=torch.int64))
+    diffusion, model, asked = with_square_terms(monkeypatch)
+    parts = diffusion.vlb(model, torch.zeros(3, 1, 1, dtype=torch.int64))
     assert [t.tolist() for t in asked] == [[t] * 3 for t in range(1, 31)]
     assert parts["L_0"].tolist() == [1] * 3
     assert parts["L_t"].tolist() == pytest.approx([sum(t * t for t in range(2, 31))] * 3)
 
 
 def test_strata_of_t_have_no_bias_and_little_variance(monkeypatch):
-    diffusion = MultinomialDiffusion(4, 30)
-    asked = fake_terms(monkeypatch, diffusion)
-    parts = diffusion.vlb(None, torch.zeros(2000, 1, 1, dtype=torch.int64), strata=7)
+    diffusion, model, asked = with_square_terms(monkeypatch)
+    parts = diffusion.vlb(model, torch.zeros(2000, 1, 1, dtype=torch.int64), strata=7)
     exact = sum(t * t for t in range(2, 31))
     assert len(asked) == 8
     assert torch.stack(asked).max() == 30
@@ -245,22 +407,40 @@ def test_strata_of_t_have_no_bias_and_little_variance(monkeypatch):
     assert parts["L_t"].std() < 0.1 * exact
 
 
+def test_a_held_out_map_has_the_same_bound_in_any_batch():
+    diffusion, model = MultinomialDiffusion(8, 20), agreeing(8, 3)
+    z_0 = torch.randint(8, (5, 6, 6))
+    whole = held_out_bound(diffusion, model, z_0, 40)
+    parts = [held_out_bound(diffusion, model, z_0[:2], 40),
+             held_out_bound(diffusion, model, z_0[2:], 42)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.allclose(held_out_bound(diffusion, model, z_0, 0), whole)
+
+
 def test_bits_per_dim_of_a_uniform_model_are_log2_k():
     assert bits_per_dim(256 * math.log(1024), 256) == pytest.approx(10)
 
 
-# ---------------------------------------------------------------- the loss
+def test_histogram_nats_are_those_of_counting_by_hand():
+    rng = np.random.default_rng(0)
+    maps, held_out = rng.integers(0, 4, (6, 2, 3)), rng.integers(0, 4, (5, 2, 3))
+    nats = 0
+    for one in held_out:
+        for cell in np.ndindex(2, 3):
+            count = sum(other[cell] == one[cell] for other in maps)
+            nats -= math.log((count + 1) / (6 + 4))
+    assert histogram_nats(maps.astype(np.uint16), held_out, 4) == pytest.approx(nats / 5)
 
+
+# -- the loss --------------------------------------------------------------------------------------
 
 def test_the_expected_loss_is_the_bound_whatever_t_is_drawn_by(monkeypatch):
-    K, T = 4, 6
     diffusion = MultinomialDiffusion(K, T)
     z_0, noisy = torch.randint(K, (2, T + 1, 3, 5))
     monkeypatch.setattr(diffusion, "q_sample", lambda z, t, generator: noisy[t])
     logits = torch.randn(T + 1, K, 3, 5, dtype=torch.float64)
-    z_0 = z_0[:1]
-    t = torch.arange(1, T + 1)
-    terms = diffusion.bound_term(logits[1:].log_softmax(1), noisy[1:], z_0.expand(T, -1, -1), t)
+    z_0, t = z_0[:1], torch.arange(1, T + 1)
+    terms = diffusion.kl(logits[1:].log_softmax(1), noisy[1:], z_0.expand(T, -1, -1), t, t - 1)
     exact = terms.sum().item() / 15 + diffusion.prior_kl()
     steps = Timesteps(T)
     for _ in range(10):
@@ -273,14 +453,12 @@ def test_the_expected_loss_is_the_bound_whatever_t_is_drawn_by(monkeypatch):
 
 
 def test_the_loss_of_a_network_that_knows_nothing_is_ln_k_a_cell():
-    diffusion = MultinomialDiffusion(50, 20)
-    losses = []
+    diffusion, total = MultinomialDiffusion(50, 20), 0
     for t in range(1, 21):
-        z_0 = torch.randint(50, (4, 30, 30))
-        p = torch.ones(4, dtype=torch.float64)
-        losses.append(diffusion.loss(lambda z, t: torch.zeros(4, 50, 30, 30), z_0, *times(4, t), p)
-                      [0].item() - diffusion.prior_kl())
-    assert sum(losses) == pytest.approx(math.log(50), rel=0.02)
+        z_0, p = torch.randint(50, (4, 30, 30)), torch.ones(4, dtype=torch.float64)
+        loss, _ = diffusion.loss(lambda z, t: torch.zeros(4, 50, 30, 30), z_0, *times(4, t), p)
+        total += loss.item() - diffusion.prior_kl()
+    assert total == pytest.approx(math.log(50), rel=0.02)
 
 
 def test_the_loss_descends_to_the_best_denoiser():
@@ -306,36 +484,20 @@ def test_the_loss_descends_to_the_best_denoiser():
     assert best < learnt < best + 0.1 < 2.0
 
 
-def test_the_auxiliary_term_is_the_cross_entropy_of_the_full_posterior():
-    z_0 = torch.randint(6, (3, 4, 4))
-    t, p = torch.tensor([1, 5, 9]), torch.tensor([0.2, 0.5, 0.1]).double()
-    logits = torch.randn(3, 6, 4, 4, dtype=torch.float64)
-    plain, auxiliary = MultinomialDiffusion(6, 9), MultinomialDiffusion(6, 9, aux_weight=0.01)
-    losses = [each.loss(lambda z, t: logits, z_0, t, p, generators(3))
-              for each in (plain, auxiliary)]
-    assert torch.equal(losses[0][1], losses[1][1])
-    z_t = plain.q_sample(z_0, t, generators(3))
-    nll = -plain.log_p(logits, z_t, t, 0 * t).gather(1, z_0[:, None]).sum((1, 2, 3))
-    expected = 0.01 * (nll / p).mean() / 16
-    torch.testing.assert_close(losses[1][0] - losses[0][0], expected)
-
-
 def test_half_precision_logits_are_judged_in_float32_and_float64_ones_in_float64():
-    diffusion = MultinomialDiffusion(6, 9)
     z_0, t = torch.randint(6, (2, 4, 4)), torch.tensor([3, 7])
     p = torch.full((2,), 1 / 9, dtype=torch.float64)
     for given, used in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
         logits = torch.randn(2, 6, 4, 4).to(given).requires_grad_()
-        loss, terms = diffusion.loss(lambda z, t, logits=logits: logits, z_0, t, p)
+        loss, terms = MultinomialDiffusion(6, 9).loss(lambda z, t, out=logits: out, z_0, t, p)
         loss.backward()
         assert (loss.dtype, terms.dtype, logits.grad.dtype) == (used, used, given)
         assert not terms.requires_grad
 
 
 def test_logits_of_another_shape_are_refused():
-    diffusion = MultinomialDiffusion(6, 9)
     with pytest.raises(ValueError, match=r"gave \(2, 5, 4, 4\), not logits for K = 6: \(2, 6, 4"):
-        diffusion.sample(lambda z, t: torch.zeros(2, 5, 4, 4), (2, 4, 4))
+        MultinomialDiffusion(6, 9).sample(lambda z, t: torch.zeros(2, 5, 4, 4), (2, 4, 4))
 
 
 def test_the_terms_of_an_image_do_not_depend_on_its_batch():
@@ -349,8 +511,7 @@ def test_the_terms_of_an_image_do_not_depend_on_its_batch():
     torch.testing.assert_close(torch.cat([terms([3, 0]), terms([4])]), terms(range(5))[[3, 0, 4]])
 
 
-# ---------------------------------------------------------------- sampling
-
+# -- sampling --------------------------------------------------------------------------------------
 
 def law_of_samples(diffusion, model, steps):
     """The exact distribution of `sample` over all maps of two cells: (9,)."""
@@ -358,12 +519,6 @@ def law_of_samples(diffusion, model, steps):
     for t, s in diffusion.grid(steps):
         law = law @ step_kernel(diffusion, model, t, s)
     return law
-
-
-def assert_drawn_from(z, law):
-    """Maps of two cells, one in each column, against a law over all nine: chi-square at 1/1000."""
-    count = torch.bincount(map_number(z).flatten(), minlength=9).double()
-    assert chisquare(count.numpy(), (law * count.sum()).numpy()).pvalue > 1e-3
 
 
 def test_the_grid_holds_t_and_0_and_falls_strictly():
@@ -384,30 +539,25 @@ def test_a_wrong_number_of_steps_is_refused(steps):
         MultinomialDiffusion(2, 7).sample(agreeing(2, 1), (1, 2, 2), steps)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_t_strided_steps_are_the_plain_loop_over_every_t_bit_for_bit(options):
-    diffusion, model = MultinomialDiffusion(8, 12, **options), agreeing(8, 9)
+@RESIDUALS
+def test_t_strided_steps_are_the_plain_loop_over_every_t_bit_for_bit(residual):
+    diffusion, model = MultinomialDiffusion(8, 12, residual), agreeing(8, 9)
     draws = generators(3)
     z = diffusion.random_codes(uniforms(draws, 3, 5, 4)[0])
     for t in range(12, 0, -1):
         u = uniforms(draws, 5, 5, 4)[2:]
         now, then = times(3, t, t - 1)
-        log_x0hat = diffusion.log_x0hat(model(z, now), z, now)
-        if t == 1 and diffusion.last_step == "x0hat":
-            log_x = log_x0hat.exp().cumsum(1)
-            z = (log_x < (1 - u[2])[:, None].float() * log_x[:, -1:]).sum(1)
-        else:
-            z = diffusion.draw(diffusion.log_x(log_x0hat, z, now), z, now, then, u)
+        z = diffusion.draw(diffusion.log_x0_hat(model(z, now), z), z, now, then, u)
     for steps in (12, None):
         assert torch.equal(diffusion.sample(model, (3, 5, 4), steps, generators(3)), z)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_samples_follow_the_law_of_their_steps(options):
-    diffusion = MultinomialDiffusion(3, 20, **options)
+@RESIDUALS
+def test_samples_follow_the_law_of_their_steps(residual):
+    diffusion = MultinomialDiffusion(3, 20, residual)
     model = BestDenoiser(diffusion, JOINT)
     z = diffusion.sample(model, (1, 2, 10000), 4, torch.Generator().manual_seed(0))
-    assert_drawn_from(z, law_of_samples(diffusion, model, 4))
+    assert_drawn_from(map_number(z), law_of_samples(diffusion, model, 4))
 
 
 def test_strided_steps_come_near_the_data_as_their_number_grows():
@@ -419,76 +569,22 @@ def test_strided_steps_come_near_the_data_as_their_number_grows():
     assert errors == pytest.approx([0.496, 0.334, 0.178, 0.087, 0.033, 0.013, 0.006], abs=6e-4)
 
 
-def test_a_low_temperature_takes_the_likeliest_code():
-    diffusion = MultinomialDiffusion(9, 10)
-    logits = torch.randn(2, 9, 6, 6)
-    z = diffusion.sample(lambda z, t: logits, (2, 6, 6), 3, generators(2), temperature=1e-3)
-    assert torch.equal(z, logits.argmax(1))
-    warm = diffusion.sample(lambda z, t: logits, (2, 6, 6), 3, generators(2))
-    assert (warm != z).float().mean() > 0.2
-
-
-def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="'ddim': choose from strided, route"):
-        MultinomialDiffusion(4, 5).sample(agreeing(4, 1), (1, 2, 2), sampler="ddim")
-
-
-@pytest.mark.parametrize("sampler", ["strided", "route"])
-def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(sampler):
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in():
     diffusion, model = MultinomialDiffusion(40, 30), agreeing(40, 20)
 
     def sample(images):
-        return diffusion.sample(model, (len(images), 6, 5), 7, [generators(4)[n] for n in images],
-                                sampler=sampler)
+        return diffusion.sample(model, (len(images), 6, 5), 7, [generators(4)[n] for n in images])
 
     whole = sample(range(4))
     assert torch.equal(torch.cat([sample([2, 0]), sample([3])]), whole[[2, 0, 3]])
     assert not torch.equal(whole[0], whole[1])
     one = torch.Generator().manual_seed(5)
-    parts = [diffusion.sample(model, (B, 6, 5), 7, one, sampler=sampler) for B in (1, 2)]
-    again = diffusion.sample(model, (3, 6, 5), 7, torch.Generator().manual_seed(5), sampler=sampler)
+    parts = [diffusion.sample(model, (B, 6, 5), 7, one) for B in (1, 2)]
+    again = diffusion.sample(model, (3, 6, 5), 7, torch.Generator().manual_seed(5))
     assert torch.equal(torch.cat(parts), again)
 
 
-# ---------------------------------------------------------------- the route sampler
-
-
-def test_the_route_fixes_the_cells_that_are_sure_first():
-    """Sure of the left half only: after the step to alpha_bar_s = 1/2 just that half is clean."""
-    diffusion = MultinomialDiffusion(50, 200)
-    truth, seen = torch.randint(50, (2, 4, 8)), []
-    logits = torch.zeros(2, 50, 4, 8)
-    logits[..., :4] = 100 * torch.nn.functional.one_hot(truth[..., :4], 50).movedim(-1, 1)
-
-    def model(z, t):
-        seen.append((z, diffusion.alpha_bar_t[t[0]].item()))
-        return logits
-
-    z = diffusion.sample(model, (2, 4, 8), 2, generators(2), sampler="route")
-    assert seen[1][1] == pytest.approx(0.5, abs=0.02)
-    right = [(each == truth).float().mean((0, 1)) for each in (seen[0][0], seen[1][0], z)]
-    assert right[0].max() < 0.5
-    assert (right[1][:4] == 1).all()
-    assert right[1][4:].max() < 0.5
-    assert (seen[0][0] == seen[1][0])[..., 4:].float().mean() < 0.2, "noise is drawn anew"
-    assert (right[2][:4] == 1).all()
-
-
-def test_few_routed_steps_make_likelier_maps_than_as_many_strided_ones():
-    chain = 0.05 + 0.85 * torch.eye(3)                                      # K = 3, four cells
-    joint = torch.einsum("a,ab,bc,cd->abcd", torch.tensor([0.5, 0.3, 0.2]), chain, chain, chain)
-    diffusion = MultinomialDiffusion(3, 100)
-    model, nats = BestDenoiser(diffusion, joint), {}
-    for sampler in ("strided", "route"):
-        z = diffusion.sample(model, (800, 4, 1), 6, torch.Generator().manual_seed(0),
-                             sampler=sampler)
-        nats[sampler] = -joint.flatten()[map_number(z)].log().mean().item()
-        assert map_number(z).unique().numel() > 40
-    assert nats["route"] < nats["strided"] - 0.15
-
-
-# ---------------------------------------------------------------- inpainting
-
+# -- completion ------------------------------------------------------------------------------------
 
 def test_known_codes_come_back_and_the_rest_is_filled():
     diffusion, model = MultinomialDiffusion(12, 10), agreeing(12, 5)
@@ -499,6 +595,8 @@ def test_known_codes_come_back_and_the_rest_is_filled():
         assert 0 < (z != indices)[~known].float().mean() <= 1
         other = torch.where(known, indices, 0)           # what stands in the hole does not matter
         assert torch.equal(diffusion.inpaint(model, other, known, 5, resample, generators(3)), z)
+        alone = diffusion.inpaint(model, indices[1:2], known[1:2], 5, resample, generators(3)[1:2])
+        assert torch.equal(alone, z[1:2]), "an image does not depend on its batch"
 
 
 def test_with_all_known_nothing_changes_and_with_nothing_known_it_is_sampling():
@@ -508,14 +606,6 @@ def test_with_all_known_nothing_changes_and_with_nothing_known_it_is_sampling():
     assert torch.equal(diffusion.inpaint(model, indices, known, 4, 2), indices)
     assert torch.equal(diffusion.inpaint(model, indices, ~known, 4, generator=generators(2)),
                        diffusion.sample(model, (2, 6, 7), 4, generators(2)))
-
-
-def test_an_image_does_not_depend_on_the_batch_it_is_filled_in():
-    diffusion, model = MultinomialDiffusion(12, 10), agreeing(12, 5)
-    indices, known = torch.randint(12, (3, 6, 7)), torch.rand(3, 6, 7) < 0.4
-    whole = diffusion.inpaint(model, indices, known, 5, 2, generators(3))
-    alone = diffusion.inpaint(model, indices[1:2], known[1:2], 5, 2, generators(3)[1:2])
-    assert torch.equal(alone, whole[1:2])
 
 
 @pytest.mark.parametrize("resample", [1, 2])
@@ -565,15 +655,11 @@ def test_inpainting_follows_its_exact_law_and_resampling_brings_it_near_the_cond
             z = diffusion.inpaint(model, torch.full((1, 2, 2000), code),
                                   known.expand(1, 2, 2000), None, resample,
                                   torch.Generator().manual_seed(code))
-            count = torch.bincount(z[0, 1], minlength=3).double()
-            assert chisquare(count.numpy(), (2000 * law).numpy()).pvalue > 1e-3
+            assert_drawn_from(z[0, 1], law)
         assert errors == pytest.approx([[0.198, 0.052], [0.245, 0.095], [0.222, 0.085]][code],
                                        abs=6e-4)
-
-
-def test_more_steps_do_not_replace_resampling():
-    model = BestDenoiser(MultinomialDiffusion(3, 100), JOINT)
-    law = law_of_inpainting(model.noise, model, 0, 1)
+    longer = MultinomialDiffusion(3, 100)
+    law = law_of_inpainting(longer, BestDenoiser(longer, JOINT), 0, 1)
     assert total_variation(law, JOINT[0] / JOINT[0].sum()) == pytest.approx(0.178, abs=6e-4)
 
 
@@ -590,14 +676,10 @@ def test_a_mistaken_call_is_refused_with_what_is_needed():
         diffusion.inpaint(model, indices, indices.bool(), generator=generators(2))
 
 
-# ---------------------------------------------------------------- devices
-
-
-@pytest.mark.parametrize("options", [*OPTIONS, {"residual": "likelihood", "aux_weight": 0.1}],
-                         ids=str)
-def test_maps_stay_on_their_device_and_times_on_the_cpu(options):
+@RESIDUALS
+def test_maps_stay_on_their_device_and_times_on_the_cpu(residual):
     """On the meta device, which refuses to be mixed with the CPU as a GPU does."""
-    diffusion = MultinomialDiffusion(6, 9, **options)
+    diffusion = MultinomialDiffusion(6, 9, residual)
 
     def model(z, t):
         assert z.device.type == t.device.type == "meta"
@@ -608,14 +690,13 @@ def test_maps_stay_on_their_device_and_times_on_the_cpu(options):
     loss, terms = diffusion.loss(model, z_0, t, p)
     loss.backward()
     made = [loss, terms, diffusion.q_sample(z_0, t),
-            diffusion.log_p(model(z_0, z_0), z_0, t, t - 1),
+            diffusion.log_theta(diffusion.log_x0_hat(model(z_0, z_0), z_0), z_0, t, t - 1),
             diffusion.inpaint(model, z_0, z_0.bool(), 3, 2),
-            diffusion.sample(model, (2, 4, 4), 3, sampler="route", device="meta")]
+            diffusion.sample(model, (2, 4, 4), 3, device="meta")]
     assert {each.device.type for each in made} == {"meta"}
 
 
-# ---------------------------------------------------------------- the known grid
-
+# -- the known grid --------------------------------------------------------------------------------
 
 def test_a_cell_is_known_only_if_all_its_pixels_are():
     mask = torch.zeros(2, 1, 32, 48)
@@ -625,15 +706,6 @@ def test_a_cell_is_known_only_if_all_its_pixels_are():
     assert known.shape == (2, 4, 6)
     assert (~known).nonzero().tolist() == [[1, 1, 2]]
     assert not known_cells(torch.ones(1, 1, 32, 32), 8).any()
-
-
-@pytest.mark.parametrize("margin", [0, 1, 2])
-def test_a_margin_around_the_hole_is_not_known_either(margin):
-    mask = torch.zeros(1, 1, 64, 64)
-    mask[..., 24:40, 40:56] = 1                           # rows 3 and 4, columns 5 and 6, of 8
-    expected = torch.ones(8, 8, dtype=torch.bool)
-    expected[3 - margin:5 + margin, 5 - margin:7 + margin] = False
-    assert torch.equal(known_cells(mask, 8, margin)[0], expected)
 
 
 def test_the_papers_three_masks_have_their_numbers_of_known_cells():
@@ -651,3 +723,112 @@ def test_the_papers_three_masks_have_their_numbers_of_known_cells():
 def test_a_mask_that_is_no_multiple_of_the_cell_is_refused():
     with pytest.raises(ValueError, match=r"\(30, 32\) px has no grid of 8 px cells; pad"):
         known_cells(torch.zeros(1, 1, 30, 32), 8)
+
+
+# -- which t ---------------------------------------------------------------------------------------
+
+def filled(T, losses, times=HISTORY):
+    """Timesteps whose every t has seen its own of `losses` so many times."""
+    steps = Timesteps(T)
+    for _ in range(times):
+        steps.observe(torch.arange(1, T + 1), torch.tensor(losses))
+    steps.update()
+    return steps
+
+
+def test_t_is_drawn_in_1_to_t_with_its_probability():
+    losses = [8.0, 1.0, 4.0, 0.0, 2.0]
+    steps = filled(5, losses)
+    expected = (1 - UNIFORM_SHARE) * torch.tensor(losses).double() / 15 + UNIFORM_SHARE / 5
+    torch.testing.assert_close(steps.probabilities(), expected)
+    t, p = steps.draw(generators(2000))
+    torch.testing.assert_close(p, expected[t - 1])
+    assert (t.min(), t.max()) == (1, 5)
+    seen = torch.bincount(t - 1, minlength=5) / 2000
+    torch.testing.assert_close(seen.double(), expected, rtol=0, atol=0.03)
+
+
+def test_the_probability_is_the_root_of_the_mean_square_not_the_mean():
+    steps = Timesteps(2)
+    for n in range(HISTORY):
+        steps.observe(torch.tensor([1, 2]), torch.tensor([2.0 * (n % 2), 1.0]))
+    steps.update()
+    p = (steps.probabilities() - UNIFORM_SHARE / 2) / (1 - UNIFORM_SHARE)
+    assert (p[0] / p[1]).item() == pytest.approx(2 ** 0.5)
+
+
+def test_t_is_uniform_until_every_t_has_its_ten_losses():
+    steps = filled(3, [9.0, 1.0, 1.0], times=HISTORY - 1)
+    steps.observe(torch.tensor([1, 2]), torch.tensor([9.0, 1.0]))
+    steps.update()
+    assert steps.probabilities().tolist() == pytest.approx([1 / 3] * 3)
+    steps.observe(torch.tensor([3]), torch.tensor([1.0]))
+    steps.update()
+    assert steps.probabilities()[0] > 0.8
+
+
+def test_the_oldest_of_ten_losses_gives_way_also_to_several_of_one_batch():
+    steps = filled(2, [1.0, 1.0])
+    steps.observe(torch.tensor([1, 1, 2, 1]), torch.tensor([5.0, 6.0, 7.0, 8.0]))
+    steps.update()
+    assert steps.losses[0].tolist() == [5, 6, 8] + [1] * 7
+    assert steps.losses[1].tolist() == [7] + [1] * 9
+
+
+def test_losses_that_are_all_zero_leave_t_uniform_and_one_that_is_not_finite_is_left_out():
+    assert filled(4, [0.0] * 4).probabilities().tolist() == pytest.approx([0.25] * 4)
+    steps = filled(3, [1.0, 2.0, 3.0])
+    before = steps.state_dict()
+    steps.observe(torch.tensor([1, 2, 3]), torch.tensor([float("nan"), float("inf"), 4.0]))
+    steps.update()
+    assert torch.equal(steps.losses[:2], before["losses"][:2])
+    assert steps.losses[2, 0] == 4
+    assert before["losses"][2, 0] == 3, "a state dict is a copy"
+
+
+def test_a_draw_belongs_to_the_image_not_to_its_batch():
+    steps = filled(50, [float(t) for t in range(50)])
+    whole, _ = steps.draw(generators(6))
+    assert torch.equal(torch.cat([steps.draw(generators(6)[:2])[0],
+                                  steps.draw(generators(6)[2:])[0]]), whole)
+    assert whole.unique().numel() > 2
+
+
+def test_processes_and_micro_batches_make_no_difference(monkeypatch):
+    """Images 0..7 of one step: at once, in micro-batches, and as the shares of two processes."""
+    t, losses = torch.tensor([2, 1, 2, 2, 1, 2, 2, 1]), torch.arange(8.0)
+
+    def after(parts):
+        steps = Timesteps(2)
+        before = steps.probabilities()
+        for part in parts:
+            steps.observe(t[part], losses[part])
+        assert torch.equal(steps.probabilities(), before), "within a step the history moved"
+        return steps
+
+    whole, micro = after([slice(0, 8)]), after([slice(0, 3), slice(3, 8)])
+    ranks = [after([slice(0, 2), slice(2, 4)]), after([slice(4, 6), slice(6, 8)])]
+    whole.update()
+    micro.update()
+    shares = [rank._observed for rank in ranks]
+    monkeypatch.setattr(module, "gather_objects", lambda own: shares)
+    for rank in ranks:
+        rank.update()
+    for steps in [micro, *ranks]:
+        assert torch.equal(steps.losses, whole.losses)
+        assert torch.equal(steps.counts, whole.counts)
+
+
+def test_a_restored_history_goes_on_with_the_same_draws(tmp_path):
+    steps, other = filled(20, [float(t) for t in range(20)]), Timesteps(20)
+    torch.save(steps.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(3):
+        draws = [each.draw(generators(8, seed)) for each in (steps, other)]
+        for each, (t, _) in zip((steps, other), draws):
+            each.observe(t, t * 0.5)
+            each.update()
+        assert torch.equal(draws[0][0], draws[1][0])
+        assert torch.equal(draws[0][1], draws[1][1])
+    with pytest.raises(ValueError, match="a history of 20 times cannot serve T = 5"):
+        Timesteps(5).load_state_dict(steps.state_dict())

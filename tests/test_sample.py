@@ -11,10 +11,10 @@ from tiny_runs import SIZE, TINY, write_decoder, write_first_stage, write_prior
 import sample as program
 from convert import load_prior
 from data import Signs
+from diffusion import STRATA
 from distributed import UserError
 from fid import FeatureStatistics
 from sample import Drawing, measure, open_decoder, open_reference
-from validation import STRATA
 
 CPU, T = torch.device("cpu"), 6
 

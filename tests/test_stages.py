@@ -10,7 +10,7 @@ from train_process import SMALL, SMALL_UNET
 
 import stages
 import validation
-from diffusion import MultinomialDiffusion
+from diffusion import STRATA, MultinomialDiffusion
 from losses import adaptive_weight, discriminator_loss, generator_gan_loss, pixel_loss
 from refit import install_codebook
 from stages import RECIPES, Batch, CodeBatch, Recipe, learning_rate
@@ -441,7 +441,7 @@ def test_a_priors_validation_takes_the_average_and_the_same_noise_and_gives_the_
     assert validation.validate_prior(trainee, parts)["val_vlb"] == pytest.approx(whole["val_vlb"])
     model = copy.deepcopy(trainee.model).eval()
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    expected = trainee.diffusion.vlb(model, data.indices, generators, validation.STRATA)["vlb"]
+    expected = trainee.diffusion.vlb(model, data.indices, generators, STRATA)["vlb"]
     assert whole["val_vlb"] == pytest.approx(expected.mean().item())
     torch.nn.init.normal_(trainee.model.logits.weight)               # the average stays
     before = copy.deepcopy(trainee.model.state_dict())

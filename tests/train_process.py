@@ -105,14 +105,14 @@ def shrink():
     """train, on a first stage of a few thousand weights, with few held-out images, no curves."""
     import begin
     import data
-    import timesteps
+    import diffusion
     import train as program
     import unet
     import vqgan
     vqgan.VQGAN_PRESETS["tiny"] = vqgan.VQGANConfig(**SMALL)
     unet.UNET_PRESETS["tiny"] = unet.UNetConfig(**SMALL_UNET)
     begin.VALIDATION_IMAGES = begin.VALIDATION_MAPS = 8
-    timesteps.HISTORY = 1                          # the draws are by importance from step 3 or so
+    diffusion.HISTORY = 1                          # the draws are by importance from step 3 or so
     data.SIGNS_LENGTH["val"] = 100                 # whose codes refit counts
     program.curves = lambda *_: None               # two thirds of the time of so short a run
     program.evaluate_runs = partial(program.evaluate_runs, n=4)

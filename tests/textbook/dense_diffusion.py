@@ -5,21 +5,32 @@ import itertools
 import torch
 
 
-def matrix(noise, s, t):
+def matrix(diffusion, s, t):
     """Q_{s+1} ... Q_t as a product of K x K matrices, float64."""
-    identity = torch.eye(noise.K, dtype=torch.float64)
+    identity = torch.eye(diffusion.K, dtype=torch.float64)
     product = identity
     for step in range(s + 1, t + 1):
-        alpha_t = noise.alpha_bar_t[step] / noise.alpha_bar_t[step - 1]
-        product = product @ (alpha_t * identity + (1 - alpha_t) / noise.K)
+        alpha_t = diffusion.alpha_bar_t[step] / diffusion.alpha_bar_t[step - 1]
+        product = product @ (alpha_t * identity + (1 - alpha_t) / diffusion.K)
     return product
 
 
-def posterior(noise, s, t):
+def posterior(diffusion, s, t):
     """q(z_s=k|z_t=i,z_0=j) as a table [i,j,k], by Bayes' rule."""
-    first, second = matrix(noise, 0, s), matrix(noise, s, t)              # [j,k], [k,i]
+    first, second = matrix(diffusion, 0, s), matrix(diffusion, s, t)      # [j,k], [k,i]
     joint = torch.einsum("jk,ki->ijk", first, second)
     return joint / joint.sum(2, keepdim=True)
+
+
+def theta(diffusion, x, s, t):
+    """N[theta(z_t=i,x)]_k for x (...,i,j): q(z_t=i|z_s=k) (x Q_{0s})_k, normalised: (...,i,k)."""
+    product = matrix(diffusion, s, t).T * (x @ matrix(diffusion, 0, s))
+    return product / product.sum(-1, keepdim=True)
+
+
+def mixture(diffusion, x, s, t):
+    """D3PM's p(z_s=k|z_t=i): the sum over j of x (...,i,j) q(z_s=k|z_t=i,z_0=j): (...,i,k)."""
+    return torch.einsum("...ij,ijk->...ik", x, posterior(diffusion, s, t))
 
 
 def all_maps(K, D):
@@ -40,15 +51,14 @@ class BestDenoiser:
     it gives log p(z_0^d = k | the other cells of the column), or with full=True | all of them.
     """
 
-    def __init__(self, noise, joint, full=False):
-        self.noise, self.full = noise, full
+    def __init__(self, diffusion, joint, full=False):
+        self.diffusion, self.full = diffusion, full
         self.joint, self.D = joint.double().flatten(), joint.ndim
-        self.maps = all_maps(noise.K, self.D)[:, :, 0]                    # (K^D, D)
-        self.seen = []
+        self.maps = all_maps(diffusion.K, self.D)[:, :, 0]                # (K^D, D)
 
     def __call__(self, z, t):
-        K = self.noise.K
-        abar = self.noise.alpha_bar_t[t].view(-1, 1, 1, 1)
+        K = self.diffusion.K
+        abar = self.diffusion.alpha_bar_t[t].view(-1, 1, 1, 1)
         same = (z[:, None] == self.maps[None, :, :, None]).double()       # (B, K^D, D, w)
         likelihood = abar * same + (1 - abar) / K
         logits = torch.empty(z.shape[0], K, *z.shape[1:], dtype=torch.float64)
@@ -60,13 +70,19 @@ class BestDenoiser:
         return logits
 
 
+def log_p(diffusion, model, maps, t, s):
+    """log p(z_s|Z_t) of every cell of maps (B,D,w), the reverse step of Eq. 22: (B,K,D,w)."""
+    times = torch.full((2, len(maps)), t)
+    times[1] = s
+    log_x0_hat = diffusion.log_x0_hat(model(maps, times[0]), maps)
+    return diffusion.log_theta(log_x0_hat, maps, *times)
+
+
 def step_kernel(diffusion, model, t, s):
     """p(all cells of z_s | Z_t) between all maps of D cells, cells independent: (K^D, K^D)."""
     maps = all_maps(diffusion.K, model.D)
-    times = torch.full((2, len(maps)), t)
-    times[1] = s
-    log_p = diffusion.log_p(model(maps, times[0]), maps, *times)[..., 0]   # (K^D, K, D)
-    return torch.stack([log_p[:, z[:, 0], torch.arange(model.D)].sum(1) for z in maps], 1).exp()
+    table = log_p(diffusion, model, maps, t, s)[..., 0]                   # (K^D, K, D)
+    return torch.stack([table[:, z[:, 0], torch.arange(model.D)].sum(1) for z in maps], 1).exp()
 
 
 def total_variation(p, q):
