@@ -1,10 +1,9 @@
-"""From files to models and back: runs, files of ours, public checkpoints, diffusers' folders.
+"""Load models from runs, files of ours and public checkpoints; write them for us and for diffusers.
 
-    a run, or its stage file: a decoder and the first stage it stands on --run_folder.py--+
-    a file that -o wrote: all of one model -------------------------------run_folder.py---+-> Loaded
-    Stable Diffusion's, taming's, the authors', diffusers' --weight_files.py, public_names.py-+
-
-    RUN/prior/last.pt, and the first stage that it was trained on --load_prior--------------> Prior
+    a run, or its stage file: a decoder and the first stage it stands on --------------+
+    a file that -o wrote: all of one model --------------------------------------------+--> Loaded
+    Stable Diffusion's, taming's, the authors', diffusers' --weight_files, public_names-+
+    RUN/prior/last.pt, and the first stage that it was trained on --load_prior------------> Prior
 
     python convert.py CHECKPOINT                       says what it is
     python convert.py CHECKPOINT -o FILE               makes one file of ours of it
@@ -12,13 +11,11 @@
 
 A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
 `--vqgan` named, and must still be the very weights that the decoder was trained on: the latents of
-others mean nothing to it. Loading is strict: no weight is missing, none is left over. How files are
-read safely is in run_folder.py and weight_files.py, names and sizes in public_names.py.
+others mean nothing to it. Loading is strict: no weight is missing, none is left over.
 """
 
 import argparse
 import json
-import math
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,26 +29,20 @@ from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
 from public_names import (
     asym_decoder_size,
-    check_keys,
     diffusers_config,
     diffusers_names,
     first_stage_config,
-    plan_name,
     taming_names,
     tidy,
 )
-from run_folder import write_text
 from unet import UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
 from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
 STAGES = ("decoder", *FIRST_STAGES)
-STEPS = 100                             # that a map is drawn in, where nobody says
 SCALING_FACTOR = 0.18215                # Stable Diffusion's; a diffusion model's, not the weights'
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-EXPORTED = {f"{name}{part}" for name in ("config.json", WEIGHTS) for part in ("", ".part")}
-MARK = {"_written_by": "convert.py --to-diffusers"}      # in config.json; diffusers skips such keys
+STEPS = 100                             # that a map is drawn in, where nobody says
 
 
 @dataclass
@@ -63,7 +54,7 @@ class Loaded:
     config:   dict           # a run's resolved settings; of public ones "first_stage", "decoder"
     step:     int            # 0 for public ones
     finished: bool           # whether that stage's training came to its end
-    parent:   str            # run_folder.weights_hash of the first stage
+    parent:   str            # weights_hash of the first stage
     latents:  str            # the same of what makes latents: equal ones mean the same latents
     notes:    list = field(default_factory=list)     # what was dropped, stood in for or cast
 
@@ -105,9 +96,8 @@ def load_first_stage(path):
         state, source = _read(path, FIRST_STAGES)
         if state["stage"] != "decoder":
             return _ours(state, source)
-    raise UserError(f"{path} is a decoder, not a first stage; new decoders start from the first "
-                    "stage's own and are compared with it: give the run or the file that has that "
-                    "one, such as Stable Diffusion's")
+    raise UserError(f"{path} is a decoder, not a first stage; give the run or the file that has "
+                    "the first stage's own decoder, such as Stable Diffusion's")
 
 
 def _read(path, stages):
@@ -131,19 +121,16 @@ def _read(path, stages):
 
 def _ours(state, source):
     """The Loaded of a stage file's contents."""
-    if state["stage"] != "decoder":
-        model = _filled(source, state["model"], lambda: VQGAN(_vqgan_config(state)))
-        return _loaded(model, state)
-    size = state["config"]["decoder"]
-    if all(name.startswith("decoder.") for name in state["model"]):
+    size = state["config"]["decoder"] if state["stage"] == "decoder" else None
+    if size and all(name.startswith("decoder.") for name in state["model"]):
         first_stage = first_stage_of(state, source)
         weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
         decoder = _filled(source, weights, lambda: AsymDecoder(
             first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
         return _loaded(AsymVQGAN(first_stage.model, decoder), state, first_stage)
-    model = _filled(source, _inner_names(state["model"]),
-                    lambda: _network(_vqgan_config(state), size))
-    return _loaded(model, state)
+    fields = state["config"]["first_stage"].items()
+    config = VQGANConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields})
+    return _loaded(_network(source, state["model"], config, size), state)
 
 
 def first_stage_of(state, source):
@@ -171,21 +158,18 @@ def run_of(source):
 
 def _is_public(path):
     """Whether others wrote `path`: a file that is not ours, a folder of diffusers."""
-    if path.is_file():
-        return not _is_ours(path)
-    return diffusers_folder(path) is not None
-
-
-def _is_ours(path):
-    """Whether a file's pickle begins with the first two keys of all our files. Executes nothing."""
-    try:
+    if path.is_dir():
+        return diffusers_folder(path) is not None
+    if not path.exists():
+        return False
+    try:                        # the pickles of all our files begin with these two keys
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as file:
                 head = file.read(100)
-    except Exception:           # whatever is wrong with it, weight_files.py says so
-        return False
-    return b"format" in head and b"stage" in head
+    except Exception:           # whatever is wrong with it, read_public says so
+        return True
+    return not (b"format" in head and b"stage" in head)
 
 
 def _public(path):
@@ -194,33 +178,21 @@ def _public(path):
     stated = public.config or {}
     try:
         weights, notes = tidy(taming_names(public.state))
-        config = first_stage_config(weights, public.config)
-        size = asym_decoder_size(weights, config, public.config)
-        with torch.device("meta"):
-            model = _network(config, size)
-        check_keys(weights, _file_names(model))
-    except ValueError as error:
-        raise UserError(f"{public.path}: {error}") from None
-    model.load_state_dict(_inner_names(weights) if size else weights, assign=True)
+        config = first_stage_config(weights, stated.get("norm_num_groups") or 32)
+        size = asym_decoder_size(weights, config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{public.path}: no autoencoder of this kind "
+                        f"({type(error).__name__}: {error})") from None
+    model = _network(public.path, weights, config, size)
+    if public.dropped:
+        counts = ", ".join(f"{family} ({count})" for family, count in public.dropped.items())
+        notes.insert(0, f"keys that are no first stage's, left out: {counts}")
     settings = {"first_stage": asdict(config), "decoder": size}
     if stated.get("scaling_factor"):
         settings["scaling_factor"] = stated["scaling_factor"]
     state = {"stage": "decoder" if size else "vqgan", "config": settings, "step": 0,
              "extra": {"finished": True}}
-    return _loaded(model, state, notes=[*_reading_notes(public), *notes])
-
-
-def _reading_notes(public):
-    """What the user should know of how a public checkpoint was read."""
-    notes = []
-    if public.dropped:
-        counts = ", ".join(f"{family} ({count})" for family, count in public.dropped.items())
-        notes.append(f"keys that are no first stage's, left out: {counts}")
-    foreign = [name for name in ("shift_factor", "latents_mean", "latents_std")
-               if (public.config or {}).get(name)]
-    if foreign:
-        notes.append(f"not kept, a diffusion model's: {', '.join(foreign)}")
-    return notes + public.notes
+    return _loaded(model, state, notes=public.notes + notes)
 
 
 def _loaded(model, state, first_stage=None, notes=()):
@@ -237,29 +209,18 @@ def _loaded(model, state, first_stage=None, notes=()):
                   bool(state["extra"].get("finished")), parent, latents, list(notes))
 
 
-def _vqgan_config(state):
-    fields = state["config"]["first_stage"].items()
-    return VQGANConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields})
+def _network(source, weights, config, size):
+    """A VQGAN; with an asymmetric decoder's size, an AsymVQGAN that has no other decoder.
 
-
-def _network(config, size):
-    """A VQGAN; with an asymmetric decoder's size, an AsymVQGAN that has no other decoder."""
+    weights: with the authors' names, as in _file_names.
+    """
     if size is None:
-        return VQGAN(config)
-    return AsymVQGAN(VQGAN(config, own_decoder=False), AsymDecoder(
-        config, size["ch"], size["num_res_blocks"], size["blend"]))
-
-
-def _file_names(model):
-    """The model's weights with the authors' names; of two decoders the asymmetric one."""
-    return {name.removeprefix("first_stage."): value for name, value in model.state_dict().items()
-            if not name.startswith("first_stage.decoder.")}
-
-
-def _inner_names(weights):
-    """The inverse, of an asymmetric model: AsymVQGAN's names."""
-    return {name if name.startswith("decoder.") else f"first_stage.{name}": value
-            for name, value in weights.items()}
+        return _filled(source, weights, lambda: VQGAN(config))
+    inner = {name if name.startswith("decoder.") else f"first_stage.{name}": value
+             for name, value in weights.items()}
+    return _filled(source, inner, lambda: AsymVQGAN(
+        VQGAN(config, own_decoder=False),
+        AsymDecoder(config, size["ch"], size["num_res_blocks"], size["blend"])))
 
 
 def _filled(source, weights, build):
@@ -269,10 +230,16 @@ def _filled(source, weights, build):
             module = build()
         module.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source}: its weights do not fit its settings; it is damaged or was made "
-                        f"by another version, train it again ({reason})") from None
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{source}: its weights do not fit the network of its sizes; it is damaged "
+                        f"or of another kind ({reason})") from None
     return module
+
+
+def _file_names(model):
+    """The model's weights with the authors' names; of two decoders the asymmetric one."""
+    return {name.removeprefix("first_stage."): value for name, value in model.state_dict().items()
+            if not name.startswith("first_stage.decoder.")}
 
 
 # -- the prior -------------------------------------------------------------------------------------
@@ -280,7 +247,7 @@ def _filled(source, weights, build):
 
 @dataclass
 class Prior:
-    """A prior, ready to be sampled from, and what its file says about it.
+    """VQ-DDM's prior, ready to be sampled from, and what its file says about it.
 
     `diffusion.sample(unet, (B, *grid), ...)` gives codes for `first_stage.decode_indices`.
     """
@@ -292,7 +259,7 @@ class Prior:
     config:      dict                   # the resolved settings of the run
     step:        int
     finished:    bool                   # whether its training came to its end
-    parent:      str                    # run_folder.weights_hash of the first stage
+    parent:      str                    # weights_hash of the first stage
     facts:       dict                   # what training noted; see prior_facts
 
     @property
@@ -320,8 +287,9 @@ def denoiser(settings, K):
 def load_prior(path, device="cpu"):
     """The Prior at `path`, a run folder or a prior's file.
 
-    Raises UserError: nothing there, a file of another stage, or a prior whose first stage is
-    missing or has changed.
+    Codes mean nothing without the first stage that they are of, so it comes along. Raises
+    UserError: nothing there, a file of another stage, or a prior whose first stage is missing or
+    has changed.
     """
     path = Path(path)
     state = _prior_state(path)
@@ -345,16 +313,6 @@ def prior_facts(path):
     return state["extra"] | {"parent": state["parent"]}
 
 
-def chosen_steps(asked, T, most=STEPS):
-    """The number of steps where `asked` of T are wanted; None for `most`, or T if that is less.
-
-    Raises UserError.
-    """
-    if asked is not None and not 1 <= asked <= T:
-        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
-    return asked or min(most, T)
-
-
 def _prior_state(path):
     """The contents of a prior's file, or of the one in a run folder."""
     if not path.exists():
@@ -367,6 +325,13 @@ def _prior_state(path):
     if state["stage"] != "prior":
         raise UserError(f"{path}: a {state['stage']} file, not a prior's; give its run folder")
     return state
+
+
+def chosen_steps(asked, T, most=STEPS):
+    """The number of steps where `asked` of T are wanted; None for `most`, or T if that is less."""
+    if asked is not None and not 1 <= asked <= T:
+        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
+    return asked or min(most, T)
 
 
 # -- from models to files --------------------------------------------------------------------------
@@ -387,7 +352,9 @@ def save_model(loaded, path):
 
 
 def _check_new(path):
-    if Path(path).exists():
+    """Raise UserError unless nothing is at `path`, or an empty folder."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already and is not overwritten; choose another name, or "
                         "remove it first")
 
@@ -397,45 +364,24 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
 
     An AsymVQGAN becomes an AsymmetricAutoencoderKL, a VQGAN an AutoencoderKL or a VQModel.
     scaling_factor: what the diffusion model multiplies latents by; sample_size: px. Raises
-    UserError, before anything is written, for a model that diffusers cannot build and for a folder
-    with anything else than an earlier export in it; and where the disk refuses.
+    UserError: a model that diffusers cannot build, a folder that is not empty, a full disk.
     """
-    folder, fields = Path(folder), _fields(model, scaling_factor, sample_size)
-    _check_folder(folder)
-    made = [folder / "config.json", folder / WEIGHTS]
+    folder, weights = Path(folder), _file_names(model)
+    try:
+        fields = diffusers_config(model.config, asym_decoder_size(weights, model.config),
+                                  scaling_factor, sample_size)
+    except ValueError as error:
+        raise UserError(f"--to-diffusers: {error}") from None
+    _check_new(folder)
+    made = [folder / "diffusion_pytorch_model.safetensors", folder / "config.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made[1].unlink(missing_ok=True)     # a kill leaves no weights that the new config belies
-        write_text(made[0], json.dumps(fields | MARK, indent=2) + "\n")
-        write_safetensors(made[1], diffusers_names(_file_names(model)))
+        write_safetensors(made[0], diffusers_names(weights))
+        run_folder.write_text(made[1], json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; make room or choose "
                         "another folder") from None
     return made
-
-
-def _fields(model, scaling_factor, sample_size=256):
-    """config.json's contents. Raises UserError where diffusers has no such model."""
-    weights, config = _file_names(model), model.config
-    try:
-        return diffusers_config(config, asym_decoder_size(weights, config), scaling_factor,
-                                sample_size)
-    except ValueError as error:
-        raise UserError(f"--to-diffusers: {error}") from None
-
-
-def _check_folder(folder):
-    """Raise UserError unless `folder` is missing, empty, or holds an earlier export only."""
-    if not folder.exists() or (folder.is_dir() and _may_be_replaced(folder)):
-        return
-    raise UserError(f"{folder} is there already and holds something else than an earlier export; "
-                    "choose another folder")
-
-
-def _may_be_replaced(folder):
-    names, settings = {path.name for path in folder.iterdir()}, folder / "config.json"
-    marked = settings.is_file() and json.dumps(MARK)[1:-1] in settings.read_text(errors="replace")
-    return not names or (marked and names <= EXPORTED)
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -448,21 +394,20 @@ def describe(loaded):
     kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
     levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""
     absent = ", without a decoder of its own" if first_stage.decoder is None else ""
-    lines = [("first stage", f"{plan_name(config)}: {kind}, d {config.embed_dim}, f {config.f}, ch "
-              f"{config.ch}, ch_mult {config.ch_mult}, num_res_blocks {config.num_res_blocks}"
-              f"{levels}; {_count(first_stage)} parameters{absent}")]
+    lines = [("first stage", f"{kind}, d {config.embed_dim}, f {config.f}, ch {config.ch}, ch_mult "
+              f"{config.ch_mult}, num_res_blocks {config.num_res_blocks}{levels}; "
+              f"{_parameters(first_stage)}{absent}")]
     if model is not first_stage:
         size = asym_decoder_size(_file_names(model), config)
         lines.append(("decoder", f"{size['preset']}, {size['blend']}: ch {size['ch']}, "
-                      f"num_res_blocks {size['num_res_blocks']}; {_count(model.decoder)} "
-                      "parameters"))
+                      f"num_res_blocks {size['num_res_blocks']}; {_parameters(model.decoder)}"))
     lines.append(("latents", f"{loaded.latents[:16]}, equal wherever they are the same"))
     lines += [("note", note) for note in loaded.notes]
     return "\n".join(f"  {title:12} {text}" for title, text in lines)
 
 
-def _count(module):
-    return f"{sum(p.numel() for p in module.parameters()):,}"
+def _parameters(module):
+    return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
 
 def main():
@@ -477,36 +422,24 @@ def main():
                         help="write all of the model into one file of ours")
     parser.add_argument("--to-diffusers", metavar="DIR",
                         help="write a folder that diffusers' from_pretrained opens")
-    parser.add_argument("--scaling-factor", type=float, metavar="S",
-                        help="what the diffusion model multiplies latents by, for --to-diffusers "
-                             f"(default: the checkpoint's, else {SCALING_FACTOR})")
     args = parser.parse_args()
-    if args.scaling_factor is not None and not 0 < args.scaling_factor < math.inf:
-        raise UserError(f"--scaling-factor {args.scaling_factor}: must be positive")
-    loaded = load(args.checkpoint)
+    loaded, made = load(args.checkpoint), []
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
     print0(f"{args.checkpoint}: {loaded.stage}, {trained if loaded.step else 'public weights'}")
     print0(describe(loaded))
-    made = write(loaded, args.output, args.to_diffusers, args.scaling_factor)
+    if args.output:
+        _check_new(args.output)          # before anything is written
+    if args.to_diffusers:
+        made += to_diffusers(loaded.model, args.to_diffusers,
+                             loaded.config.get("scaling_factor", SCALING_FACTOR),
+                             loaded.config.get("size") or 256)
+    if args.output:
+        save_model(loaded, args.output)
+        made.append(args.output)
     if made and loaded.stage == "decoder" and loaded.model.first_stage.decoder is not None:
         print0("  left out     the first stage's own decoder, as only one has these names")
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))
-
-
-def write(loaded, output=None, folder=None, scaling_factor=None):
-    """Both kinds of files, where asked for; the paths made. Checks both before it writes either."""
-    scaling_factor = scaling_factor or loaded.config.get("scaling_factor", SCALING_FACTOR)
-    made = []
-    if folder:
-        _fields(loaded.model, scaling_factor)
-        _check_folder(Path(folder))
-    if output:
-        save_model(loaded, output)
-        made.append(output)
-    if folder:
-        made += to_diffusers(loaded.model, folder, scaling_factor, loaded.config.get("size") or 256)
-    return made
 
 
 if __name__ == "__main__":
