@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from asym_decoder import AsymVQGAN
-from clip_score import CLIP_MODELS
 from code_report import CodeReport
 from convert import Loaded, load
 from data import BadFiles, Signs, open_dataset, validation_batches
@@ -64,7 +63,7 @@ class Options:
     lpips:      str | None         = None    # None: the run's --perceptual, else vgg
     weights:    str | None         = None
     fid:        bool               = True
-    clip:       str                = "ViT-B/32"
+    clip:       str | None         = None    # the folder of a CLIP model
     table:      str | None         = None
     out:        str | None         = None
     steps:      int | None         = None    # of samples; None: 25, or all where those are fewer
@@ -479,8 +478,9 @@ def _parser():
         help="network of the LPIPS column (default: the run's --perceptual; else vgg)")
     add("--no-fid", dest="fid", action="store_false",
         help="leave out FID and inception score, the slowest columns without a GPU")
-    add("--clip", choices=CLIP_MODELS, default="ViT-B/32",
-        help="network of the CLIP score (default: ViT-B/32)")
+    add("--clip", metavar="DIR",
+        help="folder of a CLIP model from Hugging Face, say openai/clip-vit-base-patch32; without "
+             "it no CLIP score is computed")
     add("--weights", metavar="DIR",
         help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
     add("--out", metavar="DIR",

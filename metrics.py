@@ -163,7 +163,7 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
 
     weights: the folder of the files (weights.find_weights); lpips: its net's name, or "none";
     asked: whether the user named it, so that a missing file is a UserError and not an empty column;
-    fid: FID and inception score, too; clip: an image tower's name, or None without references.
+    fid: FID and inception score, too; clip: the folder of CLIP's image tower, or None.
     """
     networks = Networks(notes={})
 
@@ -191,9 +191,10 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     else:
         networks.notes |= dict.fromkeys(SETS, "not computed: --no-fid")
     if clip:
-        networks.clip = opened(lambda: CLIPImageEncoder(clip, weights), "clip_score")
+        networks.clip = CLIPImageEncoder(clip).to(device)
     else:
-        networks.notes["clip_score"] = "not computed: it compares with references (--refs)"
+        networks.notes["clip_score"] = ("not computed: it compares with references (--refs), by a "
+                                        "CLIP model (--clip)")
     return networks
 
 

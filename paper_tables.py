@@ -36,7 +36,7 @@ NOTES = {
     "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
     "seam": "images in [0,1]; 0 for the original, negative is smoother than it",
-    "clip_score": "100 x cosine of the edited region's bounding box and the reference, at 224 px",
+    "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
     "fid": "against the same originals, of the same bin; null for fewer than two pictures",
     "is_mean": "over 10 splits in order, or as many as there are pictures; of all pictures only",
     "is_std": "population standard deviation over the splits",

@@ -235,10 +235,6 @@ def _weights_in(folder):
 _TORCHVISION = "https://download.pytorch.org/models/"
 _LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
 _PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-_CLIP = "https://openaipublic.azureedge.net/clip/models/"        # then each file's sha256
-_CLIP_B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-_CLIP_B16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
-_CLIP_L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 
 PUBLISHED_FILES = {
     # file name: (its public address, its sha256 or the first digits of it that are published)
@@ -250,9 +246,6 @@ PUBLISHED_FILES = {
     "squeeze.pth": (_LPIPS_HEADS,
                     "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
     "pt_inception-2015-12-05-6726825d.pth": (_PYTORCH_FID, "6726825d"),
-    "ViT-B-32.pt": (f"{_CLIP}{_CLIP_B32}/", _CLIP_B32),
-    "ViT-B-16.pt": (f"{_CLIP}{_CLIP_B16}/", _CLIP_B16),
-    "ViT-L-14.pt": (f"{_CLIP}{_CLIP_L14}/", _CLIP_L14),
 }
 
 

@@ -352,7 +352,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
         return features[:, :2048], features[:, :1008]
 
     class Fake:
-        proj = torch.zeros(1)
+        size, mean = 32, torch.zeros(1)
 
         def __init__(self, *_):
             pass
@@ -371,7 +371,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
         monkeypatch.setattr(f"metrics.{name}", fake)
     monkeypatch.chdir(folders)
     _call(monkeypatch, "--pred", "pred", "--real", "real", "--masks", "masks", "--refs", "refs",
-          "--table", "4", "--batch-size", "2")
+          "--clip", "clip", "--table", "4", "--batch-size", "2")
     row = _rows(_saved(folders / "pred-report"))["files"]
     assert all(row[name] is not None for name in row if name not in (
         "blend", "size", "images_per_s"))

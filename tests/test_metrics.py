@@ -379,7 +379,7 @@ def test_lpips_sees_whole_pictures_clamped():
 
 def test_the_clip_score_compares_the_hole_with_its_reference():
     class Encoder:
-        proj = torch.zeros(1)                                    # tells the device
+        size, mean = 32, torch.zeros(1)                          # mean: tells the device
 
         def __call__(self, images):
             return images.flatten(1)[:, :8]
@@ -408,9 +408,9 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
         raise OSError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    networks = open_networks(CPU, tmp_path, "vgg", clip="ViT-B/32")
+    networks = open_networks(CPU, tmp_path, "vgg")
     assert networks.lpips is networks.inception is networks.clip is networks.lpips_net is None
-    for column, file in (("lpips", "vgg16-397923af.pth"), ("clip_score", "ViT-B-32.pt"),
+    for column, file in (("lpips", "vgg16-397923af.pth"),
                          ("fid", "pt_inception-2015-12-05-6726825d.pth")):
         note = networks.notes[column]
         assert note.startswith(f"n/a: {file} is not in {tmp_path}")
@@ -418,6 +418,8 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
     assert networks.notes["fid"] == networks.notes["is_mean"]
     with pytest.raises(UserError, match=r"vgg16-397923af.pth is not in"):
         open_networks(CPU, tmp_path, "vgg", asked=True)
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_networks(CPU, tmp_path, "none", fid=False, clip=tmp_path)
 
 
 def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(monkeypatch):
