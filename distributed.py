@@ -215,7 +215,7 @@ def exit_on_user_error(main):
         status = _complain(error)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        status = _complain(f"{reason}; give a smaller --micro-batch, or --checkpointing")
+        status = _complain(f"{reason}; give a smaller --micro-batch, --batch-size or picture")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:

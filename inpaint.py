@@ -1,31 +1,27 @@
-"""Photo + mask -> picture: VQ-DDM fills the hole's codes, the asymmetric decoder draws it.
+"""Fill the hole that a mask leaves in a photo: VQ-DDM draws codes, the asymmetric decoder pixels.
 
     python inpaint.py PHOTO MASK --run RUN -o out.png
 
-    photo, mask --prepare--> x, mask, padded; known, on the grid of codes
-    x, its hole in one colour --encode--> codes --complete, window by window--> codes --> z
+    photo, mask --pad--> x, mask: multiples of f; mask --known_cells--> known, on the grid of codes
+    x, its hole in one colour --encode--> indices --complete, window by window--> indices --> z
     z, x, mask --decode--> x_hat --cut, round--> picture                DDM Sec. 4.4, AVQ Sec. 3.2
 
-Known codes are the photo's, known pixels the asymmetric decoder's own; `--composite` pastes the
-photo's over them. What the photo shows under the mask is never looked at.
-
-The prior draws maps of the one size that it was trained on. A hole that is too large for one of
-them is drawn in a smaller copy of the photo, enlarged and encoded, so that its content is of one
-piece; with `--tile` it is drawn window by window instead, sharper and with less sense. The photo
-passes through encoder and decoder as a whole, so memory grows with its area.
+What the photo shows under the mask is never looked at. The photo passes through encoder and decoder
+as a whole, so memory grows with its area. The same for held-out images, to look at: DDM's Fig. 8.
 """
 
 import argparse
+import itertools
 import math
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from asym_decoder import AsymVQGAN
 from convert import STEPS, chosen_steps, load, load_prior
 from data import load_image, pixels
 from diffusion import known_cells
@@ -33,72 +29,17 @@ from distributed import UserError, exact_float32, exit_on_user_error, print0, se
 from image_pairs import decoded, read_mask
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
-from run_folder import Progress, duration
+from run_folder import Progress, duration, make_folder
 from seeding import COMPLETION, FIGURE, keyed_generators
 
-DECODERS = ("asym", "vanilla", "paste")
-TITLES = {"asym": "ours", "vanilla": "vanilla decoder", "paste": "vanilla, photo pasted"}
-DRAWING = ("samples", "steps", "resample", "temperature", "seed", "margin", "tile",
-           "prior")                              # flags that are about the prior
-
-RESAMPLE = 5
-PICTURES, COMPLETIONS = 2, 3        # of each of the paper's masks, and of each picture
-ROWS = 6                            # of the inpainting
-
-
-# -- photo and mask as networks take them ----------------------------------------------------------
-
-
-@dataclass
-class Canvas:
-    """A photo and its mask: as they are, and padded, in a batch of one, on the device."""
-
-    photo: np.ndarray         # uint8 (H,W,3)
-    hole:  np.ndarray         # bool (H,W), True = to be generated
-    x:     torch.Tensor       # (1,3,H',W') in [-1,1], H' and W' multiples of f
-    mask:  torch.Tensor       # (1,1,H',W') in {0,1}
-    known: torch.Tensor       # bool (1,H'/f,W'/f), True = the photo's code stays
-
-    def cut(self, x):
-        """(1,C,H',W') -> (C,H,W), without the padding."""
-        return x[0, :, :self.hole.shape[0], :self.hole.shape[1]]
-
-
-def prepare(photo, hole, f, grid=(1, 1), device="cpu", margin=0):
-    """The Canvas of photo, uint8 (H,W,3), and hole, bool (H,W). margin: see known_cells.
-
-    Both are continued to the right and below, as if in a mirror, to multiples of f and to at least
-    `grid` (h,w) cells. A mirrored hole is a hole: nothing that it hides comes back as known.
-    """
-    sides = [max(cells, math.ceil(side / f)) * f for side, cells in zip(hole.shape, grid)]
-    ends = [(0, end - side) for side, end in zip(hole.shape, sides)]
-    padded = torch.from_numpy(np.pad(photo, [*ends, (0, 0)], mode="symmetric"))     # (H', W', 3)
-    mask = torch.from_numpy(np.pad(hole, ends, mode="symmetric"))                   # (H', W')
-    x = padded.to(device).permute(2, 0, 1)[None] / 127.5 - 1                        # (1,3,H',W')
-    mask = mask.to(device)[None, None].float()                                      # (1,1,H',W')
-    return Canvas(photo, hole, x.contiguous(), mask, known_cells(mask, f, margin))
-
-
-def shrink(canvas, f, grid, margin=0):
-    """The Canvas of the photo made so small that a map of `grid` (h,w) spans its short side.
-
-    That is how much of a picture the prior was trained to see. A photo that is no larger is left as
-    it is: then the canvas itself. The filter is the box, under which a pixel without any of the
-    hole has nothing of what it hides.
-    """
-    scale = max(cells * f / side for cells, side in zip(grid, canvas.hole.shape))
-    if scale >= 1:
-        return canvas
-    H, W = (round(side * scale) for side in canvas.hole.shape)
-    photo, hole = (Image.fromarray(array).resize((W, H), Image.Resampling.BOX)
-                   for array in (canvas.photo, canvas.hole.astype(np.float32)))
-    return prepare(np.array(photo), np.array(hole) > 0, f, grid, canvas.x.device, margin)
-
-# -- codes for a hole ------------------------------------------------------------------------------
+CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # of the decoders
+RESAMPLE = 5                        # of held-out images: each step five times, the paper's is one
+PICTURES, COMPLETIONS = 2, 3        # under each of the paper's masks, and of each picture
+ROWS = 6                            # of full inpainting
 
 
 def fill_with_mean(x, mask):
-    """x with its hole in the mean colour of its known pixels; mid-grey where there are none.
+    """Paint the hole in the mean colour of the known pixels; mid-grey where there are none.
 
     x (B,3,H,W), mask (B,1,H,W) in {0,1} -> (B,3,H,W). All codes see the hole a little, so it
     should look like nothing in particular.  deviation D50
@@ -109,128 +50,150 @@ def fill_with_mean(x, mask):
 
 
 def windows(unknown, grid):
-    """Where maps of `grid` (h,w) cells are to be completed: [(rows, columns)], slices.
+    """List where maps of `grid` (h,w) cells are to be completed: [(rows, columns)], slices.
 
     unknown: bool (H,W), at least as large as the grid. One window with the hole in its middle,
-    where a quarter of a window of context fits around it; else windows half a window apart, from
-    the context's top left on, line by line, of which each sees what is known and what was drawn
-    before it. Windows that would find nothing left to draw are left out.
+    where a quarter of a window of context fits around it. Else windows half a window apart, line by
+    line from the context's top left; each sees what is known and what was drawn before it. Windows
+    without anything left to draw are left out.
     """
-    left, chosen = unknown.cpu().numpy().copy(), []
+    left, chosen = unknown.cpu().numpy().copy(), []                                 # (H, W)
     if not left.any():
         return chosen
-    tops, lefts = (_starts(left.any(1 - axis), grid[axis]) for axis in (0, 1))
-    for top in tops:
-        for start in lefts:
-            window = slice(top, top + grid[0]), slice(start, start + grid[1])
-            if left[window].any():
-                left[window] = False
-                chosen.append(window)
+    starts = []                                  # of the windows, along each axis
+    for axis, length in enumerate(grid):
+        n, where = left.shape[axis], left.any(1 - axis).nonzero()[0].tolist()
+        first, end, context = where[0], where[-1] + 1, length // 4
+        low, high = max(0, first - context), min(n, end + context)
+        if high - low <= length:
+            starts.append([min(max(0, (first + end - length) // 2), n - length)])
+        else:
+            starts.append([*range(low, high - length, max(1, length // 2)), high - length])
+    for top, side in itertools.product(*starts):
+        window = slice(top, top + grid[0]), slice(side, side + grid[1])
+        if left[window].any():
+            left[window] = False
+            chosen.append(window)
     return chosen
 
 
-def _starts(unknown, length):
-    """Where windows of `length` cells begin along one axis; unknown: bool (n,)."""
-    n, where = len(unknown), unknown.nonzero()[0].tolist()
-    first, end, context = where[0], where[-1] + 1, length // 4
-    low, high = max(0, first - context), min(n, end + context)
-    if high - low <= length:
-        return [min(max(0, (first + end - length) // 2), n - length)]
-    return [*range(low, high - length, max(1, length // 2)), high - length]
+def complete(prior, indices, known, generators, steps=None, resample=1, places=None):
+    """Draw the codes of all cells that are not known, by the prior: (B,h,w). [DDM Sec. 4.4]
 
-
-def complete(prior, indices, known, generators, steps=None, resample=1, temperature=1.0):
-    """Codes (B,h,w) with all cells that are not known drawn by the prior. [DDM Sec. 4.4]
-
-    prior: a prior.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w). Maps of
+    prior: a convert.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w). Maps of
     the prior's own grid are drawn at once, larger ones window by window. generators, steps,
-    resample, temperature: see MultinomialDiffusion.inpaint.
+    resample: see MultinomialDiffusion.inpaint. places: the windows, where the caller has them.
     """
     indices, known = indices.clone(), known.clone()
-    for window in windows(~known.all(0), prior.grid):
-        window = (slice(None), *window)
-        indices[window] = prior.diffusion.inpaint(
-            prior.unet, indices[window], known[window], steps, resample, generators, temperature)
+    for rows, columns in places or windows(~known.all(0), prior.grid):
+        window = (slice(None), rows, columns)
+        indices[window] = prior.diffusion.inpaint(prior.unet, indices[window], known[window], steps,
+                                                  resample, generators)
         known[window] = True
     return indices
 
 
-# -- from hole to picture --------------------------------------------------------------------------
-
-
-def canvas_to_draw_on(canvas, f, grid, tile=False, margin=0):
-    """Where the prior draws: this canvas, where one window is enough or `tile`; else a smaller.
-
-    deviation D49
-    """
-    one = len(windows(~canvas.known[0], grid)) == 1
-    return canvas if one or tile else shrink(canvas, f, grid, margin)
-
-
-def latents(model, canvas, prior=None, drawn=None, *, samples=1, seed=0, steps=None, resample=1,
-            temperature=1.0):
-    """Yields the latent (1,d,h,w) of each sample; without a prior, that of the filled photo alone.
-
-    drawn: the canvas to draw on, this one (None) or what `shrink` made of it. Sample i depends on
-    (seed, i), not on how many there are. steps: as for prior.chosen_steps.
-    """
-    drawn = drawn or canvas
-    filled = fill_with_mean(drawn.x, drawn.mask)                                    # (1,3,H',W')
-    if prior is None:
-        yield model.encode(filled)                                                  # (1, d, h, w)
-        return
-    first_stage, steps = _first_stage(model), chosen_steps(steps, prior.diffusion.T)
-    indices = first_stage.indices(filled)                                           # (1, h, w)
-    for i in range(samples):
-        generators = keyed_generators([(COMPLETION, seed, i)])
-        codes = complete(prior, indices, drawn.known, generators, steps, resample, temperature)
-        z = first_stage.quantize.lookup(codes)                                      # (1, d, h, w)
-        yield z if drawn is canvas else model.encode(_enlarged(model, z, drawn, canvas))
-
-
-def _enlarged(model, z, small, canvas):
-    """canvas.x, its hole filled with the picture of z on the smaller canvas: (1,3,H',W')."""
-    decoder = "vanilla" if model is _first_stage(model) else "asym"
-    (H, W), picture = canvas.hole.shape, Image.fromarray(decode(model, z, small, decoder))
-    large = np.array(picture.resize((W, H), Image.Resampling.BICUBIC))              # (H, W, 3)
-    photo = np.where(canvas.hole[..., None], large, canvas.photo)
-    grid = canvas.known.shape[1:]
-    return prepare(photo, canvas.hole, model.config.f, grid, canvas.x.device).x
-
-
-def _first_stage(model):
-    return model.first_stage if isinstance(model, AsymVQGAN) else model
-
-
-def decode(model, z, canvas, decoder="asym", composite=False):
-    """The picture of latent z (1,d,h,w): uint8 (H,W,3), rounded. [AVQ Sec. 3.2]
-
-    decoder: "asym", which is given the known pixels; "vanilla", the first stage's own; "paste",
-    the latter with the photo's known pixels over it, bit for bit, as `composite` has them over any.
-    """
-    if decoder == "asym":
-        x_hat = model.decode(z, image=canvas.x, mask=canvas.mask)                   # (1,3,H',W')
-    else:
-        x_hat = _first_stage(model).decode(z)                                       # (1,3,H',W')
-    unit = (canvas.cut(x_hat).clamp(-1, 1) + 1) / 2                                 # (3, H, W)
-    picture = (unit * 255).round().byte().permute(1, 2, 0).cpu().numpy()            # (H, W, 3)
-    if composite or decoder == "paste":
-        picture = np.where(canvas.hole[..., None], picture, canvas.photo)
-    return picture
-
-
 @torch.no_grad()
-def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=False, tile=False,
-                  margin=0, **drawing):
-    """The photo with its hole filled: uint8 (H,W,3). [DDM Sec. 4.4] [AVQ Sec. 3.2]
+def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite=False, samples=1,
+                seed=0, steps=None, resample=1, show=False):
+    """Fill the hole of a photo: yield {decoder: uint8 (H,W,3)} for each sample.
 
-    model: an AsymVQGAN, or a VQGAN for the decoders "vanilla" and "paste" (see `decode`).
-    photo: uint8 (H,W,3), any size; mask: (H,W), other than 0 = to be generated. prior: what
-    load_prior gives; None leaves the codes of the photo with its hole in one colour. tile: see
-    `canvas_to_draw_on`; margin: see diffusion.known_cells. drawing: seed, steps, resample,
-    temperature of `latents`.
-    A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks and
-    a prior of other codes, and for steps that the prior lacks; ValueError for shapes that differ.
+    [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
+
+    Arguments as inpaint_photo's. decoders: those that draw each sample. show: say where the prior
+    draws, and show progress. Sample i is a function of (seed, i), not of how many there are.
+    """
+    first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
+    for name in decoders:
+        if name not in CAPTIONS:
+            raise ValueError(f"decoder {name!r}: choose from {', '.join(CAPTIONS)}")
+        if model is first_stage if name == "asym" else first_stage.decoder is None:
+            raise UserError(f"the model has no decoder {name}: choose another --decoder; ours is "
+                            "made by train.py --stage decoder --vqgan RUN --out NEW_RUN")
+    if prior and (first_stage.config.latent != "vq" or not torch.equal(
+            first_stage.quantize.embedding.weight, prior.first_stage.quantize.embedding.weight)):
+        raise UserError("the prior is of other codes than the model's: train one on its first "
+                        "stage, train.py --stage prior --vqgan RUN --out NEW_RUN, and name it by "
+                        "--prior NEW_RUN")
+
+    # Continue photo and hole as in a mirror, to multiples of f and to the prior's grid at least.
+    # The mirror image of a hole is a hole: nothing that it hides comes back as known.
+    grid, (H, W) = prior.grid if prior else (1, 1), hole.shape
+    ends = [(0, max(cells, math.ceil(side / f)) * f - side) for side, cells in zip((H, W), grid)]
+
+    def padded(array):                                              # (H, W, C) -> (1, C, H', W')
+        array = np.pad(array, [*ends, (0, 0)], mode="symmetric")
+        return torch.from_numpy(array).permute(2, 0, 1)[None]
+
+    x, mask = pixels(padded(photo), device), padded(hole[..., None]).to(device).float()
+
+    if prior is None:
+        latents = [model.encode(fill_with_mean(x, mask))]
+    else:
+        known, steps = known_cells(mask, f), chosen_steps(steps, prior.diffusion.T)
+        places = windows(~known[0], grid)
+        scale = max(cells * f / side for cells, side in zip(grid, (H, W)))
+        if len(places) > 1 and scale < 1:
+            # Draw in a smaller copy, whose short side is the grid's: a prior knows how much of a
+            # picture one map shows. Then enlarge, and encode the whole. Under the box filter,
+            # pixels outside the small hole have nothing of what the hole hides.
+            size = [round(W * scale), round(H * scale)]
+            small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+                                 for array in (photo, hole.astype(np.float32)))
+            if show:
+                print0(f"the hole needs several windows of the prior: drawn in a copy of {size[0]} "
+                       f"x {size[1]} px and enlarged")
+            own = "vanilla" if model is first_stage else "asym"
+            drawn = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
+                                samples=samples, steps=steps, resample=resample, show=show)
+            large = (Image.fromarray(pictures[own]).resize((W, H), Image.Resampling.BICUBIC)
+                     for pictures in drawn)
+            latents = (model.encode(pixels(padded(np.where(hole[..., None], picture, photo)),
+                                           device)) for picture in large)           # (1, d, h, w)
+        else:
+            if show:
+                calls = samples * len(places) * (steps + (steps - 1) * (resample - 1))
+                prior = _with_progress(prior, Progress("denoising", 0, calls, samples / calls))
+            indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
+            codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
+                              steps, resample, places) for i in range(samples))
+            latents = map(first_stage.quantize.lookup, codes)                       # (1, d, h, w)
+
+    for z in latents:
+        pictures = {}
+        for name in decoders:
+            x_hat = (model.decode(z, image=x, mask=mask) if name == "asym"
+                     else first_stage.decode(z))                                    # (1,3,H',W')
+            unit = (x_hat[0, :, :H, :W].clamp(-1, 1) + 1) / 2                       # (3, H, W)
+            picture = (unit * 255).round().byte().permute(1, 2, 0).cpu().numpy()    # (H, W, 3)
+            pictures[name] = np.where(hole[..., None], picture, photo) if composite else picture
+        yield pictures
+
+
+def _with_progress(prior, progress):
+    """Let the prior's network count its calls on a progress line."""
+    count, denoise = itertools.count(1), prior.unet
+
+    def unet(z_t, t):
+        logits, done = denoise(z_t, t), next(count)
+        progress.show(done, {})
+        if done == progress.steps:
+            progress.close()
+        return logits
+
+    return replace(prior, unet=unet)
+
+
+def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
+    """Fill the hole of a photo: uint8 (H,W,3).
+
+    model: an AsymVQGAN, or a VQGAN for the decoder "vanilla", the first stage's own. "asym" is
+    given the known pixels. photo: uint8 (H,W,3), any size; mask: (H,W), other than 0 = to be
+    generated. prior: what load_prior gives; None keeps the codes of the photo with its hole in one
+    colour. options: seed, steps (None for chosen_steps' default), resample; composite puts the
+    photo's known pixels over the decoder's own, bit for bit.
+    A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks, a
+    prior of other codes and steps that it lacks; ValueError for shapes that differ.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
@@ -238,99 +201,59 @@ def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", composite=F
                          f"{hole.shape}")
     if not hole.any():
         return photo.copy()
-    check_models(model, prior, decoder)
-    device = next(model.parameters()).device
-    f, grid = model.config.f, prior.grid if prior else (1, 1)
-    canvas = prepare(photo, hole, f, grid, device, margin)
-    drawn = canvas_to_draw_on(canvas, f, grid, tile, margin) if prior else None
-    (z,) = latents(model, canvas, prior, drawn, **drawing)
-    return decode(model, z, canvas, decoder, composite)
+    (pictures,) = inpaintings(model, photo, hole, prior, decoders=(decoder,), **options)
+    return pictures[decoder]
 
 
-def check_models(model, prior, decoder, name="this model"):
-    """Raise UserError unless the model has the decoder, and the prior, if any, knows its codes."""
-    first_stage = _first_stage(model)
-    if decoder == "asym" and model is first_stage:
-        raise UserError(f"{name} has no asymmetric decoder: train one by train.py --stage decoder "
-                        "--vqgan RUN --out NEW_RUN, or take the first stage's, --decoder vanilla")
-    if decoder != "asym" and first_stage.decoder is None:
-        raise UserError(f"{name} came without the first stage's own decoder, so there is no "
-                        f"--decoder {decoder}: leave that out for the asymmetric one")
-    if prior and not _same_codes(first_stage, prior.first_stage):
-        raise UserError(f"the prior is of other codes than those of {name}: both must stand on one "
-                        "first stage; train a prior on this one by train.py --stage prior --vqgan "
-                        "RUN --out NEW_RUN, and name it by --prior NEW_RUN")
-
-
-def _same_codes(first_stage, other):
-    if first_stage.config.latent != "vq":
-        return False
-    ours, theirs = (owner.quantize.embedding.weight.cpu() for owner in (first_stage, other))
-    return torch.equal(ours, theirs)
-
-# -- held-out pictures completed by a prior --------------------------------------------------------
-
-
-def paper_masks(size):
-    """{caption: uint8 (size,size), 1 = hidden} of the three rows of the figure."""
-    whole, half, quarter = np.ones((size, size), np.uint8), size // 2, size // 4
-    corner = box_mask(size, half, half, size - half, size - half)
-    centre = box_mask(size, quarter, quarter, half, half)
-    return {"the upper 62.5 % hidden": box_mask(size, 0, 0, 5 * size // 8, size),
-            "all but the lower right quarter hidden": whole - corner,
-            "all but the centre quarter hidden": whole - centre}
+# -- held-out images, for reports ------------------------------------------------------------------
 
 
 def completion_rows(prior, dataset, steps):
-    """Groups for pictures.image_rows: under each of the paper's masks, completions. [DDM Fig. 8]
+    """Complete images under the paper's three masks: groups for image_rows. [DDM Fig. 8]
 
-    dataset: held-out pictures of the prior's size, of which each mask has others.
+    dataset: held-out images of the prior's size; each mask has its own.
     """
-    groups = []
-    for number, (caption, mask) in enumerate(paper_masks(dataset.size).items()):
-        x = _read_pictures(prior, dataset, range(number * PICTURES, (number + 1) * PICTURES))
-        m = _masks(prior, [mask] * PICTURES)                                        # (P, 1, H, W)
-        codes = _completions(prior, x.repeat_interleave(COMPLETIONS, 0),
-                           m.repeat_interleave(COMPLETIONS, 0), number, steps)      # (P·C, h, w)
+    size, groups = dataset.size, []
+    half, quarter = size // 2, size // 4
+    hidden = {"the upper 62.5 % hidden": box_mask(size, 0, 0, 5 * size // 8, size),
+              "all but the lower right quarter hidden":
+                  1 - box_mask(size, half, half, size - half, size - half),
+              "all but the centre quarter hidden": 1 - box_mask(size, quarter, quarter, half, half)}
+    for number, (caption, mask) in enumerate(hidden.items()):
+        places = range(number * PICTURES, (number + 1) * PICTURES)
+        x, m, codes = _completed(prior, dataset, places, [mask] * PICTURES, number, steps,
+                                 COMPLETIONS)
         completed = prior.first_stage.decode_indices(codes).split(COMPLETIONS)
-        row = [image for i in range(PICTURES)
-               for image in (x[i], show_masked(x[i], m[i]), *completed[i])]
         groups.append((f"{caption}: original, masked, {COMPLETIONS} completions ({steps} steps, "
-                       f"resample {RESAMPLE})", row))
+                       f"resample {RESAMPLE})",
+                       [image for i in range(PICTURES)
+                        for image in (x[i], show_masked(x[i], m[i]), *completed[i])]))
     return groups
 
 
 def inpainting_columns(prior, model, dataset, steps):
-    """Columns for pictures.image_grid: held-out pictures under their evaluation masks, inpainted.
+    """Inpaint images under their evaluation masks: columns for image_grid.
 
     model: an AsymVQGAN on the prior's first stage; dataset: as for completion_rows.
     """
     places = range(0, 10 * ROWS, 10)         # neighbours often have the same evaluation mask
-    x = _read_pictures(prior, dataset, places)                                      # (R, 3, H, W)
-    mask = _masks(prior, [evaluation_mask(dataset.size, i) for i in places])        # (R, 1, H, W)
-    codes = _completions(prior, x, mask, len(paper_masks(dataset.size)), steps)     # (R, h, w)
+    masks = [evaluation_mask(dataset.size, i) for i in places]
+    x, mask, codes = _completed(prior, dataset, places, masks, 3, steps)
     z = prior.first_stage.quantize.lookup(codes)                                    # (R, d, h, w)
     return {"original": list(x), "masked": list(show_masked(x, mask)),
             "codes by VQ-DDM, vanilla decoder": list(prior.first_stage.decode(z)),
             "the same codes, ours": list(model.decode(z, image=x, mask=mask))}
 
 
-def _completions(prior, x, mask, number, steps):
-    """Codes (B,h,w) of x with the hole filled; picture i's noise is a function of (number, i)."""
-    generators = keyed_generators((FIGURE, number, i) for i in range(len(x)))
-    indices = prior.first_stage.indices(fill_with_mean(x, mask))                    # (B, h, w)
-    known = known_cells(mask, prior.first_stage.config.f)                           # (B, h, w)
-    return complete(prior, indices, known, generators, steps, RESAMPLE)
-
-
-def _read_pictures(prior, dataset, indices):
-    """x (B,3,H,W) of pictures of a data set, from its start again where it is short."""
-    images = [dataset.read(index % len(dataset))[0] for index in indices]
-    return pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prior.device)
-
-
-def _masks(prior, masks):
-    return torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
+def _completed(prior, dataset, places, masks, number, steps, times=1):
+    """x (B,3,H,W), mask (B,1,H,W), codes (B·times,h,w); noise i is a function of (number, i)."""
+    images = np.stack([dataset.read(i % len(dataset))[0] for i in places])          # (B, H, W, 3)
+    x = pixels(torch.from_numpy(images).permute(0, 3, 1, 2), prior.device)          # (B, 3, H, W)
+    mask = torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
+    indices = prior.first_stage.indices(fill_with_mean(x, mask)).repeat_interleave(times, 0)
+    known = known_cells(mask, prior.first_stage.config.f).repeat_interleave(times, 0)
+    generators = keyed_generators((FIGURE, number, i) for i in range(len(indices)))
+    return x, mask, complete(prior, indices, known, generators, steps, RESAMPLE)
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -338,50 +261,81 @@ def _masks(prior, masks):
 
 def main():
     args = _parser().parse_args()
-    _check(args)
     outputs, comparison = _outputs(args)
-    device = setup(args.device)
+    device, start = setup(args.device), time.perf_counter()
     photo, hole = read_pair(args.photo, args.mask, args.invert_mask)
     if not hole.any():
-        print0("nothing is to be generated: the photo is written as it is")
         for path in outputs:
-            _write(photo, path)
-        print0("wrote " + ", ".join(map(str, outputs)))
+            Image.fromarray(photo).save(path)
+        print0(f"nothing is to be generated: wrote the photo as it is, {', '.join(outputs)}")
         return
-    model, prior = _open_models(args, device)
-    f, grid = model.config.f, prior.grid if prior else (1, 1)
-    margin = args.margin or 0
-    canvas = prepare(photo, hole, f, grid, device, margin)
-    drawn = canvas_to_draw_on(canvas, f, grid, args.tile, margin) if prior else None
-    drawing = {"steps": prior and chosen_steps(args.steps, prior.diffusion.T),
-               "resample": args.resample or 1, "temperature": args.temperature or 1.0,
-               "seed": args.seed or 0}
-    _announce(args, canvas, drawn, prior, drawing)
-    try:
-        _make(args, model, prior, canvas, drawn, drawing, outputs, comparison)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px are too many for the "
-                        "device's memory; make photo and mask smaller, or --device cpu") from None
 
+    # Open what the flags name, and say what is going to happen.
+    loaded, prior, where = load(args.run, device), None, args.prior or args.run
+    opened, model = {args.run: loaded}, loaded.model
+    if not args.no_prior:
+        if model.config.latent != "vq":
+            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: fill "
+                            "the hole by Stable Diffusion (README), or see --no-prior")
+        prior = opened[f"the prior in {where}"] = load_prior(where, device)
+    for name, each in opened.items():
+        if not each.finished:
+            print0(f"warning: {name} is not trained to its end (step {each.step})")
+    how = "no prior: the hole in one colour"
+    if prior:
+        steps = chosen_steps(args.steps, prior.diffusion.T)
+        how = (f"codes by the prior in {where}, {steps} of {prior.diffusion.T:,} steps, resample "
+               f"{args.resample}, seed {args.seed}")
+    H, W = hole.shape
+    print0(f"{args.photo}: {W} x {H} px, {hole.mean():.1%} to be generated; {how}; pixels by "
+           f"{args.run}, decoder {args.decoder}{', photo pasted' if args.composite else ''}")
 
-def _make(args, model, prior, canvas, drawn, drawing, outputs, comparison):
-    """Draw and write all pictures."""
-    names = [args.decoder]
-    if comparison and args.decoder != "vanilla" and _first_stage(model).decoder is not None:
-        names = ["vanilla", args.decoder]
-    columns, start = {name: [] for name in names}, time.perf_counter()
+    # Draw and write each sample.
+    decoders, made = [args.decoder], []
+    if comparison and args.decoder == "asym" and model.first_stage.decoder is not None:
+        decoders = ["vanilla", "asym"]
     with exact_float32(), torch.inference_mode():
-        prior = prior and _with_progress(prior, drawn, len(outputs), drawing)
-        made = latents(model, canvas, prior, drawn, samples=len(outputs), **drawing)
-        for path, z in zip(outputs, made):
-            for name in names:
-                pasted = args.composite and name == args.decoder
-                columns[name].append(decode(model, z, canvas, name, pasted))
-            _write(columns[args.decoder][-1], path)
+        for path, pictures in zip(outputs, inpaintings(
+                model, photo, hole, prior, decoders=decoders, composite=args.composite,
+                samples=len(outputs), seed=args.seed, steps=args.steps, resample=args.resample,
+                show=True)):
+            Image.fromarray(pictures[args.decoder]).save(path)
+            made.append(pictures)
     if comparison:
-        _compare(canvas, columns, args, comparison)
-    made = ", ".join(map(str, [*outputs, *([comparison] if comparison else [])]))
-    print0(f"wrote {made} ({duration(time.perf_counter() - start)})")
+        pasted = ", photo pasted" if args.composite else ""
+        x, mask = _planes(photo), torch.from_numpy(hole)[None].float()
+        image_grid({"original": [x] * len(made), "masked": [show_masked(x, mask)] * len(made),
+                    **{CAPTIONS[name] + pasted: [_planes(pictures[name]) for pictures in made]
+                       for name in decoders}}, comparison)
+        outputs.append(comparison)
+    print0(f"wrote {', '.join(outputs)} ({duration(time.perf_counter() - start)})")
+
+
+def _planes(picture):
+    """uint8 (H,W,3) -> (3,H,W) in [-1,1]."""
+    return pixels(torch.from_numpy(picture).permute(2, 0, 1)[None], "cpu")[0]
+
+
+def _outputs(args):
+    """Check the flags: ([path of each sample], path of the comparison or None)."""
+    for flag, least in (("samples", 1), ("resample", 1), ("seed", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: the least is {least}")
+    if args.no_prior and (args.prior or args.samples > 1):
+        raise UserError("--no-prior draws nothing: leave out --prior and --samples")
+    out = args.out or f"{Path(args.photo).stem}-inpainted.png"
+    if not out.lower().endswith(".png"):
+        raise UserError(f"-o {out}: give a name that ends with .png, so that no pixel changes")
+    outputs = [out]
+    if args.samples > 1:
+        outputs = [f"{out[:-4]}-{i}.png" for i in range(1, args.samples + 1)]
+    comparison = f"{out[:-4]}-compare.png" if args.compare else None
+    for path in filter(os.path.exists, [*outputs, comparison or out]):
+        for source in filter(os.path.exists, (args.photo, args.mask)):
+            if os.path.samefile(path, source):
+                raise UserError(f"{path} would be written over {source}; choose another -o")
+    make_folder(Path(out).parent, "-o")
+    return outputs, comparison
 
 
 def read_pair(photo_path, mask_path, invert=False):
@@ -404,179 +358,30 @@ def read_pair(photo_path, mask_path, invert=False):
            "the nearest pixel")
     resized = Image.fromarray(mask[0].numpy()).resize(size, Image.Resampling.NEAREST)
     return photo, np.array(resized) != 0
-
-
-def _open_models(args, device):
-    """(model, Prior or None) that the flags name. Raises UserError for what cannot be used."""
-    loaded, prior = load(args.run, device), None
-    _warn_unless_finished(args.run, loaded)
-    if not args.no_prior:
-        where = args.prior or args.run
-        if loaded.model.config.latent != "vq":
-            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: fill "
-                            "the hole by Stable Diffusion (README), or see by --no-prior what "
-                            "the hole in one colour becomes")
-        try:
-            prior = load_prior(where, device)
-        except UserError as error:
-            mend = "" if args.prior else "; name one in another run by --prior"
-            raise UserError(f"{error}{mend}; or see by --no-prior what the hole in one colour "
-                            "becomes") from None
-        _warn_unless_finished(f"the prior in {where}", prior)
-    check_models(loaded.model, prior, args.decoder, args.run)
-    return loaded.model, prior
-
-
-def _warn_unless_finished(name, model):
-    if not model.finished:
-        print0(f"warning: {name} is not trained to its end (step {model.step})")
-
-
-def _announce(args, canvas, drawn, prior, drawing):
-    """Print what is going to happen."""
-    H, W = canvas.hole.shape
-    print0(f"{args.photo}: {W} x {H} px, {canvas.hole.mean():.1%} to be generated; pixels by "
-           f"{args.run}, decoder {args.decoder}{', photo pasted' * args.composite}")
-    _announce_padding(canvas)
-    if prior is None:
-        print0("no prior: the codes are those of the photo with its hole in one colour")
-        return
-    if drawn is not canvas:
-        print0(f"the hole is too large for one window of the prior: drawn in a copy of "
-               f"{drawn.hole.shape[1]} x {drawn.hole.shape[0]} px and enlarged (--tile draws it at "
-               "full size)")
-        _announce_padding(drawn)
-    (h, w), count = drawn.known.shape[1:], len(windows(~drawn.known[0], prior.grid))
-    how = f"one window of {prior.grid[1]} x {prior.grid[0]}" if count == 1 else (
-        f"{count} windows of {prior.grid[1]} x {prior.grid[0]}, one after the other")
-    how = "all at once" if (h, w) == prior.grid else how
-    print0(f"codes by the prior in {args.prior or args.run}: {(~drawn.known).sum():,} of {w} x "
-           f"{h}, {how}; {drawing['steps']} of {prior.diffusion.T:,} steps, resample "
-           f"{drawing['resample']}, temperature {drawing['temperature']:g}, seed {drawing['seed']}")
-
-
-def _announce_padding(canvas):
-    (H, W), (padded_H, padded_W) = canvas.hole.shape, canvas.mask.shape[2:]
-    if (padded_H, padded_W) != (H, W):
-        print0(f"{W} x {H} px are padded to {padded_W} x {padded_H}, mirrored, and cut afterwards")
-
-
-def _with_progress(prior, drawn, samples, drawing):
-    """The Prior, its network counting its calls on a progress line."""
-    steps, count = drawing["steps"], len(windows(~drawn.known[0], prior.grid))
-    calls = samples * count * (steps + (steps - 1) * (drawing["resample"] - 1))
-    progress, done = Progress("denoising", 0, calls, samples / calls), 0
-
-    def unet(z_t, t):
-        nonlocal done
-        logits = prior.unet(z_t, t)
-        done += 1
-        progress.show(done, {})
-        if done == calls:
-            progress.close()
-        return logits
-
-    return replace(prior, unet=unet)
-
-
-def _compare(canvas, columns, args, path):
-    """Write original, masked picture and what each decoder made of it, a row a sample."""
-    x, mask = canvas.cut(canvas.x), canvas.cut(canvas.mask)                         # (C, H, W)
-    count = len(columns[args.decoder])
-    pictures = {"original": [x] * count, "masked": [show_masked(x, mask)] * count}
-    for name, made in columns.items():
-        pasted = ", photo pasted" * (args.composite and name == args.decoder)
-        pictures[TITLES[name] + pasted] = [
-            torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1 for picture in made]
-    if "vanilla" not in columns:
-        print0("the first stage came without its own decoder, so the comparison has none of it")
-    _writing(path, lambda: image_grid(pictures, path))
-
-
-def _write(picture, path):
-    _writing(path, lambda: Image.fromarray(picture).save(path))
-
-
-def _writing(path, write):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or "
-                        "choose another -o") from None
-
-
-def _outputs(args):
-    """([path of each sample], path of the comparison or None). UserError: not to be written to."""
-    out = Path(args.out or f"{Path(args.photo).stem}-inpainted.png")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"-o {out}: pictures are PNG files, so that no pixel changes; give a name "
-                        "that ends with .png")
-    numbers = range(1, (args.samples or 1) + 1)
-    outputs = [out.with_name(f"{out.stem}-{i}.png") for i in numbers] if args.samples else [out]
-    comparison = out.with_name(f"{out.stem}-compare.png") if args.compare else None
-    for path in [*outputs, *([comparison] if comparison else [])]:
-        for source in (args.photo, args.mask):
-            if path.exists() and Path(source).exists() and path.samefile(source):
-                raise UserError(f"{path} would be written over {source}; choose another -o")
-    return outputs, comparison
-
-
-def _check(args):
-    """Raise UserError for numbers out of range and flags that contradict one another."""
-    for flag, least in (("samples", 1), ("steps", 1), ("resample", 1), ("seed", 0), ("margin", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: the least is {least}")
-    if args.temperature is not None and not 0 < args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature}: must be positive")
-    for flag in DRAWING:
-        if args.no_prior and getattr(args, flag) is not None:
-            raise UserError(f"--{flag} is for the prior, and --no-prior does without; leave one of "
-                            "them out")
-
-
 def _parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Fill the hole that a mask leaves in a photo: codes by a run's prior, pixels "
-                    "by its asymmetric decoder.")
+        allow_abbrev=False, description="Fill the hole that a mask leaves in a photo: codes by a "
+        "run's prior, pixels by its asymmetric decoder.")
     add = parser.add_argument
     add("photo", metavar="PHOTO", help="the photo, of any size")
-    add("mask", metavar="MASK",
-        help="white (from 128 on) = to be generated; resized to the photo where it has another "
-             "size")
+    add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
     add("--run", required=True, metavar="RUN",
         help="a run folder of train.py; with --no-prior anything that convert.py reads")
-    add("-o", "--out", metavar="FILE",
-        help="the picture, a PNG file (default: PHOTO's name with -inpainted.png, here)")
-    add("--samples", type=int, metavar="N",
-        help="N completions, FILE-1.png to FILE-N.png (default: one, FILE itself)")
+    add("-o", "--out", metavar="FILE", help="a PNG (default: PHOTO's name with -inpainted.png)")
+    add("--samples", type=int, default=1, metavar="N",
+        help="completions, FILE-1.png to FILE-N.png (default: 1, FILE itself)")
     add("--steps", type=int, metavar="N",
         help=f"steps of the prior (default: {STEPS}, or all where it has fewer)")
-    add("--resample", type=int, metavar="U",
-        help="take each step U times, which ties the hole closer to what is known (default: 1, "
-             "the paper's)")
-    add("--temperature", type=float, metavar="X",
-        help="below 1 likelier and less diverse codes (default: 1)")
-    add("--seed", type=int, metavar="S", help="other completions (default: 0)")
-    add("--margin", type=int, metavar="R",
-        help="draw the known codes within R cells of the hole anew, too: the encoder sees the hole "
-             "from there (default: 0, the paper's)")
-    add("--tile", action="store_true", default=None,
-        help="draw a hole that is too large for the prior at full size, window by window, each "
-             "seeing half of what was drawn before (default: in a smaller copy, then enlarged)")
-    add("--prior", metavar="RUN2",
-        help="a run with another prior on the same first stage (default: RUN)")
-    add("--no-prior", action="store_true",
-        help="keep the codes of the photo with its hole in the mean colour of the rest")
-    add("--decoder", choices=DECODERS, default="asym",
-        help="asym; vanilla, the first stage's own; paste, the latter with the photo's known "
-             "pixels over it (default: asym)")
-    add("--composite", action="store_true",
-        help="the photo's known pixels over the decoder's own, bit for bit")
+    add("--resample", type=int, default=1, metavar="U",
+        help="take each step U times, which ties the hole closer to what is known (default: 1)")
+    add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
+    add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
+    add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
+    add("--decoder", choices=CAPTIONS, default="asym",
+        help="asym, given the known pixels; vanilla, the first stage's own (default: asym)")
+    add("--composite", action="store_true", help="put the photo's known pixels over the decoder's")
     add("--compare", action="store_true",
-        help="write FILE-compare.png, too: original, masked, vanilla decoder, ours, side by side")
+        help="write FILE-compare.png: original, masked, vanilla decoder, ours, side by side")
     add("--invert-mask", action="store_true", help="the mask is black where to be generated")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     return parser
