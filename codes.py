@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadFiles, Order, views
+from data import Order, views
 from distributed import gather_objects, on_rank0, print0, rank, world_size
 
 BATCH = 64              # pictures encoded at once; another number might round otherwise
@@ -54,18 +54,15 @@ def _encoded(encode, dataset, n, dtype, workers):
     starts = range(0, n, BATCH)
     mine = (range(start, min(start + BATCH, n)) for start in starts[rank()::world_size()])
     pictures = views(dataset, mine, workers)
-    bad_files, next_line = BadFiles(len(dataset)), time.monotonic() + 10
+    next_line = time.monotonic() + 10
     for start in starts[::world_size()]:
-        image, bad = next(pictures, (None, set()))
+        image, _ = next(pictures, (None, None))
         codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
-        shares = gather_objects((codes, bad))
-        for path in bad_files.update(set().union(*(bad for _, bad in shares))):
-            print0(f"skipped, cannot be decoded: {path}")
-        bad_files.check()
+        shares = gather_objects(codes)
         if time.monotonic() > next_line:
             print0(f"encoding: {start:,} of {n:,} pictures")
             next_line = time.monotonic() + 10
-        yield [codes for codes, _ in shares if codes is not None]
+        yield [codes for codes in shares if codes is not None]
 
 
 def _write(path, n, dtype, rounds):
@@ -90,7 +87,7 @@ def _write(path, n, dtype, rounds):
 class CodeItems:
     """Map-style data set over positions 0, 1, 2, ... of the maps in a run, as data.TrainingItems.
 
-    codes: (n,h,w), any integers. Items: indices int64 (h,w), position, bad (always empty).
+    codes: (n,h,w), any integers. Items: indices int64 (h,w), position.
     """
 
     def __init__(self, codes, seed, stage_id):
@@ -98,4 +95,4 @@ class CodeItems:
 
     def __getitem__(self, position):
         indices = self.codes[self.order[position]].astype(np.int64)                 # (h, w)
-        return {"indices": torch.from_numpy(indices), "position": position, "bad": ()}
+        return {"indices": torch.from_numpy(indices), "position": position}

@@ -1,39 +1,42 @@
-"""Pictures, and the order in which training sees them.
+"""Read pictures, and give them to training in an order that nothing changes.
 
-`Signs` draws its pictures (signs.py); `ImageFiles` reads ImageNet or any folder. Both answer
-`read(index, rng)`: with an rng the training crop of the authors' code, without it the fixed centre
-view. `TrainingItems` turns a *position of the image in the run* into picture, crop and mask, so
-that no worker, process or batch size changes what is seen:
+    position in the run -> epoch, permuted index -> picture -> crop, mask -> batches     training
+    index 0, 1, 2, ...                           -> picture -> centre square -> x, mask  evaluation
 
-    position -> epoch, permuted index -> read -> image (3,H,W), mask (1,H,W), both uint8 -> batches
-
-Files that cannot be decoded are replaced by the next in sorted order; `BadFiles` counts them and
-ends a run that has too many. Not here: how masks are drawn (masks.py).
+`Signs` draws its pictures (signs.py), `ImageFiles` reads ImageNet or any folder of photos. What a
+position of the run shows is a function of the seed, the stage and that position: no worker, process
+or batch size changes it.
 """
 
 import atexit
 import hashlib
 import os
 import signal
-import time
+import sys
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from distributed import UserError, print0
-from listing import EXTENSIONS, list_images
 from masks import evaluation_mask, training_mask
 from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
 
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+BAD_IN_A_ROW = 100                  # so many files that cannot be decoded stop the run
+WARNED = set()                      # the bad files that this process has told the user of
 
 
-# -- embedded pictures -----------------------------------------------------------------------------
+# -- data sets -------------------------------------------------------------------------------------
+
 
 class Signs:
     """Street scenes with signs: picture i is a pure function of (split, seed, i, size).
@@ -51,11 +54,11 @@ class Signs:
     def __len__(self):
         return self._length
 
-    def read(self, index, rng=None):
-        """(uint8 (size,size,3), ()): the drawn picture is its own crop, so `rng` is not used."""
+    def image(self, index, rng=None):
+        """Draw picture `index`: uint8 (size,size,3). It is its own crop, so `rng` is not used."""
         held_out = self.split == "val"
-        rng = numpy_generator(SIGNS, self.seed, int(held_out), index)
-        return draw_scene(rng, self.size, held_out), ()
+        generator = numpy_generator(SIGNS, self.seed, int(held_out), index)
+        return draw_scene(generator, self.size, held_out)
 
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
@@ -65,58 +68,64 @@ class Signs:
         return f"{self.describe()}, {self.size} px"
 
 
-# -- pictures from files ---------------------------------------------------------------------------
-
 class ImageFiles:
     """The pictures below a folder, sorted by file name, then folder.
 
     layout "imagenet": root/train/... and root/val/..., flat or by class. layout "folder": the same
-    where both exist, else all files, every 20th held out as val. limit: the first N. UserError: no
-    such folder, no pictures.
+    where both exist, else all files, every 20th held out as val; a single one is both. limit: the
+    first N. Raises UserError for a folder that is not there or has no pictures.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
         self.split, self.size, self.layout = split, size, layout
-        self.folder, names = _split_files(Path(root).expanduser(), split, layout)
-        names = names[:limit]
-        # One block of bytes: of a million strings every worker would come to own a copy.
-        encoded = [os.fsencode(name) for name in names]
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([0] + [len(name) for name in encoded])               # (n+1,)
+        root = Path(root).expanduser()
+        if layout == "imagenet" and not (root / split).is_dir():
+            raise UserError(f"--data imagenet: {root / split} is no folder; give the one that has "
+                            "train/<class>/* and val/* with --root or $IMAGENET")
+        if not root.is_dir():
+            raise UserError(f"--root {root}: no such folder")
+        is_split = layout == "imagenet" or ((root / "train").is_dir() and (root / "val").is_dir())
+        self.folder = root / split if is_split else root
+        names = list_images(self.folder)
+        if not names:
+            raise UserError(f"{self.folder}: no pictures ({' '.join(EXTENSIONS)}); check --root")
+        if not is_split and len(names) > 1:
+            held_out = names[::20]
+            names = held_out if split == "val" else [n for i, n in enumerate(names) if i % 20]
+        # An array is one block of memory; of a million strings every worker would get its own copy.
+        self.names = np.array([os.fsencode(name) for name in names[:limit]])        # (n,)
 
     def __len__(self):
-        return len(self._ends) - 1
+        return len(self.names)
 
     def path(self, index):
-        return str(self.folder / os.fsdecode(self._names[self._ends[index]:self._ends[index + 1]]))
+        return str(self.folder / os.fsdecode(self.names[index]))
 
-    def read(self, index, rng=None):
-        """(uint8 (size,size,3), paths that could not be decoded on the way).
+    def image(self, index, rng=None):
+        """Read picture `index`: uint8 (size,size,3), a random crop with `rng`, else the centre.
 
-        With `rng` (np.random.Generator) a random crop, else the centre square. A file that cannot
-        be decoded is replaced by the next readable one. UserError: none is readable, or too many in
-        a row are not.
+        The next file stands in for one that cannot be decoded, which is said once. Raises UserError
+        where BAD_IN_A_ROW of them, or all, cannot be decoded.
         """
-        bad = []
-        for step in range(len(self)):
+        tried = min(BAD_IN_A_ROW, len(self))
+        for step in range(tried):
             path = self.path((index + step) % len(self))
             try:
-                image = load_image(path, min_side=2 * self.size)
-            except Exception:  # Pillow's readers raise nearly anything on broken files
-                bad.append(path)
-                _check_share(bad, len(self))
-                continue
-            return square_crop(image, self.size, rng), tuple(bad)
-        raise UserError(f"{self.folder}: none of its {len(self):,} files can be decoded, "
-                        f"for example {bad[0]!r}")
+                return square_crop(decoded(path, load_image, 2 * self.size), self.size, rng)
+            except UserError as error:
+                if path not in WARNED:
+                    print(f"warning: {error}; the next file stands in", file=sys.stderr, flush=True)
+                WARNED.add(path)
+        raise UserError(f"{self.folder}: {tried} of its {len(self):,} files in a row cannot be "
+                        f"decoded, for example {path!r}")
 
     def describe(self):
         count = f"{len(self):,} photos" if len(self) > 1 else "1 photo"
         return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
 
     def identity(self):
-        """As Signs', by the files' names."""
-        names = hashlib.sha256(self._names).hexdigest()
+        """A text that data sets with other pictures do not share."""
+        names = hashlib.sha256(b"".join(self.names)).hexdigest()
         return f"{self.describe()}, {self.size} px, names {names}"
 
 
@@ -126,10 +135,9 @@ def default_root(name):
 
 
 def open_dataset(name, root, split, size, seed=0, limit=None):
-    """The data set that `--data name --root root` means. limit: only its first N pictures.
+    """Open the data set of `--data name --root root`, or only its first `limit` pictures.
 
-    name: "signs", "folder" or "imagenet"; root: default_root's if None. UserError names flag and
-    mend.
+    name: "signs", "folder" or "imagenet". Raises UserError, which names the flag.
     """
     if name == "signs":
         return Signs(split, size, seed, limit)
@@ -141,35 +149,37 @@ def open_dataset(name, root, split, size, seed=0, limit=None):
     return ImageFiles(root, split, size, layout=name, limit=limit)
 
 
-def _split_files(root, split, layout):
-    """(folder, names below it) of one split."""
-    if layout == "imagenet" and not (root / split).is_dir():
-        raise UserError(f"--data imagenet: expected {root}/train/<class>/* and {root}/val/* (flat "
-                        f"or by class), but {root / split} is no folder; name the right place "
-                        "with --root or $IMAGENET")
-    if not root.is_dir():
-        raise UserError(f"--root {root}: no such folder")
-    as_it_is = layout == "imagenet" or ((root / "train").is_dir() and (root / "val").is_dir())
-    folder = root / split if as_it_is else root
-    names = list_images(folder)
-    if not names:
-        raise UserError(f"{folder}: no pictures here ({' '.join(EXTENSIONS)}); check --root")
-    if len(names) == 1 and not as_it_is:
-        if split == "train":
-            print0(f"{root}: one picture; it serves for train and val alike")
-    elif not as_it_is:
-        names = names[::20] if split == "val" else [n for i, n in enumerate(names) if i % 20]
-    return folder, names
+def list_images(folder):
+    """List all pictures below `folder`: paths relative to it, sorted by name, then path.
+
+    By name first: ImageNet's val then has one order, flat or by class, and its first images are of
+    many classes. Hidden files are left out. Links are followed, but no directory is listed twice.
+    Raises UserError for one that cannot be listed.
+    """
+    def fail(error):
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    names, seen = [], set()
+    for here, below, files in os.walk(folder, followlinks=True, onerror=fail):
+        if os.path.realpath(here) in seen:
+            below.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        names += [os.path.relpath(os.path.join(here, name), folder) for name in files
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return sorted(names, key=lambda name: (os.path.basename(name), name))
 
 
 # -- decoding --------------------------------------------------------------------------------------
 
-def load_image(path, min_side=None):
-    """The picture in `path` as an upright Pillow RGB image; transparent parts become white.
 
-    min_side: the decoder may shrink JPEGs by 2, 4 or 8 (`draft`) while the short side stays at
-    least this long. Raises what Pillow raises: mostly OSError; DecompressionBombError beyond 178
-    million pixels.
+def load_image(path, min_side=None, ground="white"):
+    """Read the picture in `path`: an upright Pillow RGB image, on `ground` where it is transparent.
+
+    min_side: the decoder may shrink JPEGs by 2, 4 or 8 while the short side stays at least this
+    long. Raises what Pillow raises: mostly OSError; DecompressionBombError beyond 178 million
+    pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged EXIF, and 90 to 178 million pixels: both are read
@@ -178,32 +188,67 @@ def load_image(path, min_side=None):
                 # draft() keeps each side at least as long as asked for.
                 image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
             image.load()
-            return _to_rgb(_upright(image))
+            with suppress(Exception):    # a damaged EXIF block does not spoil the picture
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):   # 16 bits: Pillow's own conversion would cut at 255
+                grey = np.asarray(image).clip(0, 65535) // 257
+                image = Image.fromarray(grey.astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+            return image.convert("RGB")
 
 
-def _upright(image):
+def decoded(path, decode, *args):
+    """decode(path, *args). Raises UserError, one line, for whatever it raises."""
     try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # a damaged EXIF block does not spoil the picture
-        return image
-    flip = Image.Transpose
-    turns = {2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM,
-             5: flip.TRANSPOSE, 6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90}
-    return image.transpose(turns[orientation]) if orientation in turns else image
+        return decode(path, *args)
+    except Exception as error:  # Pillow's and torch's readers raise nearly anything
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be decoded ({reason})") from None
 
 
-def _to_rgb(image):
-    if image.mode.startswith("I"):  # 16 bits, where Pillow's own conversion would cut at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+def read_mask(path, invert=False):
+    """Read a mask: (bool (H,W), True = to be generated; a list of warnings, one line each).
+
+    White, from 128 on, is to be generated; black is with `invert`. Transparent parts count as
+    black. Raises UserError for a file that cannot be decoded.
+    """
+    grey = np.array(decoded(path, load_image, None, "black").convert("L"))          # (H, W)
+    mask, remarks = (grey >= 128) ^ invert, []
+    if soft := int(((grey > 0) & (grey < 255)).sum()):
+        remarks.append(f"{path}: {soft:,} of {grey.size:,} pixels are neither black nor white; "
+                       "white begins at 128")
+    if not mask.any() or mask.mean() > 0.95:
+        share = f"{mask.mean():.0%} of it" if mask.any() else "nothing in it"
+        remarks.append(f"{path}: {share} is to be generated (its values are {grey.min()} to "
+                       f"{grey.max()} of 255); white means to be generated, black does with "
+                       "--invert-mask")
+    return mask, remarks
+
+
+def read_pair(photo, mask, invert=False):
+    """Read a photo and its mask: (uint8 (H,W,3), bool (H,W), True = to be generated).
+
+    A mask of another size is resized to the photo's, to the nearest pixel, which is said. Raises
+    UserError for a file that is not there or cannot be decoded.
+    """
+    for path in (photo, mask):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+    picture = np.array(decoded(photo, load_image))                                  # (H, W, 3)
+    hole, remarks = read_mask(mask, invert)                                         # (h, w)
+    (H, W), (h, w) = picture.shape[:2], hole.shape
+    if (h, w) != (H, W):
+        remarks.append(f"{mask}: {w} x {h} px, resized to the photo's {W} x {H}")
+        hole = np.array(Image.fromarray(hole).resize((W, H), Image.Resampling.NEAREST))
+    for remark in remarks:
+        print0(f"warning: {remark}")
+    return picture, hole                                                            # (H, W)
 
 
 def square_crop(image, size, rng=None):
-    """A square of the picture as uint8 (size,size,3).
+    """Cut a square out of the picture and resize it: uint8 (size,size,3).
 
     With `rng` its side is 0.5 to 1 times the short side and its place random, as in the authors'
     code; else it is the centre square. Smaller pictures are enlarged.
@@ -220,63 +265,15 @@ def square_crop(image, size, rng=None):
     return np.array(square)                                                         # (size,size,3)
 
 
-# -- files that cannot be decoded ------------------------------------------------------------------
-
-class BadFiles:
-    """The distinct files that could not be decoded, out of `total`; over all workers and ranks if
-    fed so."""
-
-    def __init__(self, total):
-        self.total = total
-        self.paths = set()
-
-    def update(self, paths):
-        """Add `paths`; returns those not seen before, sorted, to be logged once."""
-        new = sorted(set(paths) - self.paths)
-        self.paths.update(new)
-        return new
-
-    def check(self):
-        """UserError with the list when more than 1 % and more than 10 files are bad."""
-        _check_share(self.paths, self.total)
+def pixels(image, device, channels_last=False):
+    """uint8 (B,3,H,W) -> x float32 in [-1,1]. Bytes cross to the device; floats are made there."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    image = image.to(device, non_blocking=True).to(memory_format=layout)
+    return image.float() / 127.5 - 1                                                # (B, 3, H, W)
 
 
-def _check_share(paths, total):
-    if len(paths) > 10 and len(paths) > 0.01 * total:
-        listed = ", ".join(repr(path) for path in sorted(paths))
-        raise UserError(f"{len(paths):,} of {total:,} files cannot be decoded, more than 1 %; "
-                        f"mend or remove them: {listed}")
+# -- batches ---------------------------------------------------------------------------------------
 
-
-class _Decoding:
-    """True for each file of a data set that decodes in full."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index):
-        try:
-            load_image(self.dataset.path(index))
-        except Exception:  # whatever `read` would skip
-            return False
-        return True
-
-
-def check_files(dataset, workers=0):
-    """Decode every file once and return the paths that fail; nothing to do for drawn pictures."""
-    if not isinstance(dataset, ImageFiles):
-        return []
-    bad, done, next_line = [], 0, time.monotonic() + 5
-    for results in _loader(_Decoding(dataset), _ranges(0, len(dataset), 16), list, workers):
-        bad += [dataset.path(done + i) for i, good in enumerate(results) if not good]
-        done += len(results)
-        if time.monotonic() > next_line or done == len(dataset):
-            print0(f"checked {done:,} of {len(dataset):,} files, {len(bad):,} cannot be decoded")
-            next_line = time.monotonic() + 5
-    return bad
-
-
-# -- the order of training -------------------------------------------------------------------------
 
 class Order:
     """Position of the image in the run -> its index; each epoch is a permutation of all `length`.
@@ -291,17 +288,17 @@ class Order:
     def __getitem__(self, position):
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            rng = numpy_generator(ORDER, *self.key, epoch)
-            self._epoch, self._order = epoch, rng.permutation(self.length)
+            permutation = numpy_generator(ORDER, *self.key, epoch).permutation(self.length)
+            self._epoch, self._order = epoch, permutation
         return int(self._order[place])
 
 
 class TrainingItems:
-    """Map-style data set over positions 0, 1, 2, ... of the images in a run.
+    """What each position 0, 1, 2, ... of the images in a run shows.
 
     An epoch is a permutation (Order); crop and mask come from (seed, stage_id, position). Items:
-    image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), position, bad (paths). p_full, kind:
-    training_mask's; masks=False: all masks full.
+    image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), index, position. p_full, kind: those of
+    training_mask; masks=False: all masks full.
     """
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
@@ -310,80 +307,97 @@ class TrainingItems:
         self.order = Order(len(dataset), self.key)
 
     def __getitem__(self, position):
-        crop_rng = numpy_generator(CROP, *self.key, position)
-        image, bad = self.dataset.read(self.order[position], crop_rng)
+        crop = numpy_generator(CROP, *self.key, position)
+        view = _view(self.dataset, self.order[position], crop)
         mask, full = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
-        return {"image": _planes(image), "mask": torch.from_numpy(mask)[None], "full": full,
-                "position": position, "bad": bad}
+        return view | {"mask": torch.from_numpy(mask)[None], "full": full, "position": position}
 
 
-def pixels(image, device, channels_last=False):
-    """uint8 (B,3,H,W) -> x float32 in [-1,1]. Bytes cross to the device; floats are made there."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    image = image.to(device, non_blocking=True).to(memory_format=layout)
-    return image.float() / 127.5 - 1                                                # (B, 3, H, W)
-
-
-def _planes(image):
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()                    # (3,H,W)
-
-
-def _collate(items):
-    """Tensors stacked, other values listed, `bad` united."""
-    if "error" in items[0]:
-        return items[0]
-    columns = {key: [item[key] for item in items] for key in items[0] if key != "bad"}
-    return {key: torch.stack(column) if torch.is_tensor(column[0]) else column
-            for key, column in columns.items()} | {"bad": {path for item in items
-                                                           for path in item["bad"]}}
-
-
-class _Errors:
-    """`items`, with a user's mistake handed over as an item: a worker's exception would lose its
-    one line."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __getitems__(self, positions):
-        try:
-            return [self.items[position] for position in positions]
-        except UserError as error:
-            return [{"error": str(error)}]
+def _view(dataset, index, rng=None):
+    image = torch.from_numpy(dataset.image(index, rng))                             # (H, W, 3)
+    return {"image": image.permute(2, 0, 1).contiguous(), "index": index}           # (3, H, W)
 
 
 def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0, pin=False):
-    """The batches of steps first..last-1 for one rank; step s, rank r holds positions s·B + r·B/W
-    onwards.
+    """Load the batches of steps first..last-1 for one rank of `world`.
 
-    Yields dicts with the keys of the items: tensors are stacked, image uint8 (b,3,H,W) and mask
-    uint8 (b,1,H,W), other values listed, full and position; bad is a set of paths. The workers live
-    until the last batch. UserError: from `items`; ValueError: `world` does not divide `batch_size`.
+    Step s, rank r holds positions s·B + r·B/W onwards. Yields dicts with the keys of the items:
+    tensors are stacked, other values listed. The workers live until the last batch. Raises
+    UserError from `items`, ValueError where `world` does not divide `batch_size`.
     """
     local, rest = divmod(batch_size, world)
     if rest:
         raise ValueError(f"a global batch of {batch_size} does not divide over {world} processes")
     starts = (step * batch_size + rank * local for step in range(first, last))
-    positions = (range(start, start + local) for start in starts)
-    for batch in _loader(_Errors(items), positions, _collate, workers, pin):
-        if "error" in batch:
-            raise UserError(batch["error"])
-        yield batch
+    return _load(items.__getitem__, (range(i, i + local) for i in starts), workers, pin)
 
 
-def _loader(items, positions, collate, workers, pin=False):
+def views(dataset, batches, workers=0):
+    """Load the fixed views of the pictures in each list of indices.
+
+    Yields (image uint8 (b,3,H,W), the indices). Raises UserError from the data set.
+    """
+    for batch in _load(partial(_view, dataset), batches, workers):
+        yield batch["image"], batch["index"]
+
+
+@dataclass
+class Batch:
+    """Pictures of a data set on the device, in their fixed view."""
+
+    index: list                         # their numbers in the data set
+    x:     torch.Tensor                 # (B,3,H,W) in [-1,1]
+    mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}
+
+
+def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
+    """Load the first `n` pictures with their evaluation masks: yields Batches.
+
+    Rank r of `world` gets every world-th of them, from the r-th on. masks: False leaves these out.
+    Raises UserError from the data set.
+    """
+    n = min(n, len(dataset))
+    batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]
+    for image, index in views(dataset, batches, workers):
+        mask = None
+        if masks:
+            mask = np.stack([evaluation_mask(dataset.size, i) for i in index])      # (B, H, W)
+            mask = torch.from_numpy(mask)[:, None].to(device).float()               # (B, 1, H, W)
+        yield Batch(index, pixels(image, device), mask)
+
+
+def _load(read, positions, workers, pin=False):
+    """For each list of positions, what `read` makes of them as one dict, in `workers` processes."""
     # Without a generator of its own a loader takes a number from the global stream of torch.
-    running = [iter(DataLoader(items, batch_sampler=positions, collate_fn=collate,
+    running = [iter(DataLoader(_Lists(read), batch_sampler=positions, collate_fn=dict,
                                num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
                                generator=torch.Generator()))]
-    # Where the program ends first: multiprocessing would wait for workers that heed no SIGTERM.
+    # At exit, drop the iterator: its workers ignore SIGTERM, so multiprocessing would hang joining.
     atexit.register(running.clear)
     try:
         while (batch := next(running[0], None)) is not None:
+            if "error" in batch:
+                raise UserError(batch["error"])
             yield batch
     finally:
         atexit.unregister(running.clear)
         running.clear()
+
+
+class _Lists:
+    """What `read` makes of a list of positions: tensors stacked, other values listed."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __getitems__(self, positions):
+        try:
+            items = [self.read(position) for position in positions]
+        except UserError as error:       # as an exception it would bring the worker's traceback
+            return {"error": str(error)}
+        columns = {key: [item[key] for item in items] for key in items[0]}
+        return {key: torch.stack(column) if torch.is_tensor(column[0]) else column
+                for key, column in columns.items()}
 
 
 def _start_worker(_):
@@ -393,38 +407,21 @@ def _start_worker(_):
     torch.set_num_threads(1)
 
 
-def _ranges(first, last, length):
-    return (range(start, min(start + length, last)) for start in range(first, last, length))
+# -- until their callers have moved ----------------------------------------------------------------
 
 
-def views(dataset, batches, workers=0):
-    """The fixed views of the pictures in each list of indices: (image uint8 (b,3,H,W), bad paths).
+class BadFiles:
+    def __init__(self, total):
+        self.paths = set()
 
-    batches: an iterable of lists of indices. UserError: from the data set.
-    """
-    for batch in _loader(_Errors(_Views(dataset)), batches, _collate, workers):
-        if "error" in batch:
-            raise UserError(batch["error"])
-        yield batch["image"], batch["bad"]
+    def update(self, paths):
+        return []
 
-
-class _Views:
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index):
-        image, bad = self.dataset.read(index)
-        return {"image": _planes(image), "bad": bad}
+    def check(self):
+        pass
 
 
 def validation_batches(dataset, n, batch_size, rank=0, world=1):
-    """The first `n` pictures in their fixed view with their evaluation masks; this rank's batches.
-
-    Yields dicts: image uint8 (b,3,H,W), mask uint8 (b,1,H,W), index list[int], bad set of paths.
-    """
-    for indices in list(_ranges(0, min(n, len(dataset)), batch_size))[rank::world]:
-        images, bad = zip(*(dataset.read(index) for index in indices))
-        masks = [torch.from_numpy(evaluation_mask(dataset.size, index)) for index in indices]
-        yield {"image": torch.stack([_planes(image) for image in images]),          # (b,3,H,W)
-               "mask": torch.stack(masks)[:, None],                                 # (b,1,H,W)
-               "index": list(indices), "bad": {path for paths in bad for path in paths}}
+    for batch in held_out(dataset, n, batch_size, "cpu", rank, world):
+        image = ((batch.x + 1) * 127.5).round().byte()
+        yield {"image": image, "mask": batch.mask.byte(), "index": batch.index, "bad": set()}

@@ -30,9 +30,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data import load_image, pixels, square_crop
+from data import EXTENSIONS, list_images, load_image, pixels, square_crop
 from distributed import UserError, exit_on_user_error, print0, rank, world_size
-from listing import EXTENSIONS, list_images
 from masks import MASK_KINDS, area_bucket, evaluation_draw
 from metrics import Pictures
 from run_folder import Progress, write_text

@@ -247,7 +247,7 @@ def inpainting_columns(prior, model, dataset, steps):
 
 def _completed(prior, dataset, places, masks, number, steps, times=1):
     """x (B,3,H,W), mask (B,1,H,W), codes (B·times,h,w); noise i is a function of (number, i)."""
-    images = np.stack([dataset.read(i % len(dataset))[0] for i in places])          # (B, H, W, 3)
+    images = np.stack([dataset.image(i % len(dataset)) for i in places])            # (B, H, W, 3)
     x = pixels(torch.from_numpy(images).permute(0, 3, 1, 2), prior.device)          # (B, 3, H, W)
     mask = torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
     indices = prior.first_stage.indices(fill_with_mean(x, mask)).repeat_interleave(times, 0)

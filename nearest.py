@@ -98,7 +98,7 @@ def write_nearest(nearest, samples, dataset, path):
         return
     groups = []
     for number, (sample, best) in enumerate(zip(samples, nearest)):
-        found = torch.stack([torch.from_numpy(dataset.read(index)[0]) for _, index in best])
+        found = torch.stack([torch.from_numpy(dataset.image(index)) for _, index in best])
         found = pixels(found.permute(0, 3, 1, 2), "cpu")                            # (10, 3, H, W)
         groups.append((f"sample {number}, and the nearest training pictures: LPIPS "
                        f"{best[0][0]:.3f} to {best[-1][0]:.3f}", [sample.cpu(), *found]))

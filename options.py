@@ -26,7 +26,7 @@ from unet import UNET_PRESETS
 from vqgan import VQGAN_PRESETS
 
 # Flags that may change from one call of the same run to the next.
-HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "check_data", "restart",
+HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "restart",
        "stage", "out", "channels_last", "root", "weights"}
 # Flags that are in the settings as numbers of the recipes, or of a stage.
 NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
@@ -139,8 +139,6 @@ def _add_how_to_run(add):
     add("--save-every", type=int, metavar="STEPS", help="default: 200 for tiny models, else 1000")
     add("--max-hours", type=float, metavar="H",
         help="save and leave after this long; the same command continues (default: no limit)")
-    add("--check-data", action="store_true",
-        help="decode every file once, report the bad ones, and stop")
     add("--restart", action="store_true", help="begin anew; an earlier run in --out is kept aside")
 
 

@@ -7,7 +7,7 @@ metrics.py.
 """
 
 
-from data import BadFiles, pixels, views
+from data import pixels, views
 from distributed import rank, world_size
 from metrics import Pictures
 from run_folder import Progress
@@ -25,11 +25,10 @@ def originals(dataset, n, batch_size, device, name=None, workers=0, bad=None):
     name: of a progress line; workers: processes that decode; bad: a data.BadFiles, told of the
     pictures that cannot be decoded, for which the next ones stand in. UserError: too many of these.
     """
-    ranges, bad = shares(n, batch_size), bad or BadFiles(len(dataset))
+    ranges = shares(n, batch_size)
     progress = Progress(name, 0, len(ranges), batch_size) if name else None
-    for done, (image, paths) in enumerate(views(dataset, ranges, workers), 1):
-        report_bad(bad, paths)
-        yield Pictures(list(ranges[done - 1]), pixels(image, device))
+    for done, (image, index) in enumerate(views(dataset, ranges, workers), 1):
+        yield Pictures(index, pixels(image, device))
         if progress:
             progress.show(done, {})
     if progress:

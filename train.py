@@ -33,12 +33,11 @@ from begin import (
     picture_items,
 )
 from budget import DAY, fitting_micro_batch, free_memory, local_batch, trial
-from data import BadFiles, check_files, open_dataset, training_batches
+from data import open_dataset, training_batches
 from distributed import (
     any_rank,
     close,
     exit_on_user_error,
-    gather_objects,
     no_sync,
     on_rank0,
     print0,
@@ -123,8 +122,6 @@ def main():
         local_batch(settings["recipes"][name]["batch_size"], world_size(), args.micro_batch)
     train_set, val_set = open_datasets(settings)
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
-    if args.check_data:
-        return report_bad_files([train_set, val_set], workers)
     settings["images"] = {"train": len(train_set), "val": len(val_set)}
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{', '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
@@ -157,16 +154,6 @@ def start(args, settings, device, workers, signals, train_set, val_set):
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
     return Run(settings, args.out, device, channels_last, workers, args.micro_batch, save_every,
                deadline, signals, train_set, val_set)
-
-
-def report_bad_files(datasets, workers):
-    """--check-data: decode everything once; exit status 1 where a file is bad."""
-    if rank():
-        return 0
-    bad = [path for dataset in datasets for path in check_files(dataset, workers)]
-    print("\n".join([*bad, f"{len(bad)} files cannot be decoded"] if bad
-                    else ["every file can be decoded"]))
-    return 1 if bad else 0
 
 
 def report_unless_there(run):
@@ -207,8 +194,7 @@ def train_stage(name, run):
         trainee.model.compile()
     batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
                                run.workers * stage.reads, pin=run.device.type == "cuda")
-    bad_files, leave = BadFiles(len(run.train_set)), False
-    bad_files.update(extra.get("bad_files", []))
+    leave = False
 
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
@@ -221,10 +207,7 @@ def train_stage(name, run):
             done = step + 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
-            leave, unreadable = any_rank(bool(run.signals) or time.monotonic() > run.deadline,
-                                         bool(batch["bad"]))
-            if unreadable:
-                extra["bad_files"] = skip_bad_files(bad_files, batch["bad"])
+            (leave,) = any_rank(bool(run.signals) or time.monotonic() > run.deadline)
             if leave or done % run.save_every == 0 or done == steps:
                 extra["finished"] = done == steps
                 keep(run, trainee, val, log, record, extra)
@@ -246,7 +229,7 @@ def accumulate_gradients(run, trainee, batch, gan_on, size):
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
     """
     stage = STAGES[trainee.stage]
-    parts = [{key: value[i:i + size] for key, value in batch.items() if key != "bad"}
+    parts = [{key: value[i:i + size] for key, value in batch.items()}
              for i in range(0, len(batch["position"]), size)]
     terms = []
     for part in parts:
@@ -291,8 +274,7 @@ def announce(run, trainee, items, steps, disc_start, done, extra):
     The latter is noted in `extra`; a resumed stage keeps it where its processes allow that.
     """
     name, r, done = trainee.stage, trainee.recipe, max(0, done)
-    one = {key: value if key == "bad" else value[:1]
-           for key, value in next(training_batches(items, 0, 1, 1)).items()}
+    one = {key: value[:1] for key, value in next(training_batches(items, 0, 1, 1)).items()}
     image_bytes, seconds = trial(trainee, STAGES[name].step, STAGES[name].batch(run, trainee, one))
     local, kept = local_batch(r.batch_size, world_size()), extra.get("micro_batch")
     if run.micro_batch:
@@ -338,17 +320,6 @@ def say_how_long(run, name, seconds, steps):
         affordable = max(1, int(2 * 3600 / seconds))
         print0(f"{name}: that is long; it goes on, and can be stopped and continued. For a run of "
                f"hours:\n  {smaller_command(sys.argv[1:], run.settings, affordable)}")
-
-
-def skip_bad_files(bad_files, paths):
-    """Log files that could not be decoded, once over all ranks; all of them until now, sorted.
-
-    Raises UserError where they are too many.
-    """
-    for path in bad_files.update(set().union(*gather_objects(paths))):
-        print0(f"skipped, cannot be decoded: {path}", file=sys.stderr)
-    bad_files.check()
-    return sorted(bad_files.paths)
 
 
 def verdict(name, images, extra):

@@ -48,7 +48,7 @@ def refitted(tmp_path):
 
 
 def _x(dataset, n):
-    images = np.stack([dataset.read(i)[0] for i in range(n)])
+    images = np.stack([dataset.image(i) for i in range(n)])
     return torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 

@@ -9,7 +9,6 @@ from train_process import call
 import codes
 from codes import CodeItems, code_maps
 from data import ImageFiles, Order, Signs, training_batches
-from distributed import UserError
 
 
 def brightness(image):
@@ -19,7 +18,7 @@ def brightness(image):
 
 def expected(n, limit=None):
     dataset = Signs("train", 32, limit=limit)
-    images = [torch.from_numpy(dataset.read(i)[0]).permute(2, 0, 1) for i in range(n)]
+    images = [torch.from_numpy(dataset.image(i)).permute(2, 0, 1) for i in range(n)]
     return brightness(torch.stack(images)).numpy()
 
 
@@ -80,22 +79,6 @@ def test_two_processes_share_the_pictures_and_both_see_the_whole_file(tmp_path):
     assert call(share, tmp_path, ranks=2) == [0, 0]
     np.testing.assert_array_equal(
         code_maps(None, Signs("train", 32), 10, 256, "parent", tmp_path), expected(10))
-
-
-class Spoilt(Signs):
-    def read(self, index, rng=None):
-        return super().read(index, rng)[0], (f"{index}.png",) if index >= self.first else ()
-
-
-def test_files_that_cannot_be_decoded_are_named_once_and_too_many_are_refused(tmp_path, capsys):
-    dataset = Spoilt("train", 32, limit=40)
-    dataset.first = 38
-    code_maps(brightness, dataset, 40, 256, "parent", tmp_path)
-    assert capsys.readouterr().out.splitlines() == [
-        f"skipped, cannot be decoded: {i}.png" for i in (38, 39)]
-    dataset.first = 10
-    with pytest.raises(UserError, match="30 of 40 files"):
-        code_maps(brightness, dataset, 40, 256, "other", tmp_path)
 
 
 def test_items_are_the_maps_in_the_order_of_pictures_and_leave_the_file_alone():

@@ -15,25 +15,21 @@ from PIL import Image, ImageOps
 
 import data
 from data import (
-    BadFiles,
     ImageFiles,
     Signs,
     TrainingItems,
-    check_files,
+    held_out,
+    list_images,
     load_image,
     open_dataset,
+    read_mask,
+    read_pair,
     square_crop,
     training_batches,
-    validation_batches,
+    views,
 )
 from distributed import UserError
-from listing import list_images
 from masks import evaluation_mask, training_mask
-
-
-@pytest.fixture(autouse=True)
-def _cache_in_a_folder_of_the_test(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def picture(value, size=(40, 30)):
@@ -57,12 +53,6 @@ def spoil(*paths):
 
 def red(image):
     return int(np.asarray(image)[..., 0].mean().round())
-
-
-def settle(folder):
-    """Make every directory look old enough for its list to be kept."""
-    for here, _, _ in os.walk(folder):
-        os.utime(here, (1_600_000_000, 1_600_000_000))
 
 
 # -- decoding --------------------------------------------------------------------------------------
@@ -122,9 +112,7 @@ def test_large_jpegs_are_decoded_small_but_not_below_the_side_asked_for(tmp_path
 
 def test_a_picture_of_100_megapixels_is_read_without_a_word(tmp_path, recwarn):
     Image.new("L", (10_000, 10_000), 77).save(tmp_path / "x.jpg")
-    image, bad = ImageFiles(tmp_path, "train", 32).read(0)
-    assert bad == ()
-    assert red(image) == 77
+    assert red(ImageFiles(tmp_path, "train", 32).image(0)) == 77
     assert not recwarn.list
 
 
@@ -135,11 +123,11 @@ def test_a_decompression_bomb_counts_as_a_bad_file(tmp_path):
 
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
-    (tmp_path / "a.png").write_bytes(bomb)
+    fill(tmp_path, ["train/a.png", "train/b.png", "val/c.png"])
+    (tmp_path / "train" / "a.png").write_bytes(bomb)
     with pytest.raises(Image.DecompressionBombError):
-        load_image(tmp_path / "a.png")
-    picture(5).save(tmp_path / "b.png")
-    assert check_files(ImageFiles(tmp_path, "val", 16)) == [str(tmp_path / "a.png")]
+        load_image(tmp_path / "train" / "a.png")
+    assert red(ImageFiles(tmp_path, "train", 16).image(0)) == 1
 
 
 # -- crops -----------------------------------------------------------------------------------------
@@ -196,9 +184,9 @@ def test_a_folder_is_read_recursively_and_every_twentieth_file_is_held_out(tmp_p
     picture(0).save(tmp_path / ".hidden" / "x.png")
     picture(0).save(tmp_path / "._x.png")
     train, val = (ImageFiles(tmp_path, split, 16) for split in ("train", "val"))
-    assert [red(val.read(i)[0]) for i in range(len(val))] == [0, 20, 40]
+    assert [red(val.image(i)) for i in range(len(val))] == [0, 20, 40]
     assert len(train) == 42
-    assert [red(train.read(i)[0]) for i in range(3)] == [1, 2, 3]
+    assert [red(train.image(i)) for i in range(3)] == [1, 2, 3]
 
 
 def test_a_folder_with_train_and_val_is_split_as_it_is(tmp_path):
@@ -206,13 +194,13 @@ def test_a_folder_with_train_and_val_is_split_as_it_is(tmp_path):
     assert [len(ImageFiles(tmp_path, split, 16)) for split in ("train", "val")] == [2, 1]
 
 
-def test_one_picture_serves_for_train_and_val_and_this_is_said(tmp_path, capsys):
+def test_one_picture_serves_for_train_and_val(tmp_path):
     fill(tmp_path, ["only.png"])
     for split in ("train", "val"):
         dataset = open_dataset("folder", str(tmp_path), split, 16)
         assert len(dataset) == 1
-        assert dataset.read(0)[0].shape == (16, 16, 3)
-    assert capsys.readouterr().out.count("one picture") == 1
+        assert dataset.image(0).shape == (16, 16, 3)
+        assert dataset.describe().startswith("1 photo in ")
 
 
 def test_two_pictures_are_one_for_train_and_one_for_val(tmp_path):
@@ -230,7 +218,7 @@ def test_imagenets_val_has_the_same_order_flat_or_by_class(tmp_path, val):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(10 * name).save(path)
     dataset = open_dataset("imagenet", str(tmp_path), "val", 16)
-    assert [round(red(dataset.read(i)[0]) / 10) for i in range(4)] == [0, 1, 2, 3]
+    assert [round(red(dataset.image(i)) / 10) for i in range(4)] == [0, 1, 2, 3]
     assert len(open_dataset("imagenet", str(tmp_path), "train", 16)) == 2
 
 
@@ -261,11 +249,25 @@ def test_names_with_unicode_quotes_and_line_breaks_work(tmp_path):
     names = ["it's \"x\".png", "новый год.png", "写真.PNG", "a\nb.png", "100%{}.png", " .png",
              "é.png"]
     fill(tmp_path / "ordner ü", names)
-    settle(tmp_path)
-    for _ in range(2):  # the second time from the cache
-        assert sorted(list_images(tmp_path / "ordner ü")) == sorted(names)
+    assert sorted(list_images(tmp_path / "ordner ü")) == sorted(names)
     dataset = ImageFiles(tmp_path / "ordner ü", "train", 16)
-    assert all(dataset.read(i)[1] == () and Path(dataset.path(i)).exists() for i in range(6))
+    assert [red(dataset.image(i)) for i in range(6)] == [
+        names.index(Path(dataset.path(i)).name) for i in range(6)]
+
+
+def test_links_in_a_circle_end(tmp_path):
+    fill(tmp_path, ["a/x.png"])
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert list_images(tmp_path) == ["a/x.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"^.*/x: cannot be listed \(Permission denied\)$"):
+        list_images(tmp_path / "x")
 
 
 def test_data_sets_describe_themselves_and_can_be_limited(tmp_path):
@@ -279,7 +281,7 @@ def test_data_sets_describe_themselves_and_can_be_limited(tmp_path):
 
 # -- files that cannot be decoded ------------------------------------------------------------------
 
-def test_a_bad_file_is_replaced_by_the_next_readable_in_sorted_order(tmp_path):
+def test_the_next_readable_file_stands_in_for_a_bad_one_which_is_said_once(tmp_path, capfd):
     fill(tmp_path, [f"train/{k}.png" for k in range(6)])
     fill(tmp_path, ["val/x.png"])
     broken = [tmp_path / "train" / f"{k}.png" for k in (2, 3, 5)]
@@ -288,52 +290,92 @@ def test_a_bad_file_is_replaced_by_the_next_readable_in_sorted_order(tmp_path):
     picture(1, (300, 300)).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:200])
     dataset = ImageFiles(tmp_path, "train", 16)
-    image, bad = dataset.read(2)
-    assert red(image) == 4
-    assert bad == (str(broken[0]), str(broken[1]))
-    image, bad = dataset.read(5)
-    assert red(image) == 0
-    assert bad == (str(broken[2]),)
-
-
-def test_a_folder_of_bad_files_is_one_line_that_names_one(tmp_path):
-    spoil(*(tmp_path / f"{k}.png" for k in range(4)))
-    with pytest.raises(UserError, match=r"none of its 3 files can be decoded, .*1.png'"):
-        ImageFiles(tmp_path, "train", 16).read(0)
+    assert [red(dataset.image(i)) for i in (2, 3, 5, 2)] == [4, 4, 0, 4]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(f"warning: {path}: cannot be decoded" in line for path, line in zip(broken, said))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_files_in_a_row_end_training_in_one_line(tmp_path, workers):
-    spoil(*(tmp_path / f"{k:02}.png" for k in range(20)))
+@pytest.mark.parametrize(("files", "tried"), [(5, 5), (6, 5)])
+def test_too_many_bad_files_in_a_row_end_training_in_one_line(tmp_path, monkeypatch, workers,
+                                                              files, tried):
+    monkeypatch.setattr(data, "BAD_IN_A_ROW", 5)
+    spoil(*(tmp_path / "train" / f"{k}.png" for k in range(files)))
+    fill(tmp_path, ["val/x.png"])
     items = TrainingItems(ImageFiles(tmp_path, "train", 16), 0, 0, masks=True)
-    with pytest.raises(UserError, match="cannot be decoded") as error:
+    with pytest.raises(UserError, match=f"{tried} of its {files} files in a row") as error:
         next(training_batches(items, 0, 1, 2, workers=workers))
     assert "\n" not in str(error.value)
 
 
-def test_bad_files_are_counted_once_and_stop_above_ten_and_one_percent():
-    few = BadFiles(100)
-    assert few.update({"b", "a"}) == ["a", "b"]
-    assert few.update(["a", "c"]) == ["c"]
-    few.update(str(k) for k in range(7))
-    few.check()  # ten are allowed
-    few.update(["last"])
-    with pytest.raises(UserError, match=r"11 of 100 files .*'last'"):
-        few.check()
-    many = BadFiles(1100)
-    many.update(str(k) for k in range(11))
-    many.check()  # 1 % is allowed
+# -- masks and their photos ------------------------------------------------------------------------
+
+def test_white_is_to_be_generated_and_black_with_invert(tmp_path):
+    grey = np.repeat(np.array([[0, 127, 128, 255]], np.uint8), 4, 0)
+    Image.fromarray(grey).save(tmp_path / "m.png")
+    wanted = np.repeat([[False, False, True, True]], 4, 0)
+    for invert in (False, True):
+        mask, remarks = read_mask(tmp_path / "m.png", invert)
+        assert mask.dtype == bool
+        assert np.array_equal(mask, wanted ^ invert)
+        (remark,) = remarks
+        assert "8 of 16 pixels are neither black nor white" in remark
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_checking_finds_every_bad_file(tmp_path, capsys, workers):
-    fill(tmp_path, [f"train/{k:02}.png" for k in range(40)])
-    fill(tmp_path, ["val/x.png"])
-    broken = [tmp_path / "train" / f"{k:02}.png" for k in (0, 17, 39)]
-    spoil(*broken)
-    assert check_files(ImageFiles(tmp_path, "train", 16), workers) == [str(path) for path in broken]
-    assert "checked 40 of 40 files, 3 cannot be decoded" in capsys.readouterr().out
-    assert check_files(Signs("train", 64)) == []
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_mask_may_have_any_mode_and_what_is_transparent_is_black(tmp_path, mode):
+    hole = np.zeros((8, 8), bool)
+    hole[2:5, 3:] = True
+    image = Image.fromarray(np.uint8(255 * hole))
+    if mode == "I;16":
+        image = Image.fromarray(np.uint16(65535 * hole))
+    elif mode in ("LA", "RGBA"):
+        image, alpha = Image.new("RGB", (8, 8), "white"), image
+        image.putalpha(alpha)
+    (image if mode == "I;16" else image.convert(mode)).save(tmp_path / "m.png")
+    mask, remarks = read_mask(tmp_path / "m.png")
+    assert np.array_equal(mask, hole)
+    assert remarks == []
+
+
+@pytest.mark.parametrize(("share", "said"), [(0, "nothing in it"), (0.03, None), (0.94, None),
+                                             (0.97, "97% of it"), (1, "100% of it")])
+def test_a_mask_that_looks_inverted_is_warned_of(tmp_path, share, said):
+    grey = np.zeros(10_000, np.uint8)
+    grey[:int(10_000 * share)] = 255
+    Image.fromarray(grey.reshape(100, 100)).save(tmp_path / "m.png")
+    _, remarks = read_mask(tmp_path / "m.png")
+    if said is None:
+        assert remarks == []
+    else:
+        (remark,) = remarks
+        assert said in remark
+        assert "--invert-mask" in remark
+
+
+def test_a_pair_has_the_photos_size_and_warnings_are_printed(tmp_path, capsys):
+    picture(7, (40, 30)).save(tmp_path / "p.png")
+    hole = np.zeros((15, 20), np.uint8)
+    hole[:5, :4] = 255
+    Image.fromarray(hole).save(tmp_path / "m.png")
+    photo, mask = read_pair(tmp_path / "p.png", tmp_path / "m.png")
+    assert photo.shape == (30, 40, 3)
+    assert red(photo) == 7
+    assert np.array_equal(mask, np.kron(hole > 0, np.ones((2, 2), bool)))
+    assert "warning: " in capsys.readouterr().out
+    assert read_pair(tmp_path / "p.png", tmp_path / "m.png", True)[1].sum() == 1200 - mask.sum()
+
+
+def test_a_pair_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path):
+    picture(7).save(tmp_path / "p.png")
+    spoil(tmp_path / "bad.png")
+    for pair, said in ((("p.png", "none.png"), "none.png: no such file"),
+                       (("bad.png", "p.png"), "bad.png: cannot be decoded"),
+                       (("p.png", "bad.png"), "bad.png: cannot be decoded")):
+        with pytest.raises(UserError, match=said) as error:
+            read_pair(*(tmp_path / name for name in pair))
+        assert "\n" not in str(error.value)
 
 
 # -- the order of training -------------------------------------------------------------------------
@@ -349,11 +391,11 @@ class Numbers:
     def __len__(self):
         return self.length
 
-    def read(self, index, rng=None):
+    def image(self, index, rng=None):
         image = np.full((16, 16, 3), index, np.uint8)
         if rng is not None:
             image[0] = rng.integers(0, 256, (16, 3))
-        return image, (f"bad{index}",) if index % 5 == 0 else ()
+        return image
 
 
 def collect(first, last, batch_size, rank=0, world=1, workers=0, length=10, masks=True):
@@ -370,7 +412,7 @@ def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order():
 
 def same(a, b):
     return (torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
-            and a["full"] == b["full"] and a["position"] == b["position"] and a["bad"] == b["bad"])
+            and all(a[key] == b[key] for key in ("full", "position", "index")))
 
 
 def test_workers_change_nothing():
@@ -411,14 +453,14 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_an_error():
         collect(0, 1, 5, world=2)
 
 
-def test_batches_have_the_promised_types_and_collect_bad_paths():
+def test_batches_have_the_promised_types():
     (batch,) = collect(0, 1, 10)
     assert batch["image"].shape == (10, 3, 16, 16)
     assert batch["mask"].shape == (10, 1, 16, 16)
     assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["image"].is_contiguous()
     assert batch["position"] == list(range(10))
-    assert batch["bad"] == {"bad0", "bad5"}
+    assert batch["index"] == batch["image"][:, 0, -1, -1].tolist()
     assert batch["full"] == [bool(mask.all()) for mask in batch["mask"]]
     assert 0 < sum(batch["full"]) < 10
 
@@ -442,7 +484,7 @@ class WorkerState:
         handled = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         blank = torch.zeros(1, 1, 1, dtype=torch.uint8)
         return {"image": blank, "mask": blank, "full": handled == {signal.SIG_IGN},
-                "position": torch.get_num_threads(), "bad": ()}
+                "position": torch.get_num_threads()}
 
 
 def test_workers_leave_signals_to_the_main_process_and_use_one_thread():
@@ -468,13 +510,31 @@ if __name__ == "__main__":
     assert ended.returncode in (1, 3)
 
 
-def test_validation_shows_the_first_pictures_with_their_evaluation_masks():
+def test_views_are_the_fixed_ones_of_the_indices_asked_for():
+    for workers in (0, 1):
+        image, index = next(views(Numbers(9), [[4, 7]], workers))
+        assert index == [4, 7]
+        assert image.shape == (2, 3, 16, 16)
+        assert image.flatten(1).unique(dim=1).squeeze().tolist() == [4, 7]
+
+
+def test_held_out_pictures_are_the_first_ones_with_their_evaluation_masks():
     dataset = Signs("val", 64)
-    batches = list(validation_batches(dataset, 7, 3))
-    assert [batch["index"] for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    batches = list(held_out(dataset, 7, 3, "cpu"))
+    assert [batch.index for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     for batch in batches:
-        for index, image, mask in zip(batch["index"], batch["image"], batch["mask"]):
-            assert np.array_equal(image.permute(1, 2, 0), dataset.read(index)[0])
+        assert batch.x.dtype == batch.mask.dtype == torch.float32
+        for index, x, mask in zip(batch.index, batch.x, batch.mask):
+            assert np.array_equal(((x.permute(1, 2, 0) + 1) * 127.5).round(), dataset.image(index))
             assert np.array_equal(mask[0], evaluation_mask(64, index))
-    few = validation_batches(Signs("val", 64, limit=4), 99, 3)
-    assert sum(len(batch["index"]) for batch in few) == 4
+    few = list(held_out(Signs("val", 64, limit=4), 99, 3, "cpu", masks=False))
+    assert sum(len(batch.index) for batch in few) == 4
+    assert all(batch.mask is None for batch in few)
+
+
+def test_processes_share_the_held_out_pictures_without_gap_or_overlap():
+    for n in (1, 7, 12):
+        shares = [[batch.index for batch in held_out(Numbers(12), n, 2, "cpu", rank, 3)]
+                  for rank in range(3)]
+        assert shares == [[list(range(i, min(i + 2, n))) for i in range(2 * rank, n, 6)]
+                          for rank in range(3)]

@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_a_slow_loop_over_the_pictures(run):
     model, signs, errors, psnrs = program.open_runs([run], QUICK.device)[0].loaded.model, Signs(
         "val", SIZE), [], []
     for index in range(5):
-        picture, _ = signs.read(index)
+        picture = signs.image(index)
         x = torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1
         mask = evaluation_mask(SIZE, index)
         m = torch.tensor(mask)[None, None].float()
@@ -236,7 +236,7 @@ def test_table_1_of_the_other_paper_is_counted_and_printed(run, monkeypatch, cap
     assert "| ReFiT, P = 100k |" in capsys.readouterr().out
 
 
-def test_photos_that_cannot_be_decoded_are_replaced_and_counted(run, tmp_path):
+def test_photos_that_cannot_be_decoded_are_replaced(run, tmp_path, capsys):
     photos = tmp_path / "photos" / "val"
     for index in range(4):
         (photos.parent / "train").mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def test_photos_that_cannot_be_decoded_are_replaced_and_counted(run, tmp_path):
     write_decoder(run, parent, data="folder", root=str(photos.parent))
     report = program.evaluate_runs([run], QUICK)
     assert report["n"] == 4
-    assert report["notes"]["n"].startswith("1 files could not be decoded")
+    assert "2.png: cannot be decoded" in capsys.readouterr().err
 
 
 # -- mistakes --------------------------------------------------------------------------------------

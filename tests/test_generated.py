@@ -73,7 +73,7 @@ def test_tables_6_and_10_have_fid_and_is_of_samples_against_held_out_pictures(
     validate(report)
     signs, opened = Signs("val", SIZE), open_runs(runs, CPU)
     samples = Samples(runs, opened, CPU, steps=2)
-    x = torch.tensor(np.stack([signs.read(i)[0] for i in range(7)])).permute(0, 3, 1, 2)
+    x = torch.tensor(np.stack([signs.image(i) for i in range(7)])).permute(0, 3, 1, 2)
     real = FeatureStatistics(2048)
     real.update(inception(x / 127.5 - 1)[0])
     with torch.inference_mode():

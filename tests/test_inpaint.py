@@ -439,14 +439,14 @@ def test_the_network_is_given_the_known_codes_under_the_papers_three_masks(held_
         calls.append((indices, known, len(generators), steps, resample))
         return indices
 
-    def read_without_top(index):
-        picture = Signs("val", SIZE).read(index)[0].copy()
+    def image_without_top(index):
+        picture = Signs("val", SIZE).image(index).copy()
         picture[:5 * SIZE // 8] = 0
-        return picture, ()
+        return picture
 
     monkeypatch.setattr(inpaint, "complete", spy)
     hidden = Signs("val", SIZE)
-    monkeypatch.setattr(hidden, "read", read_without_top)
+    monkeypatch.setattr(hidden, "image", image_without_top)
     with torch.inference_mode():
         completion_rows(prior, Signs("val", SIZE), 4)
         completion_rows(prior, hidden, 4)

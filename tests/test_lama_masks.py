@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import image_pairs
-from data import ImageFiles, validation_batches
+from data import ImageFiles, held_out
 from distributed import UserError, exit_on_user_error
 from image_pairs import MatchedFolders, output_names, summary, write_evaluation_set
 from masks import area_bucket, random_mask
@@ -55,9 +55,10 @@ def test_pictures_and_masks_are_those_of_eval_py_in_its_order(photos, tmp_path):
     manifest = write_evaluation_set(photos, tmp_path / "out", size=SIZE)
     photos.rename(tmp_path / "val")
     dataset = ImageFiles(tmp_path, "val", SIZE, layout="imagenet")
-    (batch,) = validation_batches(dataset, 100, 100)
-    assert len(manifest["files"]) == len(batch["index"]) == 9
-    for image, mask, entry in zip(batch["image"], batch["mask"], manifest["files"]):
+    (batch,) = held_out(dataset, 100, 100, "cpu")
+    assert len(manifest["files"]) == len(batch.index) == 9
+    images = ((batch.x + 1) * 127.5).round().byte()
+    for image, mask, entry in zip(images, batch.mask, manifest["files"]):
         written = Image.open(tmp_path / "out/images" / entry["name"])
         assert np.array_equal(np.array(written), image.permute(1, 2, 0).numpy())
         written = Image.open(tmp_path / "out/masks" / entry["name"])

@@ -127,7 +127,7 @@ def test_fid_is_of_as_many_samples_as_pictures_whatever_is_shown(run, n, against
         x_hat = model.decode_indices(drawing.codes(prior, range(max(n, against))))
     assert shown.shape == (n, 3, SIZE, SIZE)
     assert torch.allclose(shown, x_hat[:n], atol=1e-4)
-    x = torch.tensor(np.stack([signs.read(i)[0] for i in range(against)])).permute(0, 3, 1, 2)
+    x = torch.tensor(np.stack([signs.image(i) for i in range(against)])).permute(0, 3, 1, 2)
     ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
     ours.update(inception(x_hat[:against].clamp(-1, 1))[0])
     real.update(inception(x / 127.5 - 1)[0])

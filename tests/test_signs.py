@@ -8,27 +8,27 @@ from data import Signs
 
 
 def test_a_sign_picture_depends_on_split_seed_index_and_size_only():
-    first = Signs("train", 64).read(5)[0]
-    Signs("val", 64).read(9)
-    again = Signs("train", 64).read(5, np.random.default_rng(3))[0]
+    first = Signs("train", 64).image(5)
+    Signs("val", 64).image(9)
+    again = Signs("train", 64).image(5, np.random.default_rng(3))
     assert np.array_equal(first, again)
     assert first.shape == (64, 64, 3)
     assert first.dtype == np.uint8
     others = (Signs("train", 64), 6), (Signs("val", 64), 5), (Signs("train", 64, 1), 5)
     for dataset, index in others:
-        assert not np.array_equal(first, dataset.read(index)[0])
+        assert not np.array_equal(first, dataset.image(index))
 
 
 def test_sign_pictures_are_all_different():
     datasets = Signs("train", 64), Signs("val", 64)
-    pictures = {dataset.read(i)[0].tobytes() for dataset in datasets for i in range(200)}
+    pictures = {dataset.image(i).tobytes() for dataset in datasets for i in range(200)}
     assert len(pictures) == 400
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 100, 128, 256])
 def test_signs_can_be_drawn_at_any_size(size):
     for index in range(30):
-        assert Signs("val", size).read(index)[0].shape == (size, size, 3)
+        assert Signs("val", size).image(index).shape == (size, size, 3)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def scenes(monkeypatch):
 def test_every_picture_has_one_to_three_boards_that_fill_a_large_part_and_do_not_overlap(scenes):
     shares = []
     for index in range(200):
-        Signs("train", 64).read(index)
+        Signs("train", 64).image(index)
         boards, cover = scenes[-1].boards, np.zeros((64, 64), int)
         for x0, y0, x1, y1 in boards:
             cover[y0:y1, x0:x1] += 1
@@ -70,7 +70,7 @@ def test_the_words_are_in_the_picture_pixel_by_pixel(monkeypatch):
 
     monkeypatch.setattr(signs, "_hang", keep)
     for index in range(300):
-        image = Signs("train", 64).read(index)[0]
+        image = Signs("train", 64).image(index)
         for (x0, y0, x1, y1), inks, (ground, colour) in hung:
             inside = image[y0 + 1:y1 - 1, x0 + 1:x1 - 1].astype(int)
             is_ink = (inside == colour).all(-1)

@@ -339,18 +339,6 @@ def test_photos_may_move_but_not_change_in_number(tmp_path):
     assert "images.train was 2, is 1" in text
 
 
-def test_a_run_that_goes_on_remembers_files_that_cannot_be_decoded(tmp_path):
-    photos = write_photos(tmp_path / "photos", 3)
-    (photos / "1.png").write_bytes(b"no picture")
-    more = ("--data", "folder", "--perceptual", "none", "--first-stage", "tiny", "--stage", "vqgan",
-            "--root", str(photos))
-    text = finish(tmp_path / "run", *more, "--max-hours", "1e-9")
-    assert text.count("skipped, cannot be decoded") == 1
-    extra = run_folder.load(tmp_path / "run" / "vqgan" / "last.pt")["extra"]
-    assert extra["bad_files"] == [str(photos / "1.png")]
-    assert "skipped" not in finish(tmp_path / "run", *more)
-
-
 def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
     out = tmp_path / "run"
     before("vqgan", whole[0], out)
@@ -519,17 +507,6 @@ def test_days_are_announced_with_a_command_that_works(tmp_path):
     assert words.count("--steps") == 1
     settings, _ = resolve(parse(words))
     assert 0 < settings["recipes"]["vqgan"]["steps"] < 100_000_000
-
-
-def test_check_data_names_the_bad_file(tmp_path):
-    for i in range(3):
-        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    more = ("--data", "folder", "--root", str(tmp_path), "--check-data", "--stage", "vqgan")
-    status, text = train(tmp_path / "run", *more)
-    assert status == 1
-    assert "broken.jpg" in text
-    assert not (tmp_path / "run").exists()
 
 
 # -- several processes -----------------------------------------------------------------------------
