@@ -1,16 +1,16 @@
-"""Pictures for people: grids of images beside each other, and the curves of a run.
+"""Draw pictures for people: images beside each other under captions, and the curves of a run.
 
     image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> a column each, a row an image   report.png
     image_rows   [(caption, [(3,H,W), ...]), ...] -> groups one below the other         samples.png
     curves       log.jsonl -> a panel a term, training and validation together          curves.png
 
 Small images are enlarged by whole numbers, pixel by pixel: whether a word survived a decoder is
-judged on its pixels, and a smooth enlargement would hide the very strokes that matter. What to show
-is the caller's choice (train.py, eval.py); the numbers are in log.jsonl and report.json.
+judged on its pixels, and a smooth enlargement would hide the very strokes that matter.
 """
 
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, FONT_SIZE, LINE = 6, 15, 21                     # px
-BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
+GAP, LINE, INK = 6, 21, (30, 30, 30)                 # px, px of a line of text, its colour
 
 TITLES = {                                           # in the order of the panels
     "pixel": "pixel loss, mean |x̂ - x|",
@@ -36,10 +35,8 @@ TITLES = {                                           # in the order of the panel
     "grad_norm": "gradient norm",
     "lr": "learning rate",
 }
-NO_CURVES = {"step", "images"}
 TRAIN_COLOUR, VAL_COLOUR = "#3b6ea8", "#d1495b"
-MAX_POINTS = 400
-WIDTH = 128             # px that an image of a row takes, about
+POINTS, SMOOTH_POINTS = 400, 40                      # of a curve, of its smooth twin, at most
 
 
 def show_masked(x, mask):
@@ -50,172 +47,128 @@ def show_masked(x, mask):
     return x * (1 - mask)
 
 
-def image_grid(columns, path, zoom=None):
+def image_grid(columns, path):
     """Write a PNG with one column for each caption; row i shows every column's image i.
 
-    columns: {caption: list of (3,H,W) tensors in [-1,1]}, all lists equally long and all images of
-    one size; values outside the range are clamped. zoom: whole-number enlargement; by default
-    images become about 256 px wide. Raises ValueError where the columns do not match.
+    columns: {caption: list of (3,H,W) in [-1,1]}, all lists equally long; images become about
+    256 px wide. Raises ValueError for lists of several lengths, and as `_draw`.
     """
     lengths = {len(images) for images in columns.values()}
-    shapes = {tuple(image.shape) for images in columns.values() for image in images}
-    if len(lengths) != 1 or len(shapes) != 1:
-        raise ValueError(f"columns of {sorted(lengths)} images with shapes {sorted(shapes)}: "
-                         "a grid needs one length and one shape")
-    rows, (_, H, W) = lengths.pop(), shapes.pop()
-    zoom = zoom or max(1, round(256 / W))
-    font = ImageFont.load_default(FONT_SIZE)
-    captions = [_wrap(caption, font, W * zoom) for caption in columns]
-    top = GAP + LINE * max(map(len, captions))
-    step_x, step_y = W * zoom + GAP, H * zoom + GAP
-    canvas = Image.new("RGB", (GAP + step_x * len(columns), top + step_y * rows), BACKGROUND)
-    for column, (lines, images) in enumerate(zip(captions, columns.values())):
-        left = GAP + step_x * column
-        _caption(canvas, lines, font, left + W * zoom // 2, top)
-        for row, image in enumerate(images):
-            canvas.paste(enlarge(image, zoom), (left, top + step_y * row))
-    canvas.save(_parent_made(path))
+    if len(lengths) != 1:
+        raise ValueError(f"columns of {sorted(lengths)} images: a grid needs one length")
+    _draw([list(columns), *zip(*columns.values())], path, 256)
 
 
 def image_rows(groups, path, across=None):
-    """Write a PNG of `groups`: [(caption, list of (3,H,W) in [-1,1])], all images of one size.
+    """Write a PNG of groups of images, one below the other, each under its caption.
 
-    across: images in a row (default: a group is one row). Values outside the range are clamped;
-    small images are enlarged by whole numbers, pixel by pixel. Raises ValueError for images of
-    several sizes, or none.
+    groups: [(caption, list of (3,H,W) in [-1,1])]; across: images in a row (default: a group is one
+    row). Images become about 128 px wide. Raises ValueError as `_draw`.
     """
-    shapes = {tuple(image.shape) for _, images in groups for image in images}
-    if len(shapes) != 1:
-        raise ValueError(f"images of the shapes {sorted(shapes)}: rows need one")
-    _, H, W = shapes.pop()
-    zoom = max(1, round(WIDTH / W))
-    across = across or max(len(images) for _, images in groups)
-    font = ImageFont.load_default(FONT_SIZE)
-    text = max(math.ceil(font.getlength(caption)) for caption, _ in groups)
-    rows = sum(math.ceil(len(images) / across) for _, images in groups)
-    width = GAP + max(across * (W * zoom + GAP), text + GAP)
-    height = GAP + len(groups) * LINE + rows * (H * zoom + GAP)
-    canvas = Image.new("RGB", (width, height), BACKGROUND)
-    top = GAP
-    for caption, images in groups:
-        ImageDraw.Draw(canvas).text((GAP, top), caption, INK, font)
-        top += LINE
-        for first in range(0, len(images), across):
-            for place, image in enumerate(images[first:first + across]):
-                canvas.paste(enlarge(image, zoom), (GAP + place * (W * zoom + GAP), top))
-            top += H * zoom + GAP
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
-
-
-def enlarge(image, zoom):
-    """(3,H,W) in [-1,1] -> a Pillow image, `zoom` times as large, each pixel a square."""
-    unit = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    pixels = (unit * 255).round().byte().permute(1, 2, 0).numpy()               # (H,W,3)
-    return Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))              # (zoom·H,zoom·W,3)
-
-
-def _wrap(caption, font, width):
-    """The caption's lines, broken between words, and within a word wider than the column."""
     lines = []
-    for paragraph in caption.split("\n"):
-        line = ""
-        for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = ""
-            line = f"{line} {word}".strip()
-            while font.getlength(line) > width and len(line) > 1:
-                fits = max(n for n in range(1, len(line))
-                           if n == 1 or font.getlength(line[:n]) <= width)
-                lines.append(line[:fits])
-                line = line[fits:]
-        lines.append(line)
-    return lines
+    for caption, images in groups:
+        step = across or max(1, len(images))
+        lines += [[caption], *(images[i:i + step] for i in range(0, len(images), step))]
+    _draw(lines, path, 128)
 
 
-def _caption(canvas, lines, font, centre, bottom):
-    """Write the lines centred, the last one just above `bottom`."""
-    draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(reversed(lines)):
-        draw.text((centre, bottom - GAP - LINE * i), line, INK, font, anchor="ms")
+def _draw(lines, path, side):
+    """Write a PNG of `lines`, each a list of images in [-1,1] (clamped) or of captions.
+
+    The captions of a line share the page's width. Images of W px are enlarged by the whole number
+    that makes them about `side` px wide. Raises ValueError for images of several sizes, or none.
+    """
+    rows = [line for line in lines if not isinstance(line[0], str)]
+    shapes = {tuple(image.shape) for row in rows for image in row}
+    if len(shapes) != 1:
+        raise ValueError(f"images of the shapes {sorted(shapes)}: a picture needs one")
+    _, H, W = shapes.pop()
+    zoom, font = max(1, round(side / W)), ImageFont.load_default(15)
+    width = max(map(len, rows)) * (W * zoom + GAP)
+    strips = [Image.new("RGB", (GAP + width, GAP), "white")]
+    for line in lines:
+        if isinstance(line[0], str):
+            line = [_wrapped(caption, font, width // len(line) - GAP) for caption in line]
+            height = LINE * (1 + max(caption.count("\n") for caption in line))
+            strips.append(Image.new("RGB", (GAP + width, height), "white"))
+            for i, caption in enumerate(line):           # its last line just above the images
+                place = GAP + i * width // len(line), height - GAP // 2
+                ImageDraw.Draw(strips[-1]).text(place, caption, INK, font, anchor="ld")
+        else:
+            strips.append(Image.new("RGB", (GAP + width, H * zoom + GAP), "white"))
+            for i, image in enumerate(line):
+                unit = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
+                pixels = (unit * 255).round().byte().permute(1, 2, 0).numpy()       # (H,W,3)
+                square = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
+                strips[-1].paste(square, (GAP + i * (W * zoom + GAP), 0))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(strips)).save(path)
+
+
+def _wrapped(caption, font, room):
+    """The caption broken into lines of at most `room` px, between words where that is possible."""
+    for letters in range(max(1, len(caption)), 0, -1):
+        lines = [line for part in caption.split("\n")
+                 for line in textwrap.wrap(part, letters) or [""]]
+        if max(map(font.getlength, lines)) <= room:
+            break
+    return "\n".join(lines)
 
 
 def curves(log_path, png_path):
     """Draw a run's log as small multiples: a panel for each number, train and val together.
 
     log_path: log.jsonl, one JSON object a line with `step` and numbers; `val_NAME` is NAME on
-    held-out images. Long logs are drawn as means of neighbouring steps. A log without numbers
-    makes no picture.
+    held-out images. Long logs are drawn as means of neighbouring steps, log-scaled where values are
+    positive and span more than a factor of ten. A log without numbers makes no picture.
     """
+    series = {}                                      # {key: [(step, value), ...]}
     with open(log_path, encoding="utf-8") as file:
-        series = _series(json.loads(line) for line in file)
-    named = dict.fromkeys([*TITLES, *(key.removeprefix("val_") for key in series)])
-    names = [name for name in named if name in series or f"val_{name}" in series]
+        for record in map(json.loads, file):
+            for key, value in record.items():
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if number and math.isfinite(value) and key not in ("step", "images"):
+                    series.setdefault(key, []).append((record["step"], value))
+    known = dict.fromkeys([*TITLES, *(key.removeprefix("val_") for key in series)])
+    names = [name for name in known if name in series or f"val_{name}" in series]
     if not names:
         return
     across = min(3, len(names))
     down = math.ceil(len(names) / across)
     last = max(1, *(points[-1][0] for points in series.values()))
-    width, height = 4.2 * across, 2.6 * down                        # inches, as the margins below
+    width, height = 4.2 * across, 2.6 * down         # inches, as the margins below
     figure = Figure(figsize=(width, height))
-    # Measuring the labels, as a constrained layout does, would take as long as drawing them.
+    # A constrained layout measures the labels, which takes 1.5 times as long.
     figure.subplots_adjust(left=0.55 / width, right=1 - 0.1 / width, bottom=0.5 / height,
                            top=1 - 0.3 / height, wspace=0.17, hspace=0.3)
     for position, name in enumerate(names, 1):
         axes = figure.add_subplot(down, across, position)
-        _panel(axes, series.get(name), series.get(f"val_{name}"))
+        train, val = series.get(name, []), series.get(f"val_{name}", [])
+        drawn = [value for _, value in val]
+        if train:
+            steps, values = _means(train, POINTS)
+            axes.plot(steps, values, color=TRAIN_COLOUR, alpha=0.35, linewidth=0.8)
+            axes.plot(*_means(train, SMOOTH_POINTS), color=TRAIN_COLOUR, label="train",
+                      linewidth=1.4)
+            drawn += list(values)
+        if val:
+            axes.plot(*zip(*val), color=VAL_COLOUR, label="val", marker=".", linewidth=1.4)
+        if min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+            axes.set_yscale("log")
         axes.set_title(TITLES.get(name, name), loc="left", fontsize=10)
         axes.set_xlim(0, 1.02 * last)                # one scale for all: what begins late shows it
         if position > len(names) - across:
             axes.set_xlabel("step", fontsize=9)
-    figure.savefig(_parent_made(png_path), dpi=110)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.tick_params(labelsize=8, which="both")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    Path(png_path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=110)
 
 
-def _series(lines):
-    """{key: [(step, value), ...]} of every finite number in the log."""
-    series = {}
-    for line in lines:
-        for key, value in line.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and math.isfinite(value) and key not in NO_CURVES:
-                series.setdefault(key, []).append((line["step"], value))
-    return series
-
-
-def _panel(axes, train, val):
-    """One term; logarithmic where it is positive and spans more than a factor of ten."""
-    drawn = []
-    if train:
-        steps, values = _binned(train)
-        axes.plot(steps, values, color=TRAIN_COLOUR, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, _running_mean(values), color=TRAIN_COLOUR, label="train", linewidth=1.4)
-        drawn.extend(values)
-    if val:
-        steps, values = np.array(val, float).T
-        axes.plot(steps, values, color=VAL_COLOUR, label="val", marker=".", linewidth=1.4)
-        drawn.extend(values)
-    if min(drawn) > 0 and max(drawn) > 10 * min(drawn):
-        axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(labelsize=8, which="both")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _binned(points):
-    """(steps, values) of at most MAX_POINTS points, means over equal numbers of neighbours."""
-    parts = np.array_split(np.array(points, float), min(len(points), MAX_POINTS))   # of (n,2)
-    return np.array([part.mean(0) for part in parts]).T                             # (2,points)
-
-
-def _running_mean(values):
-    """Means over a window of a twentieth of the curve, cut off at both ends."""
-    window = np.ones(2 * (len(values) // 40) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-def _parent_made(path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _means(points, count):
+    """(steps, values) of at most `count` points: means over equal numbers of neighbours."""
+    parts = np.array_split(np.array(points, float), min(len(points), count))      # of (n,2)
+    return np.array([part.mean(0) for part in parts]).T                             # (2,count)
