@@ -194,7 +194,8 @@ def read_public(path):
         if dtype != value.dtype:
             dtypes.add(str(value.dtype).removeprefix("torch."))
         # A copy, which needs the mapped file no more.
-        state[name] = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        state[name] = value.detach().to(dtype, copy=True,
+                                        memory_format=torch.contiguous_format)
     variant = file.stem.startswith(f"{DIFFUSERS_WEIGHTS}.")
     notes = [f"read a variant, {file.name}"] if variant else []
     notes += [f"{dtype} weights are read as float32" for dtype in sorted(dtypes)]

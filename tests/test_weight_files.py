@@ -483,14 +483,16 @@ def test_what_holds_not_one_first_stage_is_one_line(tmp_path, contents, reason):
     assert str(caught.value).isprintable()
 
 
-def test_half_precision_becomes_float32_and_is_told(tmp_path):
+def test_parameters_become_tensors_and_half_precision_float32_which_is_told(tmp_path):
     weights = first_stage()
+    weights["post_quant_conv.bias"] = torch.nn.Parameter(weights["post_quant_conv.bias"])
     weights["quant_conv.weight"] = weights["quant_conv.weight"].half()
     weights["decoder.conv_in.weight"] = weights["decoder.conv_in.weight"].bfloat16().transpose(0, 1)
     torch.save(weights | {"quantize.used": torch.arange(3)}, tmp_path / "a.pt")
     found = read_public(tmp_path / "a.pt")
     assert torch.equal(found.state.pop("quantize.used"), torch.arange(3))
     same(found.state, weights)
+    assert not any(value.requires_grad for value in found.state.values())
     assert found.notes == ["bfloat16 weights are read as float32",
                            "float16 weights are read as float32"]
 
