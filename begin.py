@@ -25,14 +25,8 @@ from data import TrainingItems, pixels, validation_batches, views
 from diffusion import histogram_nats
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
 from losses import LPIPS
-from quantize import nearest_code
-from refit import (
-    code_statistics,
-    count_codes,
-    install_codebook,
-    rebuild_codebook,
-    sample_features,
-)
+from quantize import code_statistics, count_codes, nearest_code
+from refit import install_codebook, rebuild_codebook, sample_features
 from seeding import STAGE_IDS, stage_seed
 from stages import (
     CodeBatch,

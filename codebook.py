@@ -18,14 +18,14 @@ from convert import load_first_stage, run_of
 from distributed import UserError, gather_objects
 from metrics import Networks, tally_batches
 from originals import originals
-from refit import code_statistics, count_codes
+from quantize import code_statistics, count_codes
 
 BEFORE, AFTER, FIRST_STAGE = "before ReFiT", "after ReFiT", "the first stage's"
 
 
 def codebook_row(name, config, size, statistics, usage_train=None, rfid=None):
     """A row of paper_tables.codebook_table. config: the first stage's; size: of the pictures, px;
-    statistics: refit.code_statistics of held-out pictures, or None."""
+    statistics: quantize.code_statistics of held-out pictures, or None."""
     side, known = size // config.f, statistics or {}
     return {"name": name, "latent": f"{side}x{side}", "K": known.get("K", config.K),
             "usage_train": usage_train, "usage_val": known.get("usage"),
@@ -106,7 +106,7 @@ class CodeCounter:
                 for name, model in self.first_stages.items()}
 
     def statistics(self):
-        """{name: refit.code_statistics}, over all processes."""
+        """{name: quantize.code_statistics}, over all processes."""
         return {name: code_statistics(sum(gather_objects(counts)))
                 for name, counts in self.counts.items()}
 

@@ -6,9 +6,7 @@ and encoder by Eq. 2; Appendix B keeps the vectors continuous and pulls them tow
 
     z_e (B,d,h,w) --nearest_code--> indices (B,h,w) --embedding--> z_q (B,d,h,w)   VectorQuantizer
     moments (B,2d,h,w) --> mean, logvar --> z (B,d,h,w)                            DiagonalGaussian
-
-Not here: the encoder and decoder around them (vqgan.py); the codebook's repair, ReFiT, which is a
-stage of its own.
+    indices of a split --count_codes--> counts (K) --> usage, perplexity           code_statistics
 """
 
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MAX_SCORES = 2**23       # held at once, 32 MiB in float32: what keeps a large codebook affordable
+MAX_SCORES = 2**21       # held at once, 8 MiB in float32: what keeps a large codebook affordable
 
 
 @contextmanager
@@ -37,58 +35,23 @@ def _plain_float32(device_type):
 
 @torch.compiler.disable
 @torch.no_grad()
-def nearest_code(z, codebook, chunk=1024):
+def nearest_code(z, codebook):
     """Index of the codebook row nearest to each row of z, the lowest on ties. [AVQ Eq. 1]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
-    At most `chunk` rows are scored at once, fewer where K is large.
 
     |z - e|² = |z|² - 2 z·e + |e|², and |z|² is the same for every code: left out, it cannot eat the
-    mantissa; codes are centred for the same reason. Where float32 cannot tell the two best scores
-    apart, float64 decides, so the answer is float64's.  deviation D22
+    mantissa; codes are centred for the same reason. What float32 cannot tell apart then differs by
+    about a millionth of the codes' squared spread.  deviation D22
     """
+    dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with _plain_float32(z.device.type):
-        indices, undecided = _nearest_in_float32(z, codebook, chunk)        # (N), (N)
-        rows = undecided.nonzero()[:, 0]                                    # (c)
-        if len(rows):
-            indices[rows] = _nearest_in_float64(z[rows], codebook)
-    return indices
-
-
-def _nearest_in_float32(z, codebook, chunk):
-    """indices (N,) int64 and undecided (N,) bool: where the runner-up is within rounding error."""
-    K, d = codebook.shape
-    centre = codebook.mean(0, dtype=torch.promote_types(codebook.dtype, torch.float32))
-    codes = (codebook - centre).float()
-    square = torch.linalg.vector_norm(codes, dim=1).square()                # (K)
-    radius = square.max().sqrt()
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    undecided = torch.empty(len(z), dtype=torch.bool, device=z.device)
-    rows = max(1, min(chunk, MAX_SCORES // K, len(z)))
-    buffer = square.new_empty(rows, K)       # one for all chunks: it stays in the cache
-    for start in range(0, len(z), rows):
-        part = (z[start:start + rows] - centre).float()                     # (n, d)
-        scores = buffer[:len(part)]                                         # (n, K)
-        torch.addmm(square, part, codes.T, alpha=-2, out=scores)
-        best, index = scores.min(1)                                         # (n), (n)
-        runner_up = scores.scatter_(1, index[:, None], torch.inf).amin(1)   # (n)
-        # A score's rounding error is below (d + 8) eps/2 (|e|² + 2|z||e|), centring included;
-        # twice that may stand between two scores.
-        bound = (d + 8) * torch.finfo(torch.float32).eps * radius
-        margin = bound * (radius + 2 * part.norm(dim=1))                    # (n)
-        indices[start:start + rows] = index
-        undecided[start:start + rows] = runner_up - best <= margin
-    return indices, undecided
-
-
-def _nearest_in_float64(z, codebook):
-    """The definition itself, in float64: z (c,d), codebook (K,d) -> (c,)."""
-    device = "cpu" if z.device.type == "mps" else z.device       # MPS has no float64
-    codes = codebook.to(device, torch.float64)
-    rows = max(1, MAX_SCORES // 8 // len(codes))
-    indices = [torch.cdist(part.double(), codes, compute_mode="donot_use_mm_for_euclid_dist")
-               .argmin(1) for part in z.to(device).split(rows)]
-    return torch.cat(indices).to(z.device)
+        centre = codebook.mean(0, dtype=dtype)
+        codes = codebook - centre                                           # (K, d)
+        square = codes.square().sum(1)                                      # (K)
+        parts = z.split(max(1, MAX_SCORES // len(codes)))                   # (n, d) each
+        return torch.cat([torch.addmm(square, part - centre, codes.T, alpha=-2).min(1).indices
+                          for part in parts])                               # (N)
 
 
 class VectorQuantizer(nn.Module):
@@ -172,16 +135,24 @@ def _noise(shape, generator):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
 
 
-def codebook_usage(indices, K):
-    """Fraction of the K codes that occur in `indices` (any shape); meant for a whole split."""
-    return (_counts(indices, K) > 0).double().mean().item()
+def count_codes(batches, K):
+    """How often each of K codes occurs in `batches` of indices, of any shape: (K,) int64.
+
+    batches: an iterable, such as (model.indices(x) for x in ...), so a whole split need not be held
+    at once. Processes that count a share each add up their counts.
+    """
+    counts = torch.zeros(K, dtype=torch.int64)
+    for indices in batches:
+        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
+    return counts
 
 
-def perplexity(indices, K):
-    """exp(entropy) of the codes' frequencies in `indices`: 1 = collapsed, K = uniform."""
-    return torch.special.entr(_counts(indices, K) / indices.numel()).sum().exp().item()
+def code_statistics(counts):
+    """{"K", "usage", "perplexity"} of count_codes' result over a whole split. [DDM Tab. 1]
 
-
-def _counts(indices, K):
-    """How often each code occurs: (K,) float64."""
-    return torch.bincount(indices.flatten().cpu(), minlength=K).double()
+    usage: the fraction of codes that occur at all. perplexity: exp(entropy in nats) of their
+    frequencies, from 1 (one code only) to K (all alike).  deviation D44
+    """
+    frequency = counts.double() / counts.sum()                              # (K)
+    return {"K": len(counts), "usage": (counts > 0).double().mean().item(),
+            "perplexity": torch.special.entr(frequency).sum().exp().item()}

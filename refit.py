@@ -7,10 +7,8 @@ centres the codebook, of as many codes as one likes:
     images --encoder--> z_e (B,d,h,w) --a random cell--> features (P,d)         sample_features
     features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
     VQGAN, codebook --> the same VQGAN, of which only the decoder trains        install_codebook
-    indices of a split --> counts (K) --> usage, perplexity, before and after   count_codes
 
-Not here: the fine-tuning of the decoder, which is a stage of training (stages.py); the search for
-the nearest code (quantize.py).
+Then the decoder is fine-tuned, which is a stage of training (stages.py).
 """
 
 from dataclasses import replace
@@ -21,9 +19,6 @@ from torch import nn
 from distributed import gather_objects, rank, world_size
 from quantize import nearest_code
 from seeding import FEATURES, numpy_generator
-
-CHUNK = 1024                     # features at once: what keeps temporary memory small
-
 
 # -- sampling --------------------------------------------------------------------------------------
 
@@ -89,7 +84,6 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
     if not 1 <= K <= n:
         raise ValueError(f"{K} centres from {n} features: K must be from 1 to their number; "
                          "sample more features or ask for fewer codes")
-    features = _wide(features)
     chosen = torch.randint(n, (1,), generator=generator).tolist()
     squared = _squared_distance(features, features[chosen])                 # (n), to c_1
     # Where all features are alike, no distance tells them apart: q is uniform.
@@ -98,24 +92,16 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
     cdf = q.cumsum(0)                                                       # (n)
     proposal, level = torch.rand(2, K - 1, chain, dtype=torch.float64, generator=generator)
     proposals = torch.searchsorted(cdf / cdf[-1], proposal, right=True)     # (K-1, chain)
-    for candidates, levels in zip(proposals, level):
-        x, seeds = features[candidates], features[chosen]                   # (chain, d), (k, d)
-        nearest = seeds[nearest_code(x, seeds)]                             # (chain, d)
-        weight = _squared_distance(x, nearest) / q[candidates]              # (chain)
-        chosen.append(candidates[_last_state(weight.tolist(), levels.tolist())].item())
+    for candidates, levels in zip(proposals, level.tolist()):
+        part, seeds = features[candidates], features[chosen]                # (chain, d), (k, d)
+        nearest = seeds[nearest_code(part, seeds)]                          # (chain, d)
+        weight = (_squared_distance(part, nearest) / q[candidates]).tolist()
+        x = 0                            # y replaces x with probability min(1, weight_y / weight_x)
+        for y in range(1, chain):
+            if weight[y] >= levels[y] * weight[x]:
+                x = y
+        chosen.append(candidates[x].item())
     return torch.tensor(chosen, device=features.device)
-
-
-def _last_state(weight, level):
-    """Where a Metropolis chain over proposals 0, 1, ... ends; it starts at 0.
-
-    Proposal y replaces x with probability min(1, weight[y] / weight[x]), always from weight 0.
-    """
-    state = 0
-    for y in range(1, len(weight)):
-        if weight[y] >= level[y] * weight[state]:
-            state = y
-    return state
 
 
 @torch.no_grad()
@@ -125,40 +111,26 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
     features: (n,d). inertia: a list, sum |x - c|² at the start and after each move of the centres;
     it never rises, and its last value and `assignment` belong to the returned centres. Ends after
     `iterations` moves or when the squared length of a move, over all centres, is at most
-    `tolerance` times the features' mean variance.
+    `tolerance` times the features' mean variance. Means are summed in float64, row by row on the
+    CPU.
 
     An empty cluster takes over a feature far from its own centre; where features are fewer
     distinct ones than K, the surplus centres repeat others, and ties go to the lowest index.
-    Each assignment is float64's (see nearest_code) and means are summed in float64, row by row on
-    the CPU: CHUNK changes no bit.
     """
-    features = _wide(features)
-    centres = centres.to(features)
     standstill = tolerance * features.var(0, correction=0).mean().item()
-    assignment, distance = _assign(features, centres)                       # (n), (n)
-    inertia = [distance.sum().item()]
-    for _ in range(iterations):
+    centres, inertia, move = centres.to(features), [], torch.inf
+    for moves in range(iterations + 1):
+        assignment = nearest_code(features, centres)                        # (n)
+        distance = _squared_distance(features, centres[assignment])         # (n)
+        assignment = assignment.cpu()
+        inertia.append(distance.sum().item())
+        if moves == iterations or move <= standstill:
+            break
         _fill_empty(features, assignment, distance, len(centres))
         moved = _means(features, assignment, centres)                       # (K, d)
         move = (moved - centres).square().sum().item()
         centres = moved
-        assignment, distance = _assign(features, centres)
-        inertia.append(distance.sum().item())
-        if move <= standstill:
-            break
     return centres, assignment.to(features.device), inertia
-
-
-def _assign(features, centres):
-    """Each feature's nearest centre (n,) and squared distance to it (n,), on the CPU."""
-    assignment = nearest_code(features, centres)                            # (n)
-    distance = [_squared_distance(part, centres[index])
-                for part, index in zip(features.split(CHUNK), assignment.split(CHUNK))]
-    return assignment.cpu(), torch.cat(distance)
-
-
-def _wide(features):
-    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _squared_distance(a, b):
@@ -169,7 +141,7 @@ def _squared_distance(a, b):
 def _means(features, assignment, centres):
     """The mean of each cluster (K,d); an empty cluster keeps its centre."""
     total = torch.zeros(centres.shape, dtype=torch.float64)
-    for part, index in zip(features.split(CHUNK), assignment.split(CHUNK)):
+    for part, index in zip(features.split(1024), assignment.split(1024)):   # little memory at once
         total.index_add_(0, index, part.cpu().double())
     count = assignment.bincount(minlength=len(centres))[:, None]            # (K, 1)
     mean = (total / count).to(centres)                                      # (K, d), NaN if empty
@@ -180,24 +152,21 @@ def _fill_empty(features, assignment, distance, K):
     """Let each empty cluster take over one of the farthest features, in `assignment` (n,) itself.
 
     Never two equal ones, of which one would be left without features again; never a cluster's last
-    one, which would only move the gap; never one on its centre. A cluster stays empty where there
-    is no other.
+    one, which would only move the gap; never one on its centre.
     """
-    count = assignment.bincount(minlength=K)
+    count, taken = assignment.bincount(minlength=K), set()
     empty = (count == 0).nonzero()[:, 0].tolist()
-    farthest_first = distance.argsort(descending=True, stable=True).tolist() if empty else []
-    taken = set()
-    for i in farthest_first:
-        if not empty or distance[i] == 0:
-            break
-        donor, value = assignment[i].item(), tuple(features[i].tolist())
-        if count[donor] > 1 and value not in taken:
-            count[donor] -= 1
+    for i in distance.argsort(descending=True, stable=True).tolist() if empty else []:
+        value, own = tuple(features[i].tolist()), assignment[i].item()
+        if count[own] > 1 and distance[i] > 0 and value not in taken:
+            count[own] -= 1
             taken.add(value)
             assignment[i] = empty.pop(0)
+        if not empty:
+            break
 
 
-# -- the model, and what its codes are used for ----------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 def install_codebook(model, codebook):
     """Give a VQGAN the codes (K,d), K free, in place; only its decoder trains from then on.
@@ -218,26 +187,3 @@ def install_codebook(model, codebook):
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)
-
-
-def count_codes(batches, K):
-    """How often each of K codes occurs in `batches` of indices, of any shape: (K,) int64.
-
-    batches: an iterable, such as (model.indices(x) for x in ...), so a whole split need not be held
-    at once. Processes that count a share each add up their counts.
-    """
-    counts = torch.zeros(K, dtype=torch.int64)
-    for indices in batches:
-        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
-    return counts
-
-
-def code_statistics(counts):
-    """{"K", "usage", "perplexity"} of count_codes' result over a whole split. [DDM Tab. 1]
-
-    usage: the fraction of codes that occur at all. perplexity: exp(entropy in nats) of their
-    frequencies, from 1 (one code only) to K (all alike).  deviation D44
-    """
-    frequency = counts.double() / counts.sum()                              # (K)
-    return {"K": len(counts), "usage": (counts > 0).double().mean().item(),
-            "perplexity": torch.special.entr(frequency).sum().exp().item()}

@@ -80,7 +80,7 @@ def test_usage_is_counted_over_all_held_out_pictures_with_both_codebooks(tmp_pat
     monkeypatch.setattr(begin, "ENCODED", 4)                          # of 10
     model, _ = write_first_stage(tmp_path)
     model.eval()
-    codebook = torch.cat([model.quantize.embedding.weight, torch.full((3, 4), 1e6)])
+    codebook = torch.cat([model.quantize.embedding.weight, torch.full((3, 4), 100.0)])
     usage = begin._usage(run(tmp_path), model, codebook)
     x = torch.cat(list(begin._pictures(run(tmp_path), Signs("val", 32), [range(10)])))
     codes = model.indices(x).unique()

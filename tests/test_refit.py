@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import refit
-from quantize import codebook_usage, nearest_code, perplexity
+from quantize import code_statistics, count_codes, nearest_code
 from refit import (
     afkmc2_seeds,
-    code_statistics,
-    count_codes,
     install_codebook,
     kmeans,
     rebuild_codebook,
@@ -169,18 +167,6 @@ def test_the_chains_law_goes_from_the_proposal_to_that_of_k_means_plus_plus():
         assert distance[2] < 1e-4
 
 
-@pytest.mark.parametrize("chain", [1, 3])
-def test_the_chain_follows_the_metropolis_law(chain):
-    draws = 20_000
-    squared = squared_distances([1])
-    q = 0.5 * squared / squared.sum() + 0.5 / 5
-    proposals = torch.multinomial(q, draws * chain, replacement=True).view(draws, chain)
-    weights, levels = (squared / q)[proposals].tolist(), torch.rand(draws, chain).tolist()
-    ends = [p[refit._last_state(*wl)] for p, *wl in zip(proposals.tolist(), weights, levels)]
-    frequency = torch.tensor(ends).bincount(minlength=5) / draws
-    assert (frequency - law_of_the_second_seed(1, chain)).abs().max() < 0.012   # 4 deviations
-
-
 @pytest.mark.parametrize("chain", [1, 3, 50])
 def test_the_second_seed_follows_the_metropolis_law(chain):
     draws, stream = 800, generator(chain)
@@ -219,15 +205,10 @@ def test_well_separated_clusters_get_a_seed_each():
     assert sorted((afkmc2_seeds(features, 16, generator=generator()) % 16).tolist()) == [*range(16)]
 
 
-def test_a_far_offset_and_bf16_do_not_blur_the_distances():
-    features = blobs(300, 10, 6)
-    expected = afkmc2_seeds(features.double(), 10, generator=generator())
-    moved = afkmc2_seeds(features.double() + 1e6, 10, generator=generator())
-    assert torch.equal(moved, expected)
-    half = features.bfloat16()
-    assert torch.equal(afkmc2_seeds(half, 100, generator=generator()),
-                       afkmc2_seeds(half.float(), 100, generator=generator()))
-    torch.testing.assert_close(kmeans(half, half[:10]), kmeans(half.float(), half[:10].float()))
+def test_a_far_offset_does_not_blur_the_distances():
+    features = blobs(300, 10, 6).double()
+    expected = afkmc2_seeds(features, 10, generator=generator())
+    assert torch.equal(afkmc2_seeds(features + 1e6, 10, generator=generator()), expected)
 
 
 def test_of_equal_features_any_may_be_chosen():
@@ -323,20 +304,6 @@ def test_no_iterations_only_assign():
     assert torch.equal(centres, features[:5])
     assert torch.equal(assignment, nearest_code(features, features[:5]))
     assert len(inertia) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("chunk", [1, 7, 250, 10_000])
-def test_the_chunk_size_changes_no_bit(chunk, dtype, monkeypatch):
-    features = 3 + torch.randn(500, 37, dtype=dtype)
-    start = features[:20].clone()
-    start[5:9] = start[4]                                           # empty clusters as well
-    expected = kmeans(features, start, iterations=6)
-    monkeypatch.setattr(refit, "CHUNK", chunk)
-    centres, assignment, inertia = kmeans(features, start, iterations=6)
-    assert torch.equal(centres, expected[0])
-    assert torch.equal(assignment, expected[1])
-    assert inertia == expected[2]
 
 
 def test_as_many_centres_as_distinct_features_leave_no_inertia():
@@ -488,25 +455,3 @@ def test_rebuilding_uses_codes_that_training_left_dead():
     assert before == {"K": 8, "usage": 1 / 8, "perplexity": 1.0}
     assert after["usage"] == 1
     assert after["perplexity"] > 8
-
-
-# ---------------------------------------------------------------- usage
-
-
-def test_usage_and_perplexity_of_a_known_assignment():
-    batches = [torch.tensor([[0, 0], [0, 1]]), torch.tensor([[[0, 0, 1, 4]]])]
-    counts = count_codes(batches, 8)
-    assert counts.tolist() == [5, 2, 0, 0, 1, 0, 0, 0]
-    entropy = -sum(p * torch.tensor(p).log().item() for p in (5 / 8, 2 / 8, 1 / 8))
-    statistics = code_statistics(counts)
-    assert statistics["K"] == 8
-    assert statistics["usage"] == 3 / 8
-    assert statistics["perplexity"] == pytest.approx(torch.tensor(entropy).exp().item())
-
-
-def test_a_stream_counts_as_the_whole_does():
-    indices = torch.randint(40, (12, 4, 4)) ** 2 // 40
-    counts = count_codes((part for part in indices.split(5)), 50)
-    statistics = code_statistics(counts)
-    assert statistics["usage"] == codebook_usage(indices, 50)
-    assert statistics["perplexity"] == pytest.approx(perplexity(indices, 50), rel=1e-12)
