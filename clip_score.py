@@ -30,8 +30,6 @@ DEFAULTS = {"hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size":
             "patch_size": 32, "layer_norm_eps": 1e-5}
 ACTIVATIONS = {"quick_gelu": lambda h: h * torch.sigmoid(1.702 * h), "gelu": F.gelu}
 
-# -- the score -------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def clip_score(encoder, image, reference, mask):
@@ -75,9 +73,6 @@ def resized(images, size):
     """
     return F.interpolate(images.float().clamp(-1, 1), size=(size, size), mode="bicubic",
                          antialias=True).clamp(-1, 1)                       # (B, 3, size, size)
-
-
-# -- the network -----------------------------------------------------------------------------------
 
 
 class CLIPImageEncoder(nn.Module):

@@ -341,8 +341,7 @@ def inception_score(logits, splits=10):
     scores at most m. Source: Salimans et al., arXiv 1606.03498, and their program, whose logits
     lack the bias as well. The field's tools differ: torch-fidelity does the same after one shuffle
     (seed 2020) unless told otherwise; torchmetrics shuffles at random, rounds the splits' size up
-    and divides by their number less one. Raises ValueError for no images, and for logits that are
-    not finite.
+    and divides by their number less one. Raises ValueError for no images or logits not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

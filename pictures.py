@@ -35,8 +35,7 @@ TITLES = {                                           # in the order of the panel
     "grad_norm": "gradient norm",
     "lr": "learning rate",
 }
-TRAIN_COLOUR, VAL_COLOUR = "#3b6ea8", "#d1495b"
-POINTS, SMOOTH_POINTS = 400, 40                      # of a curve, of its smooth twin, at most
+BLUE, RED, POINTS, SMOOTH_POINTS = "#3b6ea8", "#d1495b", 400, 40     # at most so many points
 
 
 def show_masked(x, mask):
@@ -50,8 +49,8 @@ def show_masked(x, mask):
 def image_grid(columns, path):
     """Write a PNG with one column for each caption; row i shows every column's image i.
 
-    columns: {caption: list of (3,H,W) in [-1,1]}, all lists equally long; images become about
-    256 px wide. Raises ValueError for lists of several lengths, and as `_draw`.
+    columns: {caption: list of (3,H,W) in [-1,1]}; images become about 256 px wide. Raises
+    ValueError for lists of several lengths, and as `_draw`.
     """
     lengths = {len(images) for images in columns.values()}
     if len(lengths) != 1:
@@ -147,12 +146,11 @@ def curves(log_path, png_path):
         drawn = [value for _, value in val]
         if train:
             steps, values = _means(train, POINTS)
-            axes.plot(steps, values, color=TRAIN_COLOUR, alpha=0.35, linewidth=0.8)
-            axes.plot(*_means(train, SMOOTH_POINTS), color=TRAIN_COLOUR, label="train",
-                      linewidth=1.4)
+            axes.plot(steps, values, color=BLUE, alpha=0.35, linewidth=0.8)
+            axes.plot(*_means(train, SMOOTH_POINTS), color=BLUE, label="train", linewidth=1.4)
             drawn += list(values)
         if val:
-            axes.plot(*zip(*val), color=VAL_COLOUR, label="val", marker=".", linewidth=1.4)
+            axes.plot(*zip(*val), color=RED, label="val", marker=".", linewidth=1.4)
         if min(drawn) > 0 and max(drawn) > 10 * min(drawn):
             axes.set_yscale("log")
         axes.set_title(TITLES.get(name, name), loc="left", fontsize=10)
