@@ -1,362 +1,439 @@
-"""The paper's tables, on trained runs or on pictures made by anything.
+"""The papers' tables, on trained runs or on pictures made by anything.
 
     python eval.py RUN [RUN ...]                   what each decoder does to known pixels
-    python eval.py RUN [RUN ...] --table 6         samples of the run's prior, by each decoder
     python eval.py RUN --table ddm1                which codes are in use, before and after ReFiT
-    python eval.py RUN --nearest                   samples and their nearest training pictures
-    python eval.py RUN ... --latents DIR ...       known pixels, of latents that others made
     python eval.py --pred DIR --real DIR ...       pictures of Stable Diffusion, of anything
-    python eval.py --pred DIR --real DIR --unpaired samples, against other pictures
+    python eval.py --pred DIR --data signs --unpaired --table 6     samples that sample.py wrote
 
-    pictures (data set, folders) -> metrics.decode_all, or --pred -> metrics.py -> paper_tables.py
+    images --encode--> z --metrics.decode_all--> x_hat --metrics.measure--> a row for each image
+    the table of images --metrics.report_rows--> means, FID --paper_tables.py--> Markdown, JSON
 
-Writes report.md, report.json and, of runs, report.png (whole pictures) and report_crops.png (cut
-out where fine detail is half known); of a run with a prior its pictures, too. [AVQ Tab. 2]
-[AVQ Tab. 3]
+Writes report.md, report.json and, of runs, report.png: the first images by each decoder. Of a run
+with a prior its samples and completions are shown as well. [AVQ Tab. 2] [AVQ Tab. 3]
 """
 
 import argparse
+import csv
 import json
 import math
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
+import run_folder
 from asym_decoder import AsymVQGAN
-from code_report import CodeReport
-from convert import Loaded, load
-from data import BadFiles, Signs, open_dataset, validation_batches
+from convert import chosen_steps, load, load_first_stage, load_prior, run_of
+from data import Signs, held_out, open_dataset
 from distributed import (
     UserError,
     exact_float32,
     exit_on_user_error,
     gather_objects,
+    on_rank0,
     print0,
     rank,
     setup,
     world_size,
 )
-from examples import Examples
-from generated import SHOWN, Samples
 from image_pairs import MatchedFolders, PictureFolder, folder_pictures
+from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from losses import TRUNKS
-from metrics import REAL, Pictures, Tally, decode_all, open_networks, tally_batches
-from nearest import show_nearest
-from originals import report_bad
-from paper_tables import PAPER_TABLES, make_report, report_text, rows_of
-from pictures import image_grid
-from run_folder import Progress, make_folder, write_text
-from stages import validation_batch
+from metrics import (
+    MEASURES,
+    REAL,
+    Networks,
+    decode_all,
+    first_stage_of,
+    measure,
+    open_networks,
+    over_ranks,
+    report_rows,
+    summary,
+)
+from paper_tables import (
+    PAPER_TABLES,
+    codebook_table,
+    ddm_table_1,
+    make_report,
+    prior_table,
+    report_text,
+    steps_table,
+)
+from pictures import image_grid, image_rows, show_masked
+from quantize import code_statistics
+from sample import Drawing, decoder_name, open_decoder
+from sample import measure as measure_samples
 
-EXAMPLES = 6                                     # rows of the pictures
-MADE_TABLES, CLIP_TABLES, SAMPLE_TABLES = ("1", "4", "5"), ("4", "5"), ("6", "10")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every evaluation can be told; the program's flags, which `--help` explains."""
-
-    device:     torch.device | str = "cpu"
-    batch_size: int | None         = None
-    lpips:      str | None         = None    # None: the run's --perceptual, else vgg
-    weights:    str | None         = None
-    fid:        bool               = True
-    clip:       str | None         = None    # the folder of a CLIP model
-    table:      str | None         = None
-    out:        str | None         = None
-    steps:      int | None         = None    # of samples; None: 25, or all where those are fewer
-
-    def networks(self, config, references):
-        """The metrics.Networks of an evaluation whose runs have this config."""
-        net = self.lpips or config.get("perceptual", "vgg")
-        return open_networks(torch.device(self.device), self.weights or config.get("weights"), net,
-                             asked=self.lpips is not None, fid=self.fid,
-                             clip=self.clip if references else None)
-
-
-@dataclass
-class Run:
-    """One model of the comparison: its name in the tables, and what convert.load found there."""
-
-    name: str
-    loaded: Loaded
-
-    @property
-    def decodes(self):
-        """Whether it has an asymmetric decoder, not only a first stage."""
-        return isinstance(self.loaded.model, AsymVQGAN)
-
-    @property
-    def first_stage(self):
-        return self.loaded.model.first_stage if self.decodes else self.loaded.model
-
-
-def open_runs(paths, device):
-    """A Run for each path. Raises UserError where they cannot stand in one table."""
-    runs = [Run(str(Path(path)), load(path, device)) for path in paths]
-    first = runs[0]
-    for run in runs[1:]:
-        if run.name in [other.name for other in runs if other is not run]:
-            raise UserError(f"{run.name} is given twice")
-        if run.loaded.latents != first.loaded.latents:
-            raise UserError(f"{run.name} and {first.name} stand on different first-stage weights, "
-                            "so their decoders read different latents; evaluate them one by one, "
-                            f"or train one on the other's: train.py --vqgan {first.name}")
-        for key in ("data", "size"):
-            ours, theirs = run.loaded.config.get(key), first.loaded.config.get(key)
-            if None not in (ours, theirs) and ours != theirs:
-                raise UserError(f"--{key} of {run.name} is {ours}, of {first.name} {theirs}; "
-                                "evaluate them one by one")
-    return runs
-
-
-def dataset_pictures(dataset, n, batch_size, device, bad):
-    """The first `n` pictures of a data set with their evaluation masks: this rank's Pictures.
-
-    bad: a data.BadFiles, told of what cannot be decoded. Raises UserError for too many of these.
-    """
-    for batch in validation_batches(dataset, n, batch_size, rank(), world_size()):
-        report_bad(bad, batch["bad"])
-        on_device = validation_batch(batch, device)
-        yield Pictures(batch["index"], on_device.x, on_device.mask)
+EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # of the report's pictures
+WORKERS = 2                                      # that decode where a whole split is counted
+FOLDERS = {"kind": None, "size": None, "seed": None}
+CAPTIONS = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
 
 
 # -- on runs ---------------------------------------------------------------------------------------
 
 
-def evaluate_runs(paths, options=Options(), *, n=None, data=None, root=None, size=None,
-                  folders=None):
-    """Evaluate, print the table, write the report and its pictures; returns report.json's contents.
+def evaluate_runs(paths, *, device="cpu", n=None, data=None, root=None, size=None, pairs=None,
+                  batch_size=None, lpips=None, weights=None, fid=True, clip=None, table=None,
+                  per_image=None, out=None):
+    """Evaluate, print the tables, write the report and its pictures; returns what report.json has.
 
-    paths: run folders, stage files or public checkpoints. n, data, root, size: which pictures; None
-    stands for the run's own. folders: a MatchedFolders of photos, masks and perhaps latents to be
-    used instead. Raises UserError.
+    paths: run folders, stage files or public checkpoints on one first stage. n, data, root, size:
+    which held-out images; None stands for the run's own. pairs: a MatchedFolders of photos and
+    masks to be used instead. The rest: as the flags. Raises UserError.
     """
-    device = torch.device(options.device)
+    device, paths = torch.device(device), [Path(path) for path in paths]
     runs = open_runs(paths, device)
-    config = _config(runs)
-    networks = options.networks(config, folders is not None and folders.refs)
-    examples, bad, codes = Examples(EXAMPLES), None, None
-    if folders is None:
-        where, dataset = _held_out(config, data, root, size)
-        asked, size = n, dataset.size
-        n = _default_n(dataset, n)
-        batch_size = options.batch_size or max(1, min(16, 2**18 // size**2))
-        bad, about = BadFiles(len(dataset)), dataset.describe()
-        masks = {"kind": "thick", "size": size, "seed": 0}
-        batches = dataset_pictures(dataset, n, batch_size, device, bad)
-        codes = CodeReport(runs, [Path(path) for path in paths], where, dataset)
+    models = {name: run.model for name, run in runs.items()}
+    config = next((run.config for run in runs.values() if "data" in run.config), {})
+    networks = open_networks(device, weights or config.get("weights"),
+                             lpips or config.get("perceptual", "vgg"), lpips is not None, fid, clip,
+                             refs=pairs is not None and pairs.refs)
+    first_stage = first_stage_of(models.values())
+    vq = first_stage.config.latent == "vq"
+    if table == "ddm1" and not vq:
+        raise UserError("--table ddm1: a KL latent has no codes to count; give a run with a VQ "
+                        "first stage")
+
+    # Choose the images.
+    if pairs is None:
+        where = data or config.get("data", "imagenet"), root or config.get("root")
+        size = size or config.get("size", 256)
+        dataset, asked = open_dataset(*where, "val", size), n
+        n = min(n or (500 if isinstance(dataset, Signs) else 1000), len(dataset))
+        batch_size = batch_size or max(1, min(16, 2**18 // size**2))
+        batches = held_out(dataset, n, batch_size, device, rank(), world_size())
+        about, masks = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
     else:
-        n, about, masks = len(folders), folders.describe(), _given(folders)
-        batches = folder_pictures(folders, options.batch_size or 4, device)
-    out = make_folder(Path(options.out or _default_out(paths)))
-    print0(f"evaluating {', '.join(run.name for run in runs)} on {n:,} of {about}; "
-           f"the report goes to {out}")
+        n, about, masks = len(pairs), pairs.describe(), _masks_of(pairs)
+        batches = folder_pictures(pairs, batch_size or 4, device)
+    if out is None:
+        out = run_of(paths[0]) if len(paths) == 1 else run_of(paths[0]) / "compare"
+    out = run_folder.make_folder(Path(out))
+    print0(f"evaluating {', '.join(runs)} on {n:,} of {about}; the report goes to {out}")
 
-    def seen(pictures, outputs):
-        examples.offer(pictures, outputs)
-        if codes:
-            codes.offer(pictures)
-
-    decode = partial(decode_all, runs)
+    # Decode the same latents by every decoder, and measure: a row for each image and decoder.
+    rows, shown = [], {}
+    counts = torch.zeros(first_stage.config.K if vq else 0, dtype=torch.int64)
     with exact_float32(), torch.inference_mode():
-        if codes and options.table == "ddm1":
-            codes.count(asked, batch_size, device, networks.inception)
-        tally = tally_batches(_shown(batches, n, decode), decode, n, networks, seen)
-        rows = rows_of(_named(runs), tally, networks.lpips_net)
-        if codes:
-            codes.finish(n, rows, out, device, options.steps)
-    examples.over_ranks()
-    report = make_report(rows, n, device, masks, config.get("seed"),
-                         networks.notes | _notes(runs, bad) | (codes.notes if codes else {}),
-                         codes and codes.codebook(), codes and codes.prior)
-    return _finish(report, about, options.table, out, examples, codes)
+        for number, batch in enumerate(_with_progress(batches, n)):
+            z, indices = _latents(first_stage, batch.x)                 # (B, d, h, w), (B, h, w)
+            if vq:
+                counts += indices.flatten().cpu().bincount(minlength=len(counts))
+            if number == 0:        # warm-up: the first call would be timed with its allocations
+                decode_all(models, z, batch.x, batch.mask)
+            outputs = decode_all(models, z, batch.x, batch.mask)
+            rows += measure(batch.x, batch, networks, None, REAL)
+            for (run, decoder), (x_hat, seconds) in outputs.items():
+                rows += measure(x_hat, batch, networks, run, decoder, seconds)
+            shown |= _examples(batch, outputs, len(runs) > 1)
+        rows = over_ranks(rows)
+        sizes = {name: run.config.get("decoder") for name, run in runs.items()}
+        means = on_rank0(lambda: report_rows(rows, sizes, networks.lpips_net))
+
+        # Of the codes: which are in use, and what their prior makes.
+        codebooks, notes, prior, texts, pictures = [], _unfinished(runs), None, [], {}
+        if pairs is None and vq and table == "ddm1":
+            splits = [dataset, open_dataset(*where, "train", size)]
+            codebooks = count_codebooks(paths[0], first_stage, splits, asked, batch_size,
+                                        networks.inception)
+            notes["codebook"] = "; ".join(f"{name}: {min(asked or len(split), len(split)):,} images"
+                                          for name, split in zip(("held out", "train"), splits))
+        elif pairs is None and vq:
+            rfid = [row["fid"] for row in means
+                    if row["decoder"] == "vanilla" and row["bucket"] == "all"]
+            used = code_statistics(sum(gather_objects(counts)))
+            codebooks = refit_codebooks(paths[0], runs)
+            codebooks.append(codebook_row("in use", first_stage, size, used, None, *rfid[:1]))
+            notes["codebook"] = f"held out: {n:,} images; train: not counted, --table ddm1 does"
+        elif not vq:
+            notes["codebook"] = "not computed: a KL latent has no codes"
+        folder = next((path for path in paths if run_folder.latest(path / "prior")), None)
+        if pairs is None and folder:
+            prior, notes["prior"], pictures = on_rank0(lambda: draw(folder, dataset, device, out))
+
+    # Tell it.
+    codebook = codebooks and {key: codebooks[-1][key] for key in (
+        "K", "usage_train", "usage_val", "perplexity_val", "rfid")}
+    report = make_report(means, n, device, masks, config.get("seed"), networks.reasons() | notes,
+                         codebook or None, prior)
+    texts = [report_text(report, about, networks.missing, networks.off,
+                         table if table != "ddm1" else None)]
+    if codebooks:
+        texts += [f"Codes in use ({notes['codebook']}):", codebook_table(codebooks)]
+    if table == "ddm1":
+        texts.append(ddm_table_1())
+    if prior and prior["uniform_nats"]:
+        texts += ["What a held-out map of them costs, as training measured it last:",
+                  prior_table(prior, first_stage.config.K)]
+    if prior:
+        texts += ["Drawing such maps:", steps_table(prior["steps"], SAMPLES)]
+    elif "prior" in notes:
+        texts.append(f"prior: {notes['prior']}")
+    columns = _columns(shown)
+    if rank() == 0:
+        image_grid(columns, out / "report.png")
+        pictures = {"report.png": "the first images"} | pictures
+        write_report(out, report, "\n\n".join(texts), pictures, rows, per_image)
+    return report
 
 
-def _named(runs):
-    """What paper_tables.rows_of calls runs."""
-    return [(run.name, run.loaded.config.get("decoder")) for run in runs]
+def open_runs(paths, device):
+    """{name: convert.Loaded} of each path. UserError where they cannot stand in one table."""
+    runs = {}
+    for path in paths:
+        if str(path) in runs:
+            raise UserError(f"{path} is given twice")
+        runs[str(path)] = load(path, device)
+    (first, one), *others = runs.items()
+    for name, run in others:
+        if run.latents != one.latents:
+            raise UserError(f"{name} and {first} stand on different first-stage weights, so their "
+                            "decoders read different latents; evaluate them one by one, or train "
+                            f"one on the other's: train.py --vqgan {first}")
+        for key in ("data", "size"):
+            ours, theirs = run.config.get(key), one.config.get(key)
+            if None not in (ours, theirs) and ours != theirs:
+                raise UserError(f"--{key} of {name} is {ours}, of {first} {theirs}; evaluate them "
+                                "one by one")
+    return runs
 
 
-def _config(runs):
-    """The settings of the first run that was trained here; {} where all are public."""
-    return next((run.loaded.config for run in runs if "data" in run.loaded.config), {})
+def _latents(first_stage, x):
+    """z (B,d,h,w) of x (B,3,H,W), and its indices (B,h,w), None of a KL latent."""
+    f, (H, W) = first_stage.config.f, x.shape[2:]
+    if H % f or W % f:
+        raise UserError(f"an image of {W} x {H} px: both sides must be multiples of {f} for this "
+                        "first stage; crop or resize originals and masks alike")
+    if first_stage.config.latent == "kl":
+        return first_stage.encode(x), None
+    z, indices, _ = first_stage.quantize(first_stage.moments(x))
+    return z, indices
 
 
-def _held_out(config, data, root, size):
-    """({"data", "root", "size"}, that data set's held-out pictures); None: the run's own."""
-    where = {"data": data or config.get("data", "imagenet"), "root": root or config.get("root"),
-             "size": size or config.get("size", 256)}
-    return where, open_dataset(where["data"], where["root"], "val", where["size"])
+def _examples(batch, outputs, several):
+    """{position: {caption: (3,H,W)}} of those of a batch that report.png shows."""
+    shown = {}
+    for i, index in enumerate(batch.index):
+        if index < EXAMPLES:
+            shown[index] = {"original": batch.x[i].cpu()}
+            if batch.mask is not None:
+                shown[index]["masked"] = show_masked(batch.x[i].cpu(), batch.mask[i].cpu())
+            for (run, decoder), (x_hat, _) in outputs.items():
+                if decoder != "paste":
+                    name = f"\n{run}" if several and run else ""
+                    caption = CAPTIONS.get(decoder, decoder) + name
+                    shown[index][caption] = x_hat[i].to("cpu", copy=True)
+    return shown
 
 
-def _default_n(dataset, n):
-    return min(n or (500 if isinstance(dataset, Signs) else 1000), len(dataset))
+def _columns(shown):
+    """Columns for image_grid: the examples of all processes, those of the first one's size."""
+    every = [image for part in gather_objects(shown) for image in sorted(part.items())]
+    images = [images for _, images in sorted(every, key=lambda pair: pair[0])]
+    alike = [own for own in images if own["original"].shape == images[0]["original"].shape]
+    return {caption: [own[caption] for own in alike] for caption in alike[0]}
 
 
-def _given(folders):
-    """report.json's masks for those that were given."""
-    return {"kind": "files" if folders.masks else None, "size": None, "seed": None}
+def _unfinished(runs):
+    """{"run": which runs are not finished}, or nothing."""
+    names = [f"{name} (step {run.step})" for name, run in runs.items() if not run.finished]
+    return {"run": f"training is not finished: {', '.join(names)}"} if names else {}
 
 
-def _shown(batches, n, decode=None):
-    """The batches, with a progress line; the first is decoded once before, for an honest clock."""
-    progress = None
-    for done, pictures in enumerate(batches, 1):
-        if progress is None:
-            size = len(pictures.x)
-            progress = Progress("evaluation", 0, math.ceil(n / size / world_size()), size)
-            if decode:
-                decode(pictures)
-        yield pictures
-        progress.show(min(done, progress.steps), {})
-    if progress:
-        progress.close()
+# -- the codes and their prior ---------------------------------------------------------------------
 
 
-def _notes(runs, bad=None):
-    """What the reader of the report must know of the runs and of the files."""
-    notes = {}
-    unfinished = [f"{run.name} (step {run.loaded.step})" for run in runs if not run.loaded.finished]
-    if unfinished:
-        notes["run"] = f"training is not finished: {', '.join(unfinished)}"
-    paths = set().union(*gather_objects(bad.paths if bad else set()))
-    if paths:
-        notes["n"] = f"{len(paths)} files could not be decoded; their neighbours stand in"
-    return notes
+def codebook_row(name, first_stage, size, val, train=None, rfid=None):
+    """A row of paper_tables.codebook_table; val, train: quantize.code_statistics of each split."""
+    side = size // first_stage.config.f
+    return {"name": name, "latent": f"{side}x{side}", "K": val["K"],
+            "usage_train": train and train["usage"], "usage_val": val["usage"],
+            "perplexity_val": val["perplexity"], "rfid": rfid}
 
 
-def _default_out(paths):
-    first = Path(paths[0])
-    if len(paths) > 1:
-        return (first if first.is_dir() else first.parent) / "compare"
-    return first if first.is_dir() else first.parent
+def refit_codebooks(path, runs):
+    """What ReFiT counted of all held-out images when it began, before and after: up to two rows."""
+    state = run_folder.latest(run_of(path) / "refit")
+    loaded = next(iter(runs.values()))
+    if state is None or "val" not in state["extra"] or (
+            run_folder.weights_hash(state["model"]) != loaded.parent):
+        return []
+    size = state["config"]["size"]
+    return [codebook_row(f"{name} ReFiT", loaded.model.first_stage, size, facts)
+            for name, facts in state["extra"]["val"].items()]
 
 
-# -- on samples ------------------------------------------------------------------------------------
+def count_codebooks(path, first_stage, splits, n, batch_size, inception):
+    """DDM's Table 1 of a run: its codes counted in both splits, before and after. [DDM Tab. 1]
 
-
-def evaluate_samples(paths, options=Options(), *, n=None, data=None, root=None):
-    """As evaluate_runs, of samples: those of one run's prior, under every decoder, without a mask.
-
-    FID is of n samples against the first n held-out pictures; without the network for it, only the
-    picture is made. Raises UserError, also where no run has a prior on the decoders' first stage.
+    splits: the held-out images and those of training; n: the first of each, None for all;
+    inception: for the FID of what the codes of the held-out images decode to, or None.
     """
-    device = torch.device(options.device)
-    runs = open_runs(paths, device)
-    samples = Samples(map(Path, paths), runs, device, options.steps, options.batch_size)
-    _, dataset = _held_out(samples.prior.config, data, root, None)
-    networks = replace(options, lpips="none").networks(samples.prior.config, references=False)
-    n = _default_n(dataset, n) if networks.inception else min(n or SHOWN, len(dataset))
-    out = make_folder(Path(options.out or _default_out(paths) / "generated"))
-    about = f"{n:,} {samples.describe()}, against as many of {dataset.describe()}"
-    print0(f"evaluating {', '.join(run.name for run in runs)} on {about}; the report goes to {out}")
-    decode, bad = partial(decode_all, runs), BadFiles(len(dataset))
-    with exact_float32(), torch.inference_mode():
-        tally = tally_batches(_shown(samples.pictures(dataset, n, bad), n, decode), decode, n,
-                              networks, samples.keep)
-    rows, masks = rows_of(_named(runs), tally), {"kind": None, "size": None, "seed": None}
-    notes = {"fid": "of samples, against held-out pictures"} | networks.notes | _notes(runs, bad)
-    notes |= dict.fromkeys(("lpips", "clip_score"), "not computed: a sample has no original")
-    notes |= {"codebook": "not computed: these are samples", "prior": samples.note()}
-    if not samples.prior.finished:
-        unfinished = f"the prior is not finished (step {samples.prior.step})"
-        notes["run"] = "; ".join([notes["run"], unfinished] if "run" in notes else [unfinished])
-    report = make_report(rows, n, device, masks, samples.prior.config["seed"], notes,
-                         prior=samples.figures(rows))
-    return _finish(report, about, options.table, out, pictures=samples.write(out))
+    device = first_stage.quantize.embedding.weight.device
+    run, stages = run_of(path), {"the first stage's": first_stage}
+    if run_folder.latest(run / "refit") and run_folder.latest(run / "vqgan"):
+        stages = {"before ReFiT": load_first_stage(run / "vqgan" / "last.pt").model.to(device),
+                  "after ReFiT": load_first_stage(run / "refit" / "last.pt").model.to(device)}
+    rows = []
+    for name, model in stages.items():
+        counted, table, networks = [], [], Networks(inception=inception)
+        for split in splits:
+            total = min(n or len(split), len(split))
+            counts = torch.zeros(model.config.K, dtype=torch.int64)
+            batches = held_out(split, total, batch_size, device, rank(), world_size(), masks=False,
+                               workers=WORKERS)
+            for batch in _with_progress(batches, total):
+                z, indices = _latents(model, batch.x)
+                counts += indices.flatten().cpu().bincount(minlength=len(counts))
+                if split is splits[0] and inception and model.decoder is not None:
+                    table += measure(batch.x, batch, networks, None, REAL)
+                    table += measure(model.decode(z), batch, networks, None, "vanilla")
+            counted.append(code_statistics(sum(gather_objects(counts))))
+        table = over_ranks(table)
+        rfid = summary(table, None, "vanilla")["fid"] if table else None
+        rows.append(codebook_row(name, model, splits[0].size, *counted, rfid))
+    return rows
+
+
+def draw(folder, dataset, device, out):
+    """What a run's prior makes: (report.json's "prior" or None, a note, {file name: title}).
+
+    Writes samples, completions and, with a decoder of ours, inpainted images into `out`.
+    """
+    try:
+        prior = load_prior(folder, device)
+        model = open_decoder(folder, prior)
+    except UserError as error:
+        return None, f"n/a: {error}", {}
+    if not prior.finished:
+        return None, f"not computed: its training is not finished (step {prior.step})", {}
+    side = prior.grid[0] * prior.first_stage.config.f
+    if dataset.size != side:
+        return None, f"not computed: it makes pictures of {side} px, not of {dataset.size}", {}
+    drawing = Drawing(chosen_steps(None, prior.diffusion.T, STEPS), batch_size=SAMPLES)
+    row, samples = measure_samples(prior, model, drawing, SAMPLES)
+    image_rows([(f"{SAMPLES} samples ({drawing}), decoded by {decoder_name(model)}",
+                 list(samples))], out / "samples.png", across=8)
+    image_rows(completion_rows(prior, dataset, drawing.steps), out / "completions.png",
+               across=2 + COMPLETIONS)
+    pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
+    if isinstance(model, AsymVQGAN):
+        image_grid(inpainting_columns(prior, model, dataset, drawing.steps), out / "inpainting.png")
+        pictures["inpainting.png"] = f"full inpainting ({drawing}, resample {RESAMPLE})"
+    facts = prior.facts
+    figures = {"vlb_nats": facts.get("score"), "uniform_nats": facts.get("uniform_nats"),
+               "histogram_nats": facts.get("histogram_nats"),
+               "steps": [{key: row[key] for key in ("n", "sampler", "seconds", "fid")}]}
+    note = f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once"
+    return figures, note, pictures
 
 
 # -- on folders ------------------------------------------------------------------------------------
 
 
-def evaluate_folders(folders, options=Options()):
-    """As evaluate_runs, of pictures made by anything: a MatchedFolders with predictions."""
-    networks, key = options.networks({}, folders.refs), (folders.name, "files")
-    out = make_folder(Path(options.out or f"{folders.name.rstrip('/')}-report"))
-    print0(f"measuring {folders.describe()}; the report goes to {out}")
-    batches = folder_pictures(folders, options.batch_size or 8, options.device)
+def evaluate_pairs(args, device):
+    """As evaluate_runs, of pictures made by anything, each with its original."""
+    pairs = _pairs(args)
+    networks = open_networks(device, args.weights, args.lpips or "vgg", args.lpips is not None,
+                             args.fid, args.clip, pairs.refs)
+    out = run_folder.make_folder(Path(args.out or f"{pairs.name.rstrip('/')}-report"))
+    print0(f"measuring {pairs.describe()}; the report goes to {out}")
+    table = []
     with exact_float32(), torch.inference_mode():
-        tally = tally_batches(_shown(batches, len(folders)), lambda p: {key: (p.pred, 0.0)},
-                              len(folders), networks)
-    report = make_report(rows_of([(folders.name, None)], tally, networks.lpips_net), len(folders),
-                         torch.device(options.device), _given(folders), notes=networks.notes)
-    return _finish(report, folders.describe(), options.table, out)
+        batches = folder_pictures(pairs, args.batch_size or 8, device)
+        for batch in _with_progress(batches, len(pairs)):
+            table += measure(batch.x, batch, networks, None, REAL)
+            table += measure(batch.pred, batch, networks, pairs.name, "files")
+    return _finish(args, networks, table, pairs.name, pairs.describe(), _masks_of(pairs), out)
 
 
-def evaluate_sets(pred, real, options=Options()):
-    """FID and inception score of two PictureFolders whose files are no pairs."""
-    device, key = torch.device(options.device), (pred.name, "files")
-    networks = replace(options, lpips="none", fid=True).networks({}, references=False)
-    about = f"{len(pred):,} pictures in {pred.name} against {len(real):,} in {real.name}"
-    out = make_folder(Path(options.out or f"{pred.name.rstrip('/')}-report"))
+def evaluate_sets(args, device):
+    """FID and inception score of a folder against images that are no pairs of its own.
+
+    These are in the folder --real, or as many held-out ones of --data. [AVQ Tab. 6] [AVQ Tab. 10]
+    """
+    pred, batch_size = PictureFolder("--pred", args.pred, args.n), args.batch_size or 8
+    if args.real:
+        real = PictureFolder("--real", args.real)
+        n, about, others = len(real), real.name, real.pictures(batch_size, device)
+    else:
+        dataset = open_dataset(args.data, args.root, "val", args.size or pred.read(0).shape[-1])
+        n, about = min(len(pred), len(dataset)), dataset.describe()
+        others = held_out(dataset, n, batch_size, device, rank(), world_size(), masks=False)
+    networks = open_networks(device, args.weights, "none", fid=True)
+    networks.off |= dict.fromkeys(("lpips", "clip_score"), "no pairs")
+    about = f"{len(pred):,} pictures in {pred.name} against {n:,} of {about}"
+    out = run_folder.make_folder(Path(args.out or f"{pred.name.rstrip('/')}-report"))
     print0(f"measuring {about}; the report goes to {out}")
-    tally = Tally(len(pred))
+    table = []
     with exact_float32(), torch.inference_mode():
-        for owner, folder in ((REAL, real), (key, pred)):
-            for pictures in _shown(folder.pictures(options.batch_size or 8, device), len(folder)):
-                outputs = networks.inception and networks.inception(pictures.x)
-                tally.add(owner, pictures, {}, outputs)
-    rows = rows_of([(pred.name, None)], tally.over_ranks())
-    masks = {"kind": None, "size": None, "seed": None}
-    notes = networks.notes | dict.fromkeys(("lpips", "clip_score"), "not computed: no pairs")
-    report = make_report(rows, len(pred), device, masks, notes=notes)
-    return _finish(report, about, None, out)
+        for batch in _with_progress(others, n):
+            table += measure(batch.x, batch, networks, None, REAL)
+        for batch in _with_progress(pred.pictures(batch_size, device), len(pred)):
+            table += measure(batch.x, batch, networks, pred.name, "files")
+    return _finish(args, networks, table, pred.name, about, FOLDERS, out)
+
+
+def _finish(args, networks, table, name, about, masks, out):
+    """The report on one folder of pictures."""
+    table = over_ranks(table)
+    rows = on_rank0(lambda: report_rows(table, {name: None}, networks.lpips_net))
+    report = make_report(rows, rows[0]["n"], torch.device(args.device), masks,
+                         notes=networks.reasons())
+    if rank() == 0:
+        text = report_text(report, about, networks.missing, networks.off, args.table)
+        write_report(out, report, text, {}, table, args.per_image)
+    return report
+
+
+def _pairs(args):
+    return MatchedFolders(args.real, args.pred, args.masks, args.refs,
+                          invert_mask=args.invert_mask, limit=args.n)
+
+
+def _masks_of(pairs):
+    return FOLDERS | {"kind": "files" if pairs.masks else None}
 
 
 # -- the report ------------------------------------------------------------------------------------
 
 
-def _finish(report, about, number, out, examples=None, codes=None, pictures=None):
-    """Print the tables and write the files; rank 0 alone does.
+def _with_progress(batches, n):
+    """The batches, with a progress line; n: images in all, over all processes."""
+    progress = None
+    for done, batch in enumerate(batches, 1):
+        if progress is None:
+            size = len(batch.x)
+            steps = math.ceil(n / size / world_size())
+            progress = run_folder.Progress("evaluation", 0, steps, size)
+        yield batch
+        progress.show(min(done, progress.steps), {})
+    if progress:
+        progress.close()
 
-    codes: a CodeReport, with its own text and pictures; pictures: {file name: title} of others.
+
+def write_report(out, report, text, pictures, table, per_image=None):
+    """Print the tables and write report.md, report.json and, if asked, the table of images.
+
+    pictures: {file name: title} of those that are in `out` already.
     """
-    if rank() == 0:
-        text = report_text(report, about, number if number != "ddm1" else None)
-        if codes:
-            text = f"{text}\n\n{codes.text(number == 'ddm1')}".rstrip()
-        print0("\n" + text)
-        made = write_report(report, text, examples, out, codes.pictures if codes else pictures)
-        print0("wrote " + ", ".join(str(path) for path in made))
-    return report
-
-
-def write_report(report, text, examples, out, others=None):
-    """Write report.md, report.json and, with examples, their two pictures into `out`; the paths.
-
-    others: {file name: title} of pictures that are there already.
-    """
-    made = [out / "report.md", out / "report.json"]
-    several = len({row["run"] for row in report["rows"]}) > 1
-    pictures = ""
-    for name, title, cut in (("report.png", "whole pictures", False),
-                             ("report_crops.png", "fine detail, half known", True)):
-        columns = examples.columns(cut) if examples else {}
-        if columns:
-            image_grid({_caption(key, several): column for key, column in columns.items()},
-                       out / name)
-            made.append(out / name)
-            pictures += f"![{title}]({name})\n\n"
-    if pictures:
-        pictures = ("The pictures were chosen by the detail on both sides of the mask's border, "
-                    "whatever the decoders made of it; then cut out where that is.\n\n" + pictures)
-    for name, title in (others or {}).items():
-        made.append(out / name)
-        pictures += f"![{title}]({name})\n\n"
+    print0("\n" + text)
     title = "Known pixels" if report["masks"]["kind"] else "Pictures"
-    write_text(made[0], f"# {title}\n\n{text}\n\n`{report['command']}`, commit "
-               f"{report['commit']}\n\n{pictures}")
-    write_text(made[1], json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    return made
-
-
-def _caption(key, several):
-    run, decoder = key
-    words = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
-    return words.get(decoder, decoder) + (f"\n{run}" if several and run else "")
+    links = "".join(f"![{title}]({name})\n\n" for name, title in pictures.items())
+    run_folder.write_text(out / "report.md", f"# {title}\n\n{text}\n\n`{report['command']}`, "
+                                             f"commit {report['commit']}\n\n{links}")
+    run_folder.write_text(out / "report.json", json.dumps(
+        report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    made = [out / "report.md", out / "report.json", *(out / name for name in pictures)]
+    if per_image:
+        with open(per_image, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["index", "file", "run", "decoder", "bucket", *MEASURES],
+                                    extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in table if row["decoder"] != REAL)
+        made.append(per_image)
+    print0("wrote " + ", ".join(str(path) for path in made))
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -365,80 +442,62 @@ def _caption(key, several):
 def main():
     args = _parser().parse_args()
     _check(args)
-    options = Options(setup(args.device), args.batch_size, args.lpips, args.weights, args.fid,
-                      args.clip, args.table, args.out, args.steps)
+    args.device = device = setup(args.device)
     if args.unpaired:
-        pred = PictureFolder("--pred", args.pred, args.n)
-        evaluate_sets(pred, PictureFolder("--real", args.real), options)
-        return
-    folders = None
-    if args.real:
-        factor = 1.0 if args.scaling_factor is None else args.scaling_factor
-        folders = MatchedFolders(args.real, args.pred, args.masks, args.refs, args.latents,
-                                 scaling_factor=factor, invert_mask=args.invert_mask, limit=args.n)
-    if args.pred:
-        evaluate_folders(folders, options)
-    elif args.nearest:
-        show_nearest(Path(args.runs[0]), options.device, net=options.lpips, weights=options.weights,
-                     steps=options.steps, n=args.n, root=args.root, out=options.out,
-                     batch_size=options.batch_size)
-    elif args.table in SAMPLE_TABLES:
-        evaluate_samples(args.runs, options, n=args.n, data=args.data, root=args.root)
+        evaluate_sets(args, device)
+    elif args.pred:
+        evaluate_pairs(args, device)
     else:
-        evaluate_runs(args.runs, options, n=args.n, data=args.data, root=args.root, size=args.size,
-                      folders=folders)
+        evaluate_runs(args.runs, device=device, n=args.n, data=args.data, root=args.root,
+                      size=args.size, pairs=_pairs(args) if args.real else None,
+                      batch_size=args.batch_size, lpips=args.lpips, weights=args.weights,
+                      fid=args.fid, clip=args.clip, table=args.table, per_image=args.per_image,
+                      out=args.out)
 
 
 def _check(args):
     """Raise UserError for flags that contradict one another or lack one another."""
-    if bool(args.runs) == bool(args.pred):
-        raise UserError("give either runs, as in eval.py RUN, or pictures, as in eval.py --pred "
-                        "DIR --real DIR")
-    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size), ("--size", args.size),
-                        ("--steps", args.steps)):
+    for flag, value in (("-n", args.n), ("--batch-size", args.batch_size), ("--size", args.size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: give a number from 1 on")
-    for flag in ("pred", "masks", "refs", "latents"):
-        if getattr(args, flag) and not args.real:
-            raise UserError(f"--{flag} needs --real DIR, the original pictures")
-    if args.latents and not args.runs:
-        raise UserError("--latents needs a decoder: eval.py RUN --latents DIR --real DIR")
-    if args.latents and args.scaling_factor is None:
-        raise UserError("--latents needs --scaling-factor: 0.18215 for Stable Diffusion's, 0.13025 "
-                        "for SDXL's, 1 for latents as the first stage encodes them")
-    if args.refs and not args.masks:
-        raise UserError("--refs needs --masks DIR: the CLIP score is of the edited region")
-    if args.unpaired and (not args.pred or args.masks or args.refs or args.table or args.lpips
-                          or not args.fid):
-        raise UserError("--unpaired is for FID and inception score of two sets alone: eval.py "
-                        "--pred DIR --real DIR --unpaired")
-    about_runs = "--nearest" if args.nearest else f"--table {args.table}"
-    if (args.nearest or args.table in (*SAMPLE_TABLES, "ddm1")) and (args.pred or args.real):
-        raise UserError(f"{about_runs} is about a run and its own data set: eval.py RUN "
-                        f"{about_runs}")
-    if args.nearest and (len(args.runs) > 1 or args.table):
-        raise UserError("--nearest is about one run, and no table: eval.py RUN --nearest")
-    if args.size and (args.nearest or args.table in SAMPLE_TABLES):
-        raise UserError(f"--size: {about_runs} has pictures of the prior's own size; leave it out")
-    if args.data and args.nearest:
-        raise UserError("--data: --nearest is about the run's own pictures; leave it out")
-    if args.nearest and args.lpips == "none":
-        raise UserError("--nearest measures by LPIPS: choose another --lpips than none")
-    if args.table in MADE_TABLES and not (args.pred or args.latents):
-        raise UserError(f"--table {args.table} is about pictures that a generator made: give them "
-                        "with --pred DIR --real DIR, or its latents with RUN --latents DIR "
-                        "--real DIR")
-    if args.table and args.real and not args.masks:
-        raise UserError(f"--table {args.table} needs --masks DIR")
-    if args.table in CLIP_TABLES and not args.refs:
-        raise UserError(f"--table {args.table} has a CLIP score: give the reference pictures with "
-                        "--refs DIR")
+    table = f"--table {args.table}"
+    mistakes = [
+        (bool(args.runs) == bool(args.pred),
+         "give either runs, as in eval.py RUN, or pictures, as in eval.py --pred DIR --real DIR"),
+        (args.unpaired and not args.pred, "--unpaired needs --pred DIR, a folder of pictures"),
+        (args.unpaired and bool(args.real) == bool(args.data),
+         "--unpaired compares --pred DIR with one other set: give --real DIR or --data"),
+        (args.unpaired and (args.masks or args.refs or args.lpips or not args.fid),
+         "--unpaired is for FID and inception score alone: leave out --masks, --refs, --lpips and "
+         "--no-fid"),
+        (args.pred and not args.real and not args.unpaired,
+         "--pred needs --real DIR, the originals; or --unpaired"),
+        (args.masks and not args.real, "--masks needs --real DIR, the original pictures"),
+        (args.refs and not args.masks, "--refs needs --masks DIR: the CLIP score is of the hole"),
+        (args.real and (args.data or args.root or args.size),
+         "--data, --root and --size are about a data set: leave them out with --real"),
+        (args.table in ("6", "10") and not args.unpaired,
+         f"{table} is about samples: write them with sample.py -o FOLDER/, then eval.py --pred "
+         "FOLDER --data DATA --unpaired"),
+        (args.unpaired and args.table not in (None, "6", "10"), f"{table} is about pairs"),
+        (args.table == "ddm1" and (args.pred or args.real),
+         "--table ddm1 is about a run and its own data set: eval.py RUN --table ddm1"),
+        (args.table in ("1", "4", "5") and not args.pred,
+         f"{table} is about pictures that a generator made: give them with --pred DIR --real DIR"),
+        (args.table and args.real and not args.unpaired and not args.masks,
+         f"{table} needs --masks DIR"),
+        (args.table in ("4", "5") and not args.refs,
+         f"{table} has a CLIP score: give the reference pictures with --refs DIR"),
+    ]
+    for wrong, what in mistakes:
+        if wrong:
+            raise UserError(what)
 
 
 def _parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        description="The paper's tables: what decoders do to known pixels, and FID, inception "
+        description="The papers' tables: what decoders do to known pixels, and FID, inception "
                     "score, LPIPS and CLIP score of pictures made by anything.")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN",
@@ -448,44 +507,36 @@ def _parser():
     add("--real", metavar="DIR", help="the originals, matched by file name")
     add("--masks", metavar="DIR", help="masks of the same names; white = generated")
     add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
-    add("--latents", metavar="DIR",
-        help="latents (.npy, .pt) of the same names, for the runs to decode")
-    add("--scaling-factor", type=float, metavar="S",
-        help="latents are divided by S first: 0.18215 for Stable Diffusion's, 0.13025 for SDXL's, "
-             "1 for a decoder's own (no default)")
     add("--invert-mask", action="store_true", help="the masks are black where generated")
     add("--unpaired", action="store_true",
-        help="PRED and REAL are sets of other pictures: FID and inception score alone")
-    add("--table", choices=(*PAPER_TABLES, "ddm1"),
-        help="print this table, too: AVQ's by number; of these, 6 and 10 are about samples, which "
-             "are measured instead; ddm1: DDM's Table 1, codes in use, of both splits")
-    add("--nearest", action="store_true",
-        help="show samples and the ten training pictures nearest to each by LPIPS, instead")
-    add("--steps", type=int, metavar="S",
-        help="reverse steps of samples (default: 25, or all where the prior has fewer)")
+        help="PRED is compared with the set REAL, or with held-out pictures of --data: FID and "
+             "inception score alone")
     add("--data", choices=("signs", "imagenet", "folder"),
-        help="held-out pictures for the runs (default: the run's --data; else imagenet)")
+        help="held-out pictures (default: the run's --data; else imagenet)")
     add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
-    add("--size", type=int, metavar="PX", help="their size (default: the run's --size; else 256)")
-    add("-n", type=int, metavar="N",
+    add("--size", type=int, metavar="PX",
+        help="their size (default: the run's --size; else 256; with --pred that of its pictures)")
+    add("-n", "--n", type=int, metavar="N",
         help="pictures (default: all given ones; of a run's held-out ones at most 1000, signs 500; "
-             "--table ddm1 looks at all, --nearest at those that the prior has learnt)")
+             "--table ddm1 looks at all)")
+    add("--table", choices=(*PAPER_TABLES, "ddm1"),
+        help="print this table of the AVQ paper as well; ddm1: DDM's Table 1, codes in use")
+    add("--lpips", choices=(*TRUNKS, "none"),
+        help="network of the LPIPS column (default: the run's --perceptual; else vgg)")
+    add("--weights", metavar="DIR",
+        help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
+    add("--clip", metavar="DIR",
+        help="folder of CLIP's image tower (config.json and its weights), for the CLIP score")
+    add("--no-fid", dest="fid", action="store_false",
+        help="leave out FID and inception score, the slowest columns without a GPU")
+    add("--per-image", metavar="FILE", help="write the measures of each picture as a CSV table")
     add("--batch-size", type=int, metavar="B",
         help="pictures at once (default: 16 up to 128 px, 4 at 256, 1 at 512; of folders 8, of "
              "folders with runs 4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--lpips", choices=(*TRUNKS, "none"),
-        help="network of the LPIPS column (default: the run's --perceptual; else vgg)")
-    add("--no-fid", dest="fid", action="store_false",
-        help="leave out FID and inception score, the slowest columns without a GPU")
-    add("--clip", metavar="DIR",
-        help="folder of a CLIP model from Hugging Face, say openai/clip-vit-base-patch32; without "
-             "it no CLIP score is computed")
-    add("--weights", metavar="DIR",
-        help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
     add("--out", metavar="DIR",
         help="where the report goes (default: RUN; of several: RUN/compare; of pictures: "
-             "PRED-report; of samples: generated/ in it)")
+             "PRED-report)")
     return parser
 
 

@@ -1,33 +1,36 @@
-"""What decoders do to pictures: errors on known pixels, at the border, and of whole sets.
+"""Measure decoders: errors on known pixels, seam, LPIPS, FID; one table, a row for each image.
 
-    Pictures --decode_all--> {(run, decoder): x_hat}, several decoders on the same latents
-    Pictures, x_hat --pre_error, psnr_known, seam, LPIPS, CLIP--> one number a picture --+
-                    --InceptionV3--> features, logits -----------------------------------+--> Tally
-    Tally: a Cell for each (decoder, bin) --> means, FID, inception score: a row of report.json
+    z --decode_all--> {(run, decoder): x_hat}                several decoders on the same latents
+    x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
+    the table --summary--> means, FID and inception score of one decoder in one bucket
+              --report_rows--> the rows of report.json
 
 AVQ reports the squared error of non-edited regions as Pre_error (Table 2) without a formula; its
 range, denominator and rounding are fixed here, once. Images stay float all the way: 8-bit
-truncation alone adds 5e-6, the size of what is measured. Each process measures its own share; the
-tallies are merged at the end.
+truncation alone adds 5e-6, the size of what is measured. With FID, an image takes 12 KB a decoder.
 """
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from asym_decoder import AsymVQGAN
 from clip_score import CLIPImageEncoder, clip_score
+from data import Batch
 from distributed import UserError, gather_objects, rank, wait_for
 from fid import FeatureStatistics, InceptionV3, inception_score
 from losses import LPIPS
 from masks import area_bucket
 
-REAL = (None, "real")                    # the key of the originals' statistics
-FEATURES = 2048                          # width of InceptionV3's features
-BUCKETS = ("all", *(f"{low}-{low + 10}" for low in range(0, 100, 10)))
-MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")      # means over pictures
+DECODERS = ("vanilla", "asym", "asym-nomask", "paste", "files")
+SHARED = ("vanilla", "paste")            # the same for all runs on one first stage; run is None
+REAL = "real"                            # the decoder of the originals' own rows
+MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")      # means over images
 SETS = ("fid", "is_mean", "is_std")                                        # of a whole set
+FEATURES = 2048                          # width of InceptionV3's features
 
 
 # -- known pixels ----------------------------------------------------------------------------------
@@ -78,288 +81,205 @@ def seam(x_hat, x, mask):
 
 
 @dataclass
-class Pictures:
-    """One batch of originals on the device, and what goes with them."""
-
-    index: list                          # positions among all pictures that are measured
-    x:     torch.Tensor                  # (B,3,H,W) in [-1,1]
-    mask:  torch.Tensor | None = None    # (B,1,H,W) in {0,1}, 1 = to be generated
-    refs:  list | None = None            # (3,h,w) in [-1,1], what the holes were to look like
-    pred:  torch.Tensor | None = None    # (B,3,H,W) in [-1,1], pictures made elsewhere
-    z:     torch.Tensor | None = None    # (B,d,h,w), latents made elsewhere
-
-    def buckets(self):
-        """The bin of each mask's area; "all" without masks."""
-        if self.mask is None:
-            return ["all"] * len(self.x)
-        return [area_bucket(mask) for mask in self.mask.cpu()]
+class Pictures(Batch):                   # until image_pairs.py has a class of its own
+    refs: list | None = None             # (3,h,w) in [-1,1], what the holes were to look like
+    pred: torch.Tensor | None = None     # (B,3,H,W) in [-1,1], pictures made elsewhere
+    z:    torch.Tensor | None = None
 
 
 # -- several decoders on the same latents ----------------------------------------------------------
 
 
-def first_stage_of(runs):
-    """A first stage that makes the latents of all `runs`; one with a decoder where there is one."""
-    owners = [run.first_stage for run in runs if run.first_stage.decoder is not None]
-    return owners[0] if owners else runs[0].first_stage
+def first_stage_of(models):
+    """A first stage of those of `models`, which are alike; one that can decode, if any can."""
+    stages = [model.first_stage for model in models]
+    return next((stage for stage in stages if stage.decoder is not None), stages[0])
 
 
-def decode_all(runs, pictures):
-    """{(run or None, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
+def decode_all(models, z, x, mask=None):
+    """{(run, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
 
-    What the runs share has None for its run. Without masks only what needs none is decoded.
+    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w), the latents of the whole of x (B,3,H,W); mask
+    (B,1,H,W) in {0,1}, 1 = to be generated. Decoders: "vanilla", the first stage's own; "paste",
+    vanilla with the known pixels copied over it; "asym", ours, given x and mask; "asym-nomask",
+    ours, given nothing. Without a mask only those that need none.
     """
-    first_stage, outputs = first_stage_of(runs), {}
-    x, mask = pictures.x, pictures.mask                                 # (B,3,H,W), (B,1,H,W)
-    _check_shapes(x, pictures.z, first_stage.config)
-    z = first_stage.encode(x) if pictures.z is None else pictures.z     # (B,d,h,w)
+    def timed(decode, **condition):
+        wait_for(z.device)
+        start = time.perf_counter()
+        x_hat = decode(z, **condition)
+        wait_for(z.device)
+        return x_hat, time.perf_counter() - start
+
+    outputs, first_stage = {}, first_stage_of(models.values())
     if first_stage.decoder is not None:
-        outputs[None, "vanilla"] = vanilla, seconds = _timed(first_stage.decode, z)
+        vanilla, seconds = timed(first_stage.decode)
+        outputs[None, "vanilla"] = vanilla, seconds
         if mask is not None:
             outputs[None, "paste"] = torch.where(mask == 1, vanilla, x), seconds
-    for run in runs:
-        if run.decodes:
-            decode = run.loaded.model.decode
+    for run, model in models.items():
+        if isinstance(model, AsymVQGAN):
             if mask is not None:
-                outputs[run.name, "asym"] = _timed(decode, z, image=x, mask=mask)
-            outputs[run.name, "asym-nomask"] = _timed(decode, z)
+                outputs[run, "asym"] = timed(model.decode, image=x, mask=mask)
+            outputs[run, "asym-nomask"] = timed(model.decode)
     return outputs
 
 
-def _check_shapes(x, z, config):
-    d, f, (H, W) = config.embed_dim, config.f, x.shape[2:]
-    if H % f or W % f:
-        raise UserError(f"a picture of {W} x {H} px: both sides must be multiples of {f} for this "
-                        "first stage; crop or resize originals and masks alike")
-    if z is not None and tuple(z.shape[1:]) != (d, H // f, W // f):
-        raise UserError(f"a latent of {tuple(z.shape[1:])} does not fit a picture of {W} x {H} px: "
-                        f"this first stage's are {(d, H // f, W // f)}")
-
-
-def _timed(decode, z, **condition):
-    wait_for(z.device)
-    start = time.perf_counter()
-    x_hat = decode(z, **condition)
-    wait_for(z.device)
-    return x_hat, time.perf_counter() - start
-
-
-# -- the networks ----------------------------------------------------------------------------------
+# -- the networks that measure ---------------------------------------------------------------------
 
 
 @dataclass
 class Networks:
-    """The networks that columns need; None where one is not used, and then `notes` may say why."""
+    """The networks that columns need; where one is None, its columns have a reason."""
 
     lpips:     LPIPS | None = None
     inception: InceptionV3 | None = None
     clip:      CLIPImageEncoder | None = None
     lpips_net: str | None = None
-    notes:     dict = None               # {column: why it is empty}
+    missing:   dict = field(default_factory=dict)    # {column: why it cannot be had}
+    off:       dict = field(default_factory=dict)    # {column: why nobody asked for it}
+
+    def reasons(self):
+        """Both, as report.json's notes have them."""
+        return ({name: f"n/a: {reason}" for name, reason in self.missing.items()}
+                | {name: f"not computed: {reason}" for name, reason in self.off.items()})
 
 
-def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None):
+def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None, refs=False):
     """The Networks for the columns that are wanted, their files found or downloaded.
 
-    weights: the folder of the files (weights.find_weights); lpips: its net's name, or "none";
-    asked: whether the user named it, so that a missing file is a UserError and not an empty column;
-    fid: FID and inception score, too; clip: the folder of CLIP's image tower, or None.
+    weights: the folder of the files. lpips: its net's name, or "none"; asked: whether the user
+    named it, so that a missing file raises UserError. fid: whether FID and inception score are
+    wanted. refs: whether there are references; then clip is the folder of an image tower.
     """
-    networks = Networks(notes={})
+    networks = Networks()
 
     def opened(build, *columns):
-        network, reason = _attempt(build) if rank() == 0 else (None, None)
-        reason = gather_objects(reason)[0]       # the others need not wait for what cannot come
-        if network is None and reason is None:
-            network, reason = _attempt(build)
-        if reason is not None:
-            networks.notes |= dict.fromkeys(columns, f"n/a: {reason}")
-        return None if reason is not None else network.to(device)
+        network = reason = None
+        for first in (True, False):                  # rank 0 downloads, the others find the file
+            if first == (rank() == 0):
+                try:
+                    network = build()
+                except UserError as error:
+                    reason = str(error)
+            reason = next(filter(None, gather_objects(reason)), None)
+            if reason:
+                networks.missing |= dict.fromkeys(columns, reason)
+                return None
+        return network.to(device)
 
-    if lpips == "none":
-        networks.notes["lpips"] = "not computed: " + (
-            "--lpips none" if asked else "the run has --perceptual none; choose one with --lpips")
-    elif asked:
-        networks.lpips = LPIPS(lpips, weights).to(device)
-    else:
+    if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips")
-    networks.lpips_net = lpips if networks.lpips else None
-    if fid:
-        # On a CPU this layout is 1.4 times as fast.
+        networks.lpips_net = lpips if networks.lpips else None
+        if asked and networks.lpips is None:
+            raise UserError(networks.missing["lpips"])
+    else:
+        networks.off["lpips"] = ("--lpips none" if asked else
+                                 "the run has --perceptual none; choose one with --lpips")
+    if fid:                                          # on a CPU, channels_last is 1.4 times as fast
         networks.inception = opened(
             lambda: InceptionV3(weights).to(memory_format=torch.channels_last), *SETS)
     else:
-        networks.notes |= dict.fromkeys(SETS, "not computed: --no-fid")
-    if clip:
+        networks.off |= dict.fromkeys(SETS, "--no-fid")
+    if not refs:
+        networks.off["clip_score"] = "it compares with references (--refs)"
+    elif clip:
         networks.clip = CLIPImageEncoder(clip).to(device)
     else:
-        networks.notes["clip_score"] = ("not computed: it compares with references (--refs), by a "
-                                        "CLIP model (--clip)")
+        networks.missing["clip_score"] = "no image tower was given (--clip)"
     return networks
 
 
-def _attempt(build):
-    """(build(), None), or (None, why a file is missing)."""
-    try:
-        return build(), None
-    except UserError as error:
-        return None, str(error)
+# -- the table of images ---------------------------------------------------------------------------
 
 
-def measure(x_hat, pictures, networks):
-    """{measure: (B,) float64 on the CPU} of one decoder's pictures, x_hat (B,3,H,W) in [-1,1].
+def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
+    """Rows of the table, one for each image of a batch. [AVQ Tab. 1]
 
-    NaN where a picture has no value: known pixels where there are none, the seam of a full mask.
-    LPIPS is taken of the whole picture, as in the paper.
+    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: index, x, mask and perhaps names, refs;
+    seconds: of decoding it. LPIPS is taken of the whole image, as in the paper. A row has a measure
+    only where its network is there, NaN where an image has no value, and, for FID and inception
+    score, "features" (2048,) and "logits" (1008,). Of the originals (decoder REAL) these alone.
+    Raises UserError where x_hat is not finite.
     """
-    x, mask, values = pictures.x, pictures.mask, {}
-    if mask is not None:
-        values = {"pre_error": pre_error(x_hat, x, mask), "psnr_known": psnr_known(x_hat, x, mask),
-                  "seam": seam(x_hat, x, mask)}
-    if networks.lpips is not None:
-        values["lpips"] = networks.lpips(x_hat.clamp(-1, 1), x).cpu().double()
-    if networks.clip is not None and mask is not None and pictures.refs is not None:
-        values["clip_score"] = clip_score(networks.clip, x_hat.clamp(-1, 1), pictures.refs, mask)
-    return values
+    if not torch.isfinite(x_hat).all():
+        raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
+                        "finite; train it again from its last good checkpoint")
+    x, mask, columns = batch.x, batch.mask, {}
+    x_hat = x_hat.clamp(-1, 1)
+    refs, names = getattr(batch, "refs", None), getattr(batch, "names", None)
+    if decoder != REAL:
+        if mask is not None:
+            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),                     # (B)
+                       "psnr_known": psnr_known(x_hat, x, mask).tolist(),
+                       "seam": seam(x_hat, x, mask).tolist()}
+        if networks.lpips is not None:
+            columns["lpips"] = networks.lpips(x_hat, x).tolist()
+        if networks.clip is not None and mask is not None and refs is not None:
+            columns["clip_score"] = clip_score(networks.clip, x_hat, refs, mask).tolist()
+    if networks.inception is not None:
+        features, logits = networks.inception(x_hat)
+        columns |= {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}
+    buckets = ["all"] * len(x) if mask is None else [area_bucket(m) for m in mask.cpu()]
+    return [{"index": index, "file": names[i] if names else index, "run": run, "decoder": decoder,
+             "bucket": buckets[i], "seconds": seconds / len(x)}
+            | {name: values[i] for name, values in columns.items()}
+            for i, index in enumerate(batch.index)]
 
 
-# -- the sums --------------------------------------------------------------------------------------
+def over_ranks(table):
+    """The rows of all processes in the order of the images, on every process."""
+    return sorted((row for part in gather_objects(table) for row in part),
+                  key=lambda row: row["index"])
 
 
-class Cell:
-    """Sums over the pictures of one decoder in one bin of mask area."""
+def summary(table, run, decoder, bucket="all"):
+    """What the table says of one decoder in one bucket of mask area: {column: number or None}.
 
-    def __init__(self):
-        self.n, self.totals, self.counts = 0, {}, {}
-        self.statistics = None                       # of features, once there are some
-
-    def add(self, values, features=None):
-        """values: {measure: (b,)}; a NaN stands for no value. features: (b,2048) or None."""
-        for name, of_each in values.items():
-            valid = of_each[~of_each.isnan()]
-            self.totals[name] = self.totals.get(name, 0.0) + valid.sum().item()
-            self.counts[name] = self.counts.get(name, 0) + len(valid)
-        if features is not None:
-            self.statistics = self.statistics or FeatureStatistics(features.shape[1])
-            self.statistics.update(features)
-
-    def merge(self, other):
-        self.n += other.n
-        for name, total in other.totals.items():
-            self.totals[name] = self.totals.get(name, 0.0) + total
-            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
-        if other.statistics is not None:
-            self.statistics = self.statistics or FeatureStatistics(other.statistics.dim)
-            self.statistics.merge(other.statistics)
-
-    def mean(self, name):
-        """The mean of a measure; None where there is none, or where it is infinite."""
-        if not self.counts.get(name):
-            return None
-        mean = self.totals[name] / self.counts[name]
-        return mean if math.isfinite(mean) else None
-
-    def frechet(self, real):
-        """FID against the originals' cell; None for fewer than two pictures."""
-        if min(self.statistics.n, real.statistics.n) < 2:
-            return None
-        return self.statistics.frechet(real.statistics)
-
-
-class Tally:
-    """Everything measured so far: a Cell for each (decoder, bin), and the logits of whole sets.
-
-    n: pictures in all, over all processes.
+    None where there is no number or where it is infinite. Images without a value are left out of
+    that mean only. FID is against the originals of the same bucket. The inception score is of all
+    images, in 10 splits in their order, or as many as there are images.
     """
+    def chosen(run, decoder):
+        return [row for row in table if (row["run"], row["decoder"]) == (run, decoder)
+                and bucket in ("all", row["bucket"])]
 
-    def __init__(self, n):
-        self.n, self.cells, self.seconds = n, {}, {}
-        self.logits = {}                     # {key: [(positions, logits (B,classes)), ...]}
-
-    def add(self, key, pictures, values, outputs=None, seconds=0.0):
-        """One batch of one decoder. [AVQ Tab. 1]
-
-        key: (run, decoder); values: measure's; outputs: InceptionV3's (features, logits), or None;
-        seconds: of decoding.
-        """
-        buckets = pictures.buckets()
-        for bucket in set(buckets):
-            rows = torch.tensor([i for i, own in enumerate(buckets) if own == bucket])
-            cell = self.cells.setdefault((key, bucket), Cell())
-            cell.n += len(rows)
-            cell.add({name: of_each[rows] for name, of_each in values.items()},
-                     None if outputs is None else outputs[0].cpu()[rows])
-        if outputs is not None and key != REAL:
-            self.logits.setdefault(key, []).append((pictures.index, outputs[1].cpu()))
-        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-
-    def merge(self, other):
-        for place, cell in other.cells.items():
-            self.cells.setdefault(place, Cell()).merge(cell)
-        for key, parts in other.logits.items():
-            self.logits.setdefault(key, []).extend(parts)
-        for key, seconds in other.seconds.items():
-            self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-
-    def over_ranks(self):
-        """The tally of all processes, the same on each."""
-        tallies = gather_objects(self)
-        if len(tallies) == 1:
-            return self
-        merged = Tally(self.n)
-        for tally in tallies:
-            merged.merge(tally)
-        return merged
-
-    def buckets(self, key):
-        """The bins in which a decoder has pictures, "all" first."""
-        return [name for name in BUCKETS if name == "all" or (key, name) in self.cells]
-
-    def cell(self, key, bucket):
-        """One Cell; that of "all" is the sum of the bins."""
-        if bucket != "all":
-            return self.cells[key, bucket]
-        whole = Cell()
-        for (owner, _), cell in self.cells.items():
-            if owner == key:
-                whole.merge(cell)
-        return whole
-
-    def row(self, key, bucket):
-        """{column: number, or None where there is none} of one decoder in one bin."""
-        cell, row = self.cell(key, bucket), dict.fromkeys(SETS)
-        row |= {"bucket": bucket, "n": cell.n, "images_per_s": None}
-        row |= {name: cell.mean(name) for name in MEASURES}
-        if cell.statistics is not None:
-            row["fid"] = cell.frechet(self.cell(REAL, bucket))
-        if bucket == "all":
-            if key in self.logits:
-                index, parts = zip(*self.logits[key])
-                order = torch.cat([torch.as_tensor(own) for own in index]).argsort()
-                row["is_mean"], row["is_std"] = inception_score(torch.cat(parts)[order])
-            if self.seconds.get(key):
-                row["images_per_s"] = cell.n / self.seconds[key]
-        return row
+    rows, real = chosen(run, decoder), chosen(None, REAL)
+    result = {"bucket": bucket, "n": len(rows), **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
+    for name in MEASURES:
+        values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
+        mean = sum(values) / len(values) if values else math.inf
+        result[name] = mean if math.isfinite(mean) else None
+    if "features" in rows[0] and min(len(rows), len(real)) > 1:
+        statistics = [FeatureStatistics(len(rows[0]["features"])) for _ in range(2)]
+        for each, images in zip(statistics, (rows, real)):
+            each.update(torch.from_numpy(np.stack([row["features"] for row in images])))
+        result["fid"] = statistics[0].frechet(statistics[1])
+    if bucket == "all":
+        if "logits" in rows[0]:
+            logits = torch.from_numpy(np.stack([row["logits"] for row in rows]))    # (N, 1008)
+            result["is_mean"], result["is_std"] = inception_score(logits, min(10, len(rows)))
+        seconds = sum(row["seconds"] for row in rows)
+        result["images_per_s"] = len(rows) / seconds if seconds else None
+    return result
 
 
-def tally_batches(batches, decode, n, networks, seen=None):
-    """Measure every decoder on every batch: a Tally over all processes.
+def report_rows(table, runs, lpips_net=None):
+    """One row for each (run, decoder, bucket) of the table; what runs share is repeated.
 
-    batches: an iterable of Pictures, this process's share of n; decode: Pictures -> {(run,
-    decoder): (x_hat, seconds)}; seen: called with (pictures, outputs) of each batch, for whoever
-    wants to show some. Raises UserError for pictures that are not finite.
+    runs: {name: {"preset", "blend"} of its decoder, or None}, in the report's order.
     """
-    tally = Tally(n)
-    for pictures in batches:
-        outputs = decode(pictures)
-        if networks.inception is not None:
-            tally.add(REAL, pictures, {}, networks.inception(pictures.x))
-        for key, (x_hat, seconds) in outputs.items():
-            if not torch.isfinite(x_hat).all():
-                raise UserError(f"{key[1]} of {key[0] or 'the first stage'} gives values that are "
-                                "not finite; train it again from its last good checkpoint")
-            sets = networks.inception and networks.inception(x_hat.clamp(-1, 1))
-            tally.add(key, pictures, measure(x_hat, pictures, networks), sets, seconds)
-        if seen is not None:
-            seen(pictures, outputs)
-    return tally.over_ranks()
+    summaries = {}
+    for key in dict.fromkeys((row["run"], row["decoder"]) for row in table):
+        own = {row["bucket"] for row in table if (row["run"], row["decoder"]) == key}
+        if key[1] != REAL:
+            summaries[key] = [summary(table, *key, bucket)
+                              for bucket in ("all", *sorted(own - {"all"}))]
+    rows = []
+    for run, sizes in runs.items():
+        for decoder in DECODERS:
+            ours = (sizes or {}) if decoder.startswith("asym") else {}
+            rows += [{"run": run, "decoder": decoder, "blend": ours.get("blend"),
+                      "size": ours.get("preset"), "lpips_net": lpips_net, **found}
+                     for found in summaries.get((None if decoder in SHARED else run, decoder), ())]
+    return rows

@@ -1,7 +1,7 @@
-"""The papers' own figures, and ours beside them: report.json's rows, and Markdown to read.
+"""The papers' own figures, and ours beside them: report.json, and Markdown to read.
 
-    metrics.py --make_report--> report.json: a row for each (run, decoder, bucket), numbers or null
-    report --table--> one row a decoder --bucket_table--> one row a decoder and bin
+    rows of metrics.py --make_report--> report.json's contents: numbers or null, and notes
+    report --table--> one row a decoder --bucket_table--> one row a decoder and bucket
            --paper_table(report, "2")--> columns and rows as AVQ prints them, its own below
     codebooks --codebook_table--> DDM's Table 1; its "prior" --prior_table, steps_table--> two more
 
@@ -9,41 +9,15 @@ report.json holds no NaN and no infinity: null is what was not computed or is no
 `notes` says why. Everything else is Markdown with aligned columns. [AVQ Tab. 2]
 """
 
-import json
 import math
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-
-from diffusion import bits_per_dim
-from metrics import BUCKETS, MEASURES, SETS
-
-DECODERS = ("vanilla", "asym", "asym-nomask", "paste", "files")
-SHARED = ("vanilla", "paste")            # the same for all runs on one first stage
-
-REPORT_KEYS = {"version", "command", "commit", "device", "seed", "n", "range", "masks", "rows",
-               "codebook", "prior", "notes"}
-ROW_KEYS = {"run", "decoder", "blend", "size", "bucket", "n", *MEASURES, *SETS, "lpips_net",
-            "images_per_s"}
-CODEBOOK_KEYS = {"K", "usage_train", "usage_val", "perplexity_val", "rfid"}
-PRIOR_KEYS = {"vlb_nats", "uniform_nats", "histogram_nats", "steps"}       # nats a map of codes
-STEP_KEYS = {"n", "sampler", "seconds", "fid"}
-NOTES = {
-    "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
-    "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "images in [0,1]; 0 for the original, negative is smoother than it",
-    "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
-    "fid": "against the same originals, of the same bin; null for fewer than two pictures",
-    "is_mean": "over 10 splits in order, or as many as there are pictures; of all pictures only",
-    "is_std": "population standard deviation over the splits",
-    "images_per_s": "decoding alone, of all images, each process; paste costs what vanilla does",
-    "codebook": "not computed: the pictures are not of a run's data set",
-    "prior": "not computed: no run here has one",
-}
 
 # Columns: (head, measure, how a number is written). pre_error in units of 1e-5 as in the paper.
 COLUMNS = {
@@ -55,7 +29,6 @@ COLUMNS = {
     "clip_score": ("CLIP score", "{:.2f}".format),
     "seam": ("seam", "{:+.4f}".format),
 }
-
 
 ABOUT_PAPER = ("The paper's own figures are of other pictures and of inpainted holes; it states no "
                "range for Pre_error, and Tables 4 and 5 print it without e-5, taken here as meant.")
@@ -110,7 +83,7 @@ PAPER_TABLES = {
                      "large w/o mask": (86.32, 451.67e-5)}),
     # [AVQ Tab. 6]
     "6": PaperTable("the modules without a mask; samples of our generator, not COCO",
-                    (_ALL_FID, _IS), ("vanilla", "asym-nomask"),
+                    (_ALL_FID, _IS), ("files",),
                     {"StableDiffusion": (19.88, 37.55), "base w/o mask": (19.92, 37.52),
                      "large w/o mask": (19.75, 37.64)}, ABOUT_SAMPLES),
     # [AVQ Tab. 9]
@@ -119,77 +92,158 @@ PAPER_TABLES = {
                      "large2": (7.49, 0.134, 2.1e-5)}),
     # [AVQ Tab. 10]
     "10": PaperTable("larger decoders without a mask; samples of our generator, not COCO",
-                     (_ALL_FID, _IS), ("asym-nomask",),
+                     (_ALL_FID, _IS), ("files",),
                      {"base w/o mask": (19.92, 37.52), "large w/o mask": (19.75, 37.64),
                       "large2 w/o mask": (19.68, 37.74)}, ABOUT_SAMPLES),
 }
 
 
-# -- all columns -----------------------------------------------------------------------------------
+# -- report.json -----------------------------------------------------------------------------------
+
+NOTES = {
+    "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
+    "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
+    "seam": "images in [0,1]; 0 for the original, negative is smoother than it",
+    "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
+    "fid": "against the same originals, of the same bin; null for fewer than two pictures",
+    "is_mean": "over 10 splits in order, or as many as there are pictures; of all pictures only",
+    "is_std": "population standard deviation over the splits",
+    "images_per_s": "decoding alone, of all images, each process; paste costs what vanilla does",
+    "codebook": "not computed: the pictures are not of a run's data set",
+    "prior": "not computed: no run here has one",
+}
 
 
-def table(report):
-    """The rows over all masks, all columns that were asked for; what runs share stands once."""
-    rows = [row for row in report["rows"] if row["bucket"] == "all"]
-    pasted = [row for row in rows if row["decoder"] == "paste"][-1:]
-    several = len({row["run"] for row in rows}) > 1
-    names, vanilla = shown_measures(report), rows[0] if rows[0]["decoder"] == "vanilla" else None
-    timed = any(row["images_per_s"] is not None for row in rows)
-    lines = [["decoder"]]
-    for name in names:
-        lines[0].append(COLUMNS[name][0])
+def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
+    """report.json's contents.
+
+    rows: metrics.report_rows'; n: images measured; device: a torch.device; masks: {"kind", "size",
+    "seed"}; seed: the run's; notes: {column: reason} besides NOTES; codebook: {"K", "usage_train",
+    "usage_val", "perplexity_val", "rfid"}; prior: {"vlb_nats", "uniform_nats", "histogram_nats",
+    "steps": a list of rows of sample.py}, in nats a map of codes.
+    """
+    return {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": _commit(),
+            "device": _describe(device), "seed": seed, "n": n, "range": "[0,1]", "masks": masks,
+            "rows": rows, "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
+
+
+def _commit():
+    """The commit of this checkout, marked where files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def _describe(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+# -- AVQ's tables ----------------------------------------------------------------------------------
+
+
+def table(report, missing=()):
+    """The rows over all masks; of the columns those with a number, and those asked for in vain."""
+    rows = [row for row in _distinct(report) if row["bucket"] == "all"]
+    rows.sort(key=lambda row: row["decoder"] == "paste")                        # it comes last
+    first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
+    columns = {"decoder": partial(row_name, report)}
+    for name in _shown(report, missing):
+        columns[COLUMNS[name][0]] = partial(cell, name=name)
         if name == "pre_error":
-            lines[0] += ["in [-1,1]", *["gain"] * (vanilla is not None)]
-    lines[0] += ["images/s"] * timed
+            columns["in [-1,1]"] = lambda row: _written(row["pre_error"], lambda v: short(4e5 * v))
+            if first is not None:
+                columns["gain"] = lambda row: _gain(first, row["pre_error"])
+    if any(row["images_per_s"] is not None for row in rows):
+        columns["images/s"] = lambda row: _written(row["images_per_s"], short)
+    return aligned([list(columns), *([write(row) for write in columns.values()] for row in rows)])
+
+
+def bucket_table(report, missing=()):
+    """One row for each decoder and bucket of the masks' area; "" where there are no buckets."""
+    rows = [row for row in _distinct(report) if row["bucket"] != "all"]
+    names = [name for name in _shown(report, missing) if name != "is_mean"]
+    lines = [["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]]
     for row in rows:
-        if row["decoder"] in SHARED and row is not vanilla and row not in pasted:
-            continue
-        lines.append([row_name(row, several)])
-        for name in names:
-            lines[-1].append(cell(row, name))
-            if name == "pre_error":
-                lines[-1] += _range_and_gain(row, vanilla)
-        lines[-1] += [_speed(row["images_per_s"])] * timed
-    return aligned(lines)
+        lines.append([row_name(report, row), row["bucket"], f"{row['n']:,}",
+                      *(cell(row, name) for name in names)])
+    return aligned(lines) if rows else ""
 
 
-def shown_measures(report):
-    """The columns with a value somewhere, or without one though asked for ("n/a: ...")."""
-    rows, notes = report["rows"], report["notes"]
-    return [name for name in COLUMNS
-            if any(row[name] is not None for row in rows) or notes.get(name, "").startswith("n/a")]
+def paper_table(report, number):
+    """Table `number` of the paper: its columns, our rows, its rows below."""
+    paper = PAPER_TABLES[number]
+    lines = [["method", "n", *((f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
+                               for bucket, name in paper.cells)]]
+    found = {(row["run"], row["decoder"], row["bucket"]): row for row in _distinct(report)}
+    for (run, decoder, bucket), row in found.items():
+        if bucket == "all" and decoder in paper.decoders:
+            own = [(found.get((run, decoder, place)), name) for place, name in paper.cells]
+            lines.append([row_name(report, row), f"{row['n']:,}",
+                          *("n/a" if other is None else cell(other, name) for other, name in own)])
+    for method, figures in paper.paper.items():
+        lines.append([f"paper: {method}", "", *(COLUMNS[name][1](value) for value, (_, name)
+                                                in zip(figures, paper.cells))])
+    return f"Table {number}: {paper.title}\n\n{aligned(lines)}\n\n{paper.about}"
+
+
+def report_text(report, about, missing, off, number=None):
+    """Everything a reader needs: which images, which units, the tables, why a column is empty.
+
+    about: the images, a line; missing, off: {column: reason}, asked for in vain, or not asked for;
+    number: of a table of the paper, or None.
+    """
+    masks, net = report["masks"], report["rows"][0]["lpips_net"]
+    if masks["size"]:
+        about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "
+                 f"most half the image, seed {masks['seed']}")
+    lines = [f"{about}; {report['device']}."]
+    if masks["kind"]:
+        lines += ["pre_error: mean squared error of known pixels for images in [0,1], in units of "
+                  "1e-5 as the paper prints it; 4 times that in [-1,1]; gain: vanilla's over the "
+                  "row's.", "PSNR in dB on known pixels; seam in [0,1]."]
+    if net:
+        lines.append(f"LPIPS by {net}.")
+    lines += ["", table(report, missing)]
+    if number:
+        lines += ["", paper_table(report, number)]
+    if buckets := bucket_table(report, missing):
+        lines += ["", "By the share of the image that is to be generated:", "", buckets]
+    empty = {}                                   # one line for columns that lack the same file
+    for word, reasons in (("n/a", missing), ("not computed", off)):
+        for name, reason in reasons.items():
+            if name in COLUMNS:
+                empty.setdefault(f"{word}: {reason}", []).append(COLUMNS[name][0])
+    lines += ["", *(f"{', '.join(heads)}: {why}" for why, heads in empty.items())]
+    lines += [report["notes"][key] for key in ("run", "n") if key in report["notes"]]
+    return "\n".join(lines).rstrip()
+
+
+def row_name(report, row):
+    """What the tables call a row; with the run where there are several."""
+    if row["decoder"] == "files":
+        return row["run"]
+    if row["decoder"] == "vanilla":
+        return "first stage's own decoder (vanilla)"
+    if row["decoder"] == "paste":
+        return "vanilla, known pixels pasted (paste)"
+    mask = "w/ mask" if row["decoder"] == "asym" else "w/o mask"
+    several = len({other["run"] for other in report["rows"]}) > 1
+    return f"ours ({row['size'] or 'own size'}, {row['blend']}) {mask}" + (
+        f": {row['run']}" if several else "")
 
 
 def cell(row, name):
     """One number as the tables write it."""
-    value = row[name]
-    if value is None:
-        return "∞" if name == "psnr_known" and row["pre_error"] == 0 else "n/a"
-    text = COLUMNS[name][1](value)
-    return f"{text} ± {row['is_std']:.2f}" if name == "is_mean" else text
-
-
-def _range_and_gain(row, vanilla):
-    """pre_error for images in [-1,1]; and, where vanilla is there, how much larger its own is."""
-    error = row["pre_error"]
-    cells = ["n/a" if error is None else short(4e5 * error)]
-    if vanilla is not None:
-        known = None not in (error, vanilla["pre_error"])
-        cells.append("n/a" if not known else "∞" if error == 0
-                     else f"{short(vanilla['pre_error'] / error)}x")
-    return cells
-
-
-def row_name(row, several=False):
-    """What the tables call a row; with the run where there are several."""
-    if row["decoder"] == "files":
-        return row["run"]
-    if row["decoder"] in SHARED:
-        return {"vanilla": "first stage's own decoder (vanilla)",
-                "paste": "vanilla, known pixels pasted (paste)"}[row["decoder"]]
-    mask = "w/ mask" if row["decoder"] == "asym" else "w/o mask"
-    size = row["size"] or "own size"
-    return f"ours ({size}, {row['blend']}) {mask}" + (f": {row['run']}" if several else "")
+    if name == "psnr_known" and row["pre_error"] == 0:
+        return "∞"
+    text = _written(row[name], COLUMNS[name][1])
+    return f"{text} ± {row['is_std']:.2f}" if name == "is_mean" and row[name] is not None else text
 
 
 def aligned(lines):
@@ -206,50 +260,30 @@ def short(value):
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" if value >= 1 else f"{value:.3g}"
 
 
-def _speed(value):
-    return "n/a" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+def _written(value, how):
+    return "n/a" if value is None else how(value)
 
 
-# -- by area, and as the paper ---------------------------------------------------------------------
+def _gain(first, error):
+    """How much larger vanilla's error is."""
+    if error is None:
+        return "n/a"
+    return "∞" if error == 0 else f"{short(first / error)}x"
 
 
-def bucket_table(report):
-    """One row for each decoder and bin of the masks' area; "" where there are no bins."""
-    rows = [row for row in report["rows"] if row["bucket"] != "all"]
-    names = [name for name in shown_measures(report) if name != "is_mean"]
-    several = len({row["run"] for row in rows}) > 1
-    lines, seen = [["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]], set()
-    for row in rows:
-        place = (row_name(row, several), row["bucket"])
-        if place not in seen:                    # what runs share stands once
-            lines.append([*place, f"{row['n']:,}", *(cell(row, name) for name in names)])
-        seen.add(place)
-    return aligned(lines) if rows else ""
+def _distinct(report):
+    """The rows, those that runs share only once."""
+    rows = report["rows"]
+    return [row for row in rows
+            if row["decoder"] not in ("vanilla", "paste") or row["run"] == rows[0]["run"]]
 
 
-def paper_table(report, number):
-    """Table `number` of the paper: its columns, our rows, its rows below."""
-    paper = PAPER_TABLES[number]
-    chosen = {(row["run"], row["decoder"], row["bucket"]): row for row in report["rows"]
-              if row["decoder"] in paper.decoders}
-    several = len({run for run, _, _ in chosen}) > 1
-    heads = [(f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
-             for bucket, name in paper.cells]
-    lines, seen = [["method", "n", *heads]], set()
-    for (run, decoder, bucket), row in chosen.items():
-        name = row_name(row, several)
-        if bucket == "all" and name not in seen:
-            seen.add(name)
-            cells = [chosen.get((run, decoder, place)) for place, _ in paper.cells]
-            lines.append([name, f"{row['n']:,}", *("n/a" if own is None else cell(own, measure)
-                          for own, (_, measure) in zip(cells, paper.cells))])
-    for method, figures in paper.paper.items():
-        lines.append([f"paper: {method}", "", *(COLUMNS[name][1](value) for value, (_, name)
-                                                in zip(figures, paper.cells))])
-    return f"Table {number}: {paper.title}\n\n{aligned(lines)}\n\n{paper.about}"
+def _shown(report, missing):
+    return [name for name in COLUMNS
+            if name in missing or any(row[name] is not None for row in report["rows"])]
 
 
-# -- codes and their prior -------------------------------------------------------------------------
+# -- DDM's tables ----------------------------------------------------------------------------------
 
 # Model, latent size, K; usage on CelebA-HQ and ImageNet, FID of the reconstructions of each.
 # [DDM Tab. 1]
@@ -292,14 +326,13 @@ def ddm_table_1():
 
 def prior_table(prior, K):
     """What a held-out map of codes costs by report.json's "prior", beside what it costs others."""
-    uniform, histogram = prior["uniform_nats"], prior["histogram_nats"]
-    cells = round(uniform / math.log(K))
+    cells = round(prior["uniform_nats"] / math.log(K))
     lines = [["model of the codes", "nats a map", "bits a code", "of the histogram's"]]
-    for name, nats in (("all codes alike", uniform),
-                       ("how often each occurs at each cell", histogram),
+    for name, nats in (("all codes alike", prior["uniform_nats"]),
+                       ("how often each occurs at each cell", prior["histogram_nats"]),
                        ("VQ-DDM, an upper bound", prior["vlb_nats"])):
-        lines.append([name, f"{nats:,.1f}", f"{bits_per_dim(nats, cells):.3f}",
-                      _percent(nats / histogram)])
+        lines.append([name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
+                      _percent(nats / prior["histogram_nats"])])
     return aligned(lines)
 
 
@@ -320,111 +353,5 @@ def steps_table(steps, batch_size):
     return aligned(lines)
 
 
-def _written(value, how):
-    return "n/a" if value is None else how(value)
-
-
 def _percent(share):
     return f"{100 * share:.1f} %"
-
-
-# -- the whole text --------------------------------------------------------------------------------
-
-
-def report_text(report, about, number=None):
-    """Everything a reader needs: which pictures, which units, the tables, why a column is empty.
-
-    about: the pictures, a line, with their masks where these were given; number: of a table of
-    the paper, or None.
-    """
-    masks, row, notes = report["masks"], report["rows"][0], report["notes"]
-    drawn = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at most "
-             f"half the picture, seed {masks['seed']}")
-    units = ["pre_error: mean squared error of known pixels for images in [0,1], in units of 1e-5 "
-             "as the paper prints it; 4 times that in [-1,1]; gain: vanilla's over the row's.",
-             "PSNR in dB on known pixels; seam in [0,1]."] if masks["kind"] else []
-    if row["lpips_net"]:
-        units.append(f"LPIPS by {row['lpips_net']}.")
-    lines = [f"{drawn if masks['size'] else about}; {report['device']}.", *units, "", table(report)]
-    if number:
-        lines += ["", paper_table(report, number)]
-    if bins := bucket_table(report):
-        lines += ["", "By the share of the picture that is to be generated:", "", bins]
-    empty = {}                                   # one line for columns that lack the same file
-    for name, reason in notes.items():
-        if reason.startswith(("n/a", "not computed")) and name in COLUMNS:
-            empty.setdefault(reason, []).append(COLUMNS[name][0])
-    lines += [""] * bool(empty) + [f"{', '.join(heads)}: {why}" for why, heads in empty.items()]
-    own = [notes[key] for key in ("run", "n") if key in notes]
-    return "\n".join(lines + [""] * bool(own) + own)
-
-# -- report.json -----------------------------------------------------------------------------------
-
-
-def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
-    """report.json's contents. Raises ValueError as `validate`.
-
-    rows: from `rows_of`; n: pictures measured; device: a torch.device; masks: {"kind", "size",
-    "seed"}; seed: the run's; notes: {column: reason} besides NOTES; codebook, prior: dicts with
-    CODEBOOK_KEYS and PRIOR_KEYS, of which "steps" lists dicts with STEP_KEYS.
-    """
-    report = {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": _commit(),
-              "device": _describe(device), "seed": seed, "n": n, "range": "[0,1]", "masks": masks,
-              "rows": rows, "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
-    validate(report)
-    return report
-
-
-def rows_of(runs, tally, lpips_net=None):
-    """One row for each (run, decoder, bucket) that occurs in `tally`; what runs share is repeated.
-
-    runs: [(name, {"preset", "blend"} or None)], in the table's order.
-    """
-    rows = []
-    for name, size in runs:
-        for decoder in DECODERS:
-            key = (None if decoder in SHARED else name, decoder)
-            own = {} if decoder in (*SHARED, "files") else size or {}
-            if key in tally.seconds:
-                rows += [{"run": name, "decoder": decoder, "blend": own.get("blend"),
-                          "size": own.get("preset"), "lpips_net": lpips_net,
-                          **tally.row(key, bucket)} for bucket in tally.buckets(key)]
-    return rows
-
-
-def validate(report):
-    """Raise ValueError unless `report` has the right keys, one row a cell and finite numbers."""
-    if report.keys() != REPORT_KEYS:
-        raise ValueError(f"report.json: wrong keys {sorted(report.keys() ^ REPORT_KEYS)}")
-    cells = [(row["run"], row["decoder"], row["bucket"]) for row in report["rows"]]
-    if len(set(cells)) < len(cells):
-        raise ValueError("report.json: two rows for one (run, decoder, bucket)")
-    for row in report["rows"]:
-        if row.keys() != ROW_KEYS:
-            raise ValueError(f"report.json: wrong keys in a row {sorted(row.keys() ^ ROW_KEYS)}")
-        if row["decoder"] not in DECODERS or row["bucket"] not in BUCKETS:
-            raise ValueError(f"report.json: no such row {row['decoder']}, {row['bucket']}")
-    codebook, prior = report["codebook"], report["prior"]
-    parts = [(codebook, CODEBOOK_KEYS), (prior, PRIOR_KEYS),
-             *((step, STEP_KEYS) for step in (prior or {}).get("steps", ()))]
-    for part, keys in parts:
-        if part is not None and part.keys() != keys:
-            raise ValueError(f"report.json: wrong keys {sorted(part.keys() ^ keys)}")
-    json.dumps(report, allow_nan=False)
-
-
-def _commit():
-    """The commit of this checkout, marked where files differ from it; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                                check=False)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
-
-
-def _describe(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

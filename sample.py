@@ -7,7 +7,7 @@
 
 Sample i is a function of the seed and i alone: all rows of the picture begin with the same noise.
 Writes the picture and, with .json for .png, the table's numbers. Not here: the process
-(diffusion.py), one set of samples under several decoders (eval.py, --table 6).
+(diffusion.py).
 """
 
 import argparse

@@ -45,7 +45,7 @@ from distributed import (
     setup,
     world_size,
 )
-from eval import Options, evaluate_runs
+from eval import evaluate_runs
 from options import HOW, chosen_stages, parse, resolve, smaller_command
 from pictures import curves, image_grid
 from resume import save, start_or_resume, stop_unless_finite
@@ -163,8 +163,8 @@ def report_unless_there(run):
     if report.exists() and report.stat().st_mtime >= trained:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
-        options = Options(run.device, weights=run.settings["weights"], fid=False)
-        evaluate_runs([run.out], options, root=run.settings["root"])
+        evaluate_runs([run.out], device=run.device, root=run.settings["root"],
+                      weights=run.settings["weights"], fid=False)
 
 
 def build(name, run, state):

@@ -1,8 +1,10 @@
+import csv
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from ports import free_port
 from tiny_reports import assert_alike
 from tiny_runs import (
     SIZE,
+    TINY,
     settings,
     write_decoder,
     write_first_stage,
@@ -22,17 +25,26 @@ from tiny_runs import (
 )
 
 import eval as program
-import metrics
 import run_folder
-from data import SIGNS_LENGTH, Signs
+from convert import load_model
+from data import Signs
 from distributed import UserError
-from eval import Options
 from fid import FeatureStatistics, inception_score
 from masks import evaluation_mask
-from paper_tables import DECODERS, table, validate
+from metrics import DECODERS, Networks
+from paper_tables import table
+from refit import install_codebook
+from vqgan import VQGAN
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = Options(fid=False)               # no network but the runs' own
+CPU, NEW_K = torch.device("cpu"), 5
+FACTS = {"before": {"K": 8, "usage": 0.5, "perplexity": 3.0},
+         "after": {"K": 5, "usage": 1.0, "perplexity": 4.5}}
+
+
+def evaluate(*runs, **options):
+    """The report, with no network but the runs' own."""
+    return program.evaluate_runs(runs, **{"fid": False} | options)
 
 
 @pytest.fixture
@@ -57,10 +69,10 @@ def _rows(report, bucket="all"):
 
 
 def test_a_perfect_decoder_has_no_error_no_seam_and_infinite_psnr(run, monkeypatch):
-    monkeypatch.setattr(program.open_runs.__globals__["AsymVQGAN"], "decode",
+    monkeypatch.setattr(program.AsymVQGAN, "decode",
                         lambda model, z, image=None, mask=None:
                         torch.zeros(len(z), 3, SIZE, SIZE) if image is None else image.clone())
-    report = program.evaluate_runs([run], QUICK, n=4)
+    report = evaluate(run, n=4)
     row = _rows(report)["asym"]
     assert row["pre_error"] == 0
     assert row["seam"] == 0
@@ -69,11 +81,10 @@ def test_a_perfect_decoder_has_no_error_no_seam_and_infinite_psnr(run, monkeypat
 
 
 def test_the_figures_are_those_of_a_slow_loop_over_the_pictures(run):
-    rows = _rows(program.evaluate_runs([run], Options(batch_size=2, fid=False), n=5))
-    model, signs, errors, psnrs = program.open_runs([run], QUICK.device)[0].loaded.model, Signs(
-        "val", SIZE), [], []
+    rows = _rows(evaluate(run, batch_size=2, n=5))
+    model, signs, errors, psnrs = load_model(run), Signs("val", SIZE), [], []
     for index in range(5):
-        picture = signs.image(index)
+        picture, _ = signs.read(index)
         x = torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1
         mask = evaluation_mask(SIZE, index)
         m = torch.tensor(mask)[None, None].float()
@@ -89,14 +100,13 @@ def test_the_figures_are_those_of_a_slow_loop_over_the_pictures(run):
 
 
 def test_pasting_keeps_the_known_pixels_exactly_but_leaves_a_seam(run):
-    row = _rows(program.evaluate_runs([run], QUICK, n=8))["paste"]
+    row = _rows(evaluate(run, n=8))["paste"]
     assert row["pre_error"] == 0
     assert row["seam"] > 0
 
 
 def test_means_do_not_depend_on_the_batch_size(run):
-    one, three = (program.evaluate_runs([run], Options(batch_size=size, fid=False), n=7)
-                  for size in (1, 3))
+    one, three = (evaluate(run, batch_size=size, n=7) for size in (1, 3))
     for a, b in zip(one["rows"], three["rows"], strict=True):
         assert (a["decoder"], a["bucket"], a["n"]) == (b["decoder"], b["bucket"], b["n"])
         assert a["pre_error"] == pytest.approx(b["pre_error"], rel=1e-5, abs=1e-12)
@@ -110,7 +120,7 @@ def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(tmp_path):
     state = run_folder.load(tmp_path / "3" / "decoder" / "last.pt")
     state["config"]["seed"] = 3
     run_folder.save(tmp_path / "3" / "decoder" / "last.pt", state)
-    reports = [program.evaluate_runs([tmp_path / str(seed)], QUICK, n=3) for seed in (0, 3)]
+    reports = [evaluate(tmp_path / str(seed), n=3) for seed in (0, 3)]
     assert [report["seed"] for report in reports] == [0, 3]
     first, second = ([row | {"run": "", "images_per_s": 0} for row in report["rows"]]
                      for report in reports)
@@ -119,16 +129,15 @@ def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(tmp_path):
 
 def test_nothing_is_measured_in_tf32_or_with_gradients(run, monkeypatch):
     backends, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
-    original = program.tally_batches
+    original = program.decode_all
 
     def note(*args):
-        seen.extend(backend.fp32_precision for backend in backends)
-        seen.append(torch.is_grad_enabled())
+        seen.append((*(backend.fp32_precision for backend in backends), torch.is_grad_enabled()))
         return original(*args)
 
-    monkeypatch.setattr(program, "tally_batches", note)
-    program.evaluate_runs([run], QUICK, n=1)
-    assert seen == ["ieee", "ieee", False]
+    monkeypatch.setattr(program, "decode_all", note)
+    evaluate(run, n=1)
+    assert set(seen) == {("ieee", "ieee", False)}
 
 
 def test_two_processes_find_what_one_does(run, tmp_path):
@@ -151,8 +160,7 @@ def test_two_processes_find_what_one_does(run, tmp_path):
         assert_alike(a, b, 1e-9)
     assert one["codebook"] == two["codebook"]
     assert one["codebook"]["usage_val"] > 0
-    for name in ("report.png", "report_crops.png", "samples.png", "completions.png",
-                 "inpainting.png"):
+    for name in ("report.png", "samples.png", "completions.png", "inpainting.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -160,7 +168,7 @@ def test_two_processes_find_what_one_does(run, tmp_path):
 
 
 def test_the_files_keep_to_the_schema_and_the_table_says_shared_rows_once(two_runs, capsys):
-    returned = program.evaluate_runs(two_runs, QUICK, n=6)
+    returned = evaluate(*two_runs, n=6)
     out = two_runs[0] / "compare"
 
     def refuse(word):
@@ -168,7 +176,6 @@ def test_the_files_keep_to_the_schema_and_the_table_says_shared_rows_once(two_ru
 
     report = json.loads((out / "report.json").read_text(), parse_constant=refuse)
     assert report == returned
-    validate(report)
     every = [(row["run"], row["decoder"]) for row in report["rows"] if row["bucket"] == "all"]
     assert every == [(str(name), decoder) for name in two_runs for decoder in DECODERS[:4]]
     first, second = (list(filter(lambda row, run=run: row["run"] == str(run)
@@ -183,13 +190,12 @@ def test_the_files_keep_to_the_schema_and_the_table_says_shared_rows_once(two_ru
     assert table(report) in (out / "report.md").read_text()
     assert table(report).count("(vanilla)") == table(report).count("(paste)") == 1
     assert len(table(report).split("\n")) == 2 + 6
-    for name in ("report.png", "report_crops.png"):
-        assert Image.open(out / name).width > 7 * 256
+    assert Image.open(out / "report.png").width > 7 * 256
 
 
 def test_a_run_with_a_first_stage_only_has_its_two_rows(tmp_path):
     write_first_stage(tmp_path)
-    report = program.evaluate_runs([tmp_path], QUICK, n=3)
+    report = evaluate(tmp_path, n=3)
     assert list(_rows(report)) == ["vanilla", "paste"]
     assert (tmp_path / "report.json").exists()
 
@@ -197,46 +203,33 @@ def test_a_run_with_a_first_stage_only_has_its_two_rows(tmp_path):
 def test_an_unfinished_run_is_said_to_be_one(tmp_path, capsys):
     model, _ = write_first_stage(tmp_path)
     write_stage(tmp_path, "vqgan", model.state_dict(), settings(), finished=False)
-    report = program.evaluate_runs([tmp_path], QUICK, n=2)
+    report = evaluate(tmp_path, n=2)
     assert report["notes"]["run"] == f"training is not finished: {tmp_path} (step 2)"
     assert report["notes"]["run"] in capsys.readouterr().out
 
 
-def test_a_prior_comes_with_its_pictures_and_figures(run, capsys):
-    _, parent = write_first_stage(run)
-    write_prior(run, parent)
-    report = program.evaluate_runs([run], QUICK, n=3)
-    assert json.loads((run / "report.json").read_text()) == report
-    assert report["prior"]["steps"][0]["n"] == 6                 # all of them, as they are few
-    assert report["codebook"]["K"] == 8
-    text, printed = (run / "report.md").read_text(), capsys.readouterr().out
-    for name in ("samples.png", "completions.png", "inpainting.png"):
-        assert f"]({name})" in text
-        assert str(run / name) in printed.split("\n")[-2]
-    for shown in (text, printed):
-        assert "Codes in use (held out: 3 pictures" in shown
-        assert "| steps | sampler | seconds for 16 |" in shown
+def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(program, "image_grid", lambda columns, path: drawn.update(columns))
+    monkeypatch.setattr(program, "write_report", lambda *_: None)
+    evaluate(run, n=8, batch_size=5)
+    signs = Signs("val", SIZE)
+    expected = [torch.tensor(signs.read(i)[0]).permute(2, 0, 1) / 127.5 - 1 for i in range(6)]
+    assert list(drawn) == ["original", "masked", "vanilla", "ours, with mask", "ours, without"]
+    assert torch.equal(torch.stack(drawn["original"]), torch.stack(expected))
+    assert all(len(column) == 6 for column in drawn.values())
 
 
-def test_table_1_of_the_other_paper_looks_at_all_pictures_unless_told_otherwise(run, monkeypatch):
-    asked = []
-    monkeypatch.setitem(SIGNS_LENGTH, "val", 4)
-    monkeypatch.setattr("code_report.CodeReport.count", lambda self, n, *_: asked.append(n))
-    for n in (None, 3):
-        program.evaluate_runs([run], Options(fid=False, table="ddm1"), n=n)
-    assert asked == [None, 3]
+def test_the_table_of_images_is_written_where_it_is_asked_for(run, tmp_path):
+    report = evaluate(run, n=5, per_image=tmp_path / "images.csv")
+    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
+    assert len(rows) == 5 * 4
+    own = [float(row["pre_error"]) for row in rows if row["decoder"] == "asym"]
+    assert sum(own) / 5 == pytest.approx(_rows(report)["asym"]["pre_error"])
+    assert {row["bucket"] for row in rows} == {row["bucket"] for row in report["rows"]} - {"all"}
 
 
-def test_table_1_of_the_other_paper_is_counted_and_printed(run, monkeypatch, capsys):
-    monkeypatch.setattr("code_report.WORKERS", 0)
-    _call(monkeypatch, run, "--table", "ddm1", "-n", "3", "--no-fid")
-    report = _saved(run)
-    assert report["codebook"]["usage_train"] > 0
-    assert report["notes"]["codebook"] == "held out: 3 pictures; train: 3"
-    assert "| ReFiT, P = 100k |" in capsys.readouterr().out
-
-
-def test_photos_that_cannot_be_decoded_are_replaced(run, tmp_path, capsys):
+def test_photos_that_cannot_be_decoded_are_replaced_and_told(run, tmp_path, capsys):
     photos = tmp_path / "photos" / "val"
     for index in range(4):
         (photos.parent / "train").mkdir(parents=True, exist_ok=True)
@@ -246,9 +239,150 @@ def test_photos_that_cannot_be_decoded_are_replaced(run, tmp_path, capsys):
     (photos / "2.png").write_bytes(b"no picture")
     _, parent = write_first_stage(run)
     write_decoder(run, parent, data="folder", root=str(photos.parent))
-    report = program.evaluate_runs([run], QUICK)
+    report = evaluate(run)
     assert report["n"] == 4
-    assert "2.png: cannot be decoded" in capsys.readouterr().err
+    assert "2.png" in capsys.readouterr().out
+
+
+# -- the codes and their prior ---------------------------------------------------------------------
+
+
+def change(run, stage, **extra):
+    """Note more in a stage's file."""
+    path = run / stage / "last.pt"
+    state = run_folder.load(path)
+    state["extra"] |= extra
+    run_folder.save(path, state)
+
+
+@pytest.fixture
+def with_prior(run):
+    _, parent = write_first_stage(run)
+    write_prior(run, parent)
+    return run
+
+
+@pytest.fixture
+def refitted(tmp_path):
+    """A run whose decoder stands on a refit to five codes, which spread as the pictures do."""
+    run = tmp_path / "refitted"
+    model, parent = write_first_stage(run)
+    z_e = model.moments(images("train", 2)).permute(0, 2, 3, 1).reshape(-1, TINY.embed_dim)
+    install_codebook(model, z_e[:: len(z_e) // NEW_K][:NEW_K])
+    fields = {name: list(v) if isinstance(v, tuple) else v
+              for name, v in asdict(model.config).items()}
+    write_stage(run, "refit", model.state_dict(), settings() | {"first_stage": fields}, parent,
+                extra={"val": FACTS})
+    write_decoder(run, run_folder.weights_hash(model.state_dict()))
+    return run
+
+
+def images(split, n):
+    signs = Signs(split, SIZE)
+    return torch.tensor(np.stack([signs.read(i)[0] for i in range(n)])).permute(0, 3, 1, 2) / (
+        127.5) - 1
+
+
+def inception(x):
+    features = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1).repeat(1, 11)
+    return features[:, :2048], features[:, :1008] * 9
+
+
+def test_the_codes_of_the_evaluated_pictures_are_counted(run):
+    report = evaluate(run, n=3, batch_size=2)
+    used = load_model(run).first_stage.indices(images("val", 3)).unique()
+    assert report["codebook"]["usage_val"] == len(used) / TINY.K
+    assert (report["codebook"]["K"], report["codebook"]["usage_train"]) == (TINY.K, None)
+    assert report["notes"]["codebook"] == (
+        "held out: 3 images; train: not counted, --table ddm1 does")
+    assert report["prior"] is None
+
+
+def test_what_refit_counted_stands_before_and_after(refitted, capsys):
+    evaluate(refitted, n=2)
+    lines = [[cell.strip() for cell in line.split("|")] for line in
+             capsys.readouterr().out.split("\n") if line.startswith(("| before", "| after"))]
+    assert [line[1:4] for line in lines] == [["before ReFiT", "16x16", "8"],
+                                             ["after ReFiT", "16x16", "5"]]
+    assert [line[5] for line in lines] == ["50.0 %", "100.0 %"]
+
+
+def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
+        refitted, monkeypatch, capsys):
+    monkeypatch.setattr(program, "WORKERS", 0)
+    monkeypatch.setattr(program, "open_networks", lambda *_, **__: Networks(inception=inception))
+    report = evaluate(refitted, table="ddm1", n=4, batch_size=3)
+    stages = {name: load_model(refitted / name / "last.pt") for name in ("vqgan", "refit")}
+    printed = capsys.readouterr().out
+    for name, model in stages.items():
+        used = {split: len(model.indices(images(split, 4)).unique()) / model.config.K
+                for split in ("train", "val")}
+        x = images("val", 4)
+        ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
+        ours.update(inception(model.decode(model.encode(x)).clamp(-1, 1))[0])
+        real.update(inception(x)[0])
+        word = {"vqgan": "before ReFiT", "refit": "after ReFiT"}[name]
+        (line,) = [line for line in printed.split("\n") if line.startswith(f"| {word}")]
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[3:6] == [str(model.config.K), *(f"{100 * used[split]:.1f} %"
+                                                     for split in ("train", "val"))]
+        assert float(cells[7]) == pytest.approx(ours.frechet(real), abs=0.02)
+    assert report["codebook"]["usage_train"] == used["train"]
+    assert report["codebook"]["rfid"] == pytest.approx(ours.frechet(real), rel=1e-4)
+    assert report["notes"]["codebook"] == "held out: 4 images; train: 4 images"
+    assert "| ReFiT, P = 100k |" in printed
+
+
+def test_a_kl_latent_has_no_codes_and_cannot_be_counted(tmp_path):
+    model = VQGAN(replace(TINY, latent="kl"))
+    config = settings() | {"first_stage": asdict(model.config)}
+    write_stage(tmp_path, "vqgan", model.state_dict(), config)
+    with pytest.raises(UserError, match="--table ddm1: a KL latent has no codes"):
+        evaluate(tmp_path, table="ddm1")
+    report = evaluate(tmp_path, n=2)
+    assert report["codebook"] is None
+    assert report["notes"]["codebook"] == "not computed: a KL latent has no codes"
+
+
+def test_a_finished_prior_has_its_bound_and_its_pictures(with_prior, capsys):
+    change(with_prior, "prior", score=60.0, uniform_nats=532.3, histogram_nats=120.0)
+    report = evaluate(with_prior, n=3)
+    assert json.loads((with_prior / "report.json").read_text()) == report
+    assert report["prior"].keys() == {"vlb_nats", "uniform_nats", "histogram_nats", "steps"}
+    assert report["prior"]["steps"][0]["n"] == 6                 # all of them, as they are few
+    text, printed = (with_prior / "report.md").read_text(), capsys.readouterr().out
+    for name in ("report.png", "samples.png", "completions.png", "inpainting.png"):
+        assert f"]({name})" in text
+        assert (with_prior / name).stat().st_size
+        assert str(with_prior / name) in printed.split("\n")[-2]
+    for shown in (text, printed):
+        assert "| VQ-DDM, an upper bound             |       60.0 |" in shown
+        assert "Codes in use (held out: 3 images" in shown
+        assert "seconds for 16 |" in shown
+
+
+def test_a_prior_without_our_decoder_shows_no_inpainting(with_prior):
+    (with_prior / "decoder" / "last.pt").unlink()
+    report = evaluate(with_prior, n=1)
+    assert not (with_prior / "inpainting.png").exists()
+    assert (with_prior / "completions.png").exists()
+    assert report["prior"]["vlb_nats"] is None
+
+
+@pytest.mark.parametrize(("what", "reason"), [
+    ("unfinished", "training is not finished (step 2)"), ("other weights", "n/a: the prior in"),
+    ("other size", "it makes pictures of 32 px, not of 64")])
+def test_a_prior_that_cannot_be_shown_is_told_and_the_rest_stands(what, reason, with_prior, capsys):
+    if what == "unfinished":
+        change(with_prior, "prior", finished=False)
+    if what == "other weights":
+        write_prior(with_prior, "0" * 64)
+    report = evaluate(with_prior, n=1, size=64 if what == "other size" else None)
+    assert report["prior"] is None
+    assert reason in report["notes"]["prior"]
+    assert reason in capsys.readouterr().out
+    assert report["codebook"] is not None
+    assert not (with_prior / "samples.png").exists()
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -262,7 +396,7 @@ def test_the_program_ends_with_0_or_with_2_and_one_line(run, tmp_path):
     good = call("run", "-n", "2", "--out", "there")
     assert good.returncode == 0, good.stderr
     assert (tmp_path / "there" / "report.json").exists()
-    assert "report_crops.png" in good.stdout.split("\n")[-2]
+    assert "report.png" in good.stdout.split("\n")[-2]
     bad = call("gone")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: gone: no such")
@@ -270,7 +404,7 @@ def test_the_program_ends_with_0_or_with_2_and_one_line(run, tmp_path):
 
 
 def test_numbers_below_one_are_a_mistake_that_names_the_flag(monkeypatch):
-    for flag in ("-n", "--batch-size", "--steps"):
+    for flag in ("-n", "--batch-size", "--size"):
         monkeypatch.setattr(sys, "argv", ["eval.py", "run", flag, "0"])
         with pytest.raises(UserError, match=flag):
             program.main()
@@ -280,29 +414,25 @@ def test_flags_that_lack_or_contradict_others_are_mistakes_that_say_what_to_give
     for flags, reason in (
             ("", "give either runs"), ("run --pred p --real r", "give either runs"),
             ("--pred p", "--pred needs --real DIR"), ("run --masks m", "--masks needs --real"),
-            ("--pred p --real r --latents z", "--latents needs a decoder"),
-            ("run --real r --latents z", "--latents needs --scaling-factor: 0.18215"),
-            ("run --unpaired", "--unpaired is for FID and inception score of two sets"),
+            ("run --unpaired --real r", "--unpaired needs --pred"),
+            ("--pred p --unpaired", "give --real DIR or --data"),
+            ("--pred p --unpaired --real r --data signs", "give --real DIR or --data"),
             ("--pred p --real r --masks m --unpaired", "--unpaired is for FID"),
+            ("--pred p --real r --unpaired --no-fid", "--unpaired is for FID"),
+            ("--pred p --real r --unpaired --table 2", "--table 2 is about pairs"),
+            ("--pred p --real r --size 64", "--size are about a data set"),
             ("run --table 1", "--table 1 is about pictures that a generator made"),
             ("--pred p --real r --table 2", "--table 2 needs --masks"),
             ("--pred p --real r --masks m --table 4", "--table 4 has a CLIP score"),
-            ("--pred p --real r --table 6", "--table 6 is about a run and its own data set"),
+            ("run --table 6", "--table 6 is about samples: write them with sample.py"),
             ("run --real r --table ddm1", "--table ddm1 is about a run"),
-            ("--pred p --real r --nearest", "--nearest is about a run"),
-            ("run other --nearest", "--nearest is about one run"),
-            ("--pred p --real r --refs f", "--refs needs --masks DIR"),
-            ("--pred p --real r --unpaired --no-fid", "--unpaired is for FID"),
-            ("run --nearest --table 2", "--nearest is about one run, and no table"),
-            ("run --nearest --size 64", "--size: --nearest has pictures of the prior's own size"),
-            ("run --table 6 --size 64", "--size: --table 6 has pictures of the prior's own size"),
-            ("run --nearest --data signs", "--data: --nearest is about the run's own pictures")):
+            ("--pred p --real r --refs f", "--refs needs --masks DIR")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split()])
         with pytest.raises(UserError, match=reason):
             program.main()
 
 
-# -- pictures and latents made elsewhere -----------------------------------------------------------
+# -- pictures made elsewhere -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -347,12 +477,8 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
 
 
 def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatch):
-    def network(images):
-        features = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1).repeat(1, 11)
-        return features[:, :2048], features[:, :1008]
-
     class Fake:
-        size, mean = 32, torch.zeros(1)
+        proj = torch.zeros(1)
 
         def __init__(self, *_):
             pass
@@ -361,7 +487,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
             return self
 
         def __call__(self, a, b=None):
-            return network(a) if b is None else (a - b).abs().mean((1, 2, 3))
+            return inception(a) if b is None else (a - b).abs().mean((1, 2, 3))
 
     class FakeClip(Fake):
         def __call__(self, a, b=None):
@@ -371,7 +497,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
         monkeypatch.setattr(f"metrics.{name}", fake)
     monkeypatch.chdir(folders)
     _call(monkeypatch, "--pred", "pred", "--real", "real", "--masks", "masks", "--refs", "refs",
-          "--clip", "clip", "--table", "4", "--batch-size", "2")
+          "--clip", "tower", "--table", "4", "--batch-size", "2")
     row = _rows(_saved(folders / "pred-report"))["files"]
     assert all(row[name] is not None for name in row if name not in (
         "blend", "size", "images_per_s"))
@@ -381,18 +507,14 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
 def test_a_folder_that_cannot_be_made_is_a_mistake_found_before_anything_is_measured(
         run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(program, "tally_batches", None)
+    monkeypatch.setattr(program, "decode_all", None)
     for out in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(UserError, match=r"--out: .*file.* cannot be made a folder"):
-            program.evaluate_runs([run], Options(out=str(out)), n=1)
+            evaluate(run, out=str(out), n=1)
 
 
 def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monkeypatch):
-    def network(images):
-        features = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1).repeat(1, 11)
-        return features[:, :2048], features[:, :1008] * 9
-
-    networks = metrics.Networks(inception=network, notes={})
+    networks = Networks(inception=inception)
     monkeypatch.setattr(program, "open_networks", lambda *_, **__: networks)
     for index in range(3):
         (folders / "real" / f"{index}.png").rename(folders / "real" / f"other{index}.png")
@@ -400,7 +522,7 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
     _call(monkeypatch, "--pred", "pred", "--real", "real", "--unpaired", "-n", "4",
           "--batch-size", "3")
     row = _rows(_saved(folders / "pred-report"))["files"]
-    sets = [[network(torch.tensor(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1)
+    sets = [[inception(torch.tensor(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1)
              for path in sorted((folders / name).iterdir())[:most]]
             for name, most in (("pred", 4), ("real", 5))]
     ours, real = (FeatureStatistics(2048) for _ in sets)
@@ -414,24 +536,59 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
     assert _saved(folders / "pred-report")["notes"]["lpips"] == "not computed: no pairs"
 
 
-def test_runs_decode_given_latents_of_given_photos_and_masks(folders, run, monkeypatch):
-    def offline(address, *args, **kwargs):
-        raise OSError("no route")
+def test_samples_are_compared_with_a_data_sets_own_pictures(folders, monkeypatch, capsys):
+    networks = Networks(inception=inception)
+    monkeypatch.setattr(program, "open_networks", lambda *_, **__: networks)
+    monkeypatch.chdir(folders)
+    _call(monkeypatch, "--pred", "pred", "--data", "signs", "--unpaired", "--table", "6")
+    row, x = _rows(_saved(folders / "pred-report"))["files"], images("val", 5)
+    pred = torch.tensor(np.stack([np.asarray(Image.open(path))
+                                  for path in sorted((folders / "pred").iterdir())]))
+    ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
+    ours.update(inception(pred.permute(0, 3, 1, 2) / 127.5 - 1)[0])
+    real.update(inception(x)[0])
+    assert row["fid"] == pytest.approx(ours.frechet(real), rel=1e-5)
+    printed = capsys.readouterr().out
+    assert "5 pictures in pred against 5 of 1,000 drawn street scenes" in printed
+    assert "| paper: large w/o mask" in printed
+    (line,) = [line for line in printed.split("\n") if line.startswith("| pred")][1:]
+    assert f"{row['fid']:.2f}" in line
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    model = program.open_runs([run], "cpu")[0].loaded.model
-    (folders / "latents").mkdir()
+
+def test_runs_decode_photos_and_masks_of_ones_own(folders, run, monkeypatch):
+    _call(monkeypatch, run, "--real", folders / "real", "--masks", folders / "masks", "--no-fid",
+          "--out", folders / "out")
+    report, model, errors = _saved(folders / "out"), load_model(run), []
     for index in range(5):
-        photo = np.asarray(Image.open(folders / "real" / f"{index}.png"))
-        x = torch.tensor(photo).permute(2, 0, 1)[None] / 127.5 - 1
+        photo, mask = (np.asarray(Image.open(folders / name / f"{index}.png"))
+                       for name in ("real", "masks"))
+        x, m = torch.tensor(photo).permute(2, 0, 1)[None] / 127.5 - 1, torch.tensor(mask > 127)
         with torch.no_grad():
-            np.save(folders / "latents" / f"{index}.npy", model.encode(x).numpy() * 0.5)
-    given = ("--real", folders / "real", "--masks", folders / "masks", "--no-fid")
-    _call(monkeypatch, run, *given, "--out", folders / "encoded")
-    _call(monkeypatch, run, *given, "--out", folders / "decoded", "--table", "5", "--latents",
-          folders / "latents", "--scaling-factor", "0.5", "--refs", folders / "refs")
-    encoded, decoded = _saved(folders / "encoded"), _saved(folders / "decoded")
-    for a, b in zip(encoded["rows"], decoded["rows"], strict=True):
-        assert a["pre_error"] == pytest.approx(b["pre_error"], rel=1e-4, abs=1e-12)
-    assert _rows(decoded)["asym"]["pre_error"] > 0
-    assert (folders / "decoded" / "report.png").exists()
+            x_hat = model.decode(model.encode(x), image=x, mask=m[None, None].float())
+        errors.append((((x_hat.clamp(-1, 1) - x) / 2) ** 2)[0, :, ~m].mean().item())
+    assert _rows(report)["asym"]["pre_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert report["codebook"] is None
+    assert (folders / "out" / "report.png").exists()
+
+
+def test_a_photo_whose_sides_the_first_stage_does_not_divide_is_refused(folders, run, monkeypatch):
+    for index in range(5):
+        for name in ("real", "masks"):
+            path = folders / name / f"{index}.png"
+            Image.open(path).crop((0, 0, 31, 30)).save(path)
+    with pytest.raises(UserError, match="31 x 30 px: both sides must be multiples of 2"):
+        _call(monkeypatch, run, "--real", folders / "real", "--masks", folders / "masks",
+              "--no-fid")
+
+
+def test_runs_that_cannot_share_a_table_are_refused(two_runs, tmp_path):
+    _, parent = write_first_stage(tmp_path / "other", seed=5)
+    write_decoder(tmp_path / "other", parent)
+    _, parent = write_first_stage(two_runs[0])
+    write_decoder(tmp_path / "large", parent, vqgan=str(two_runs[0]), size=64)
+    run = two_runs[0]
+    for other, reason in ((tmp_path / "other", "different first-stage weights"),
+                          (tmp_path / "large", "--size of .*large is 64"), (run, "given twice"),
+                          (tmp_path / "gone", "no such run folder")):
+        with pytest.raises(UserError, match=reason):
+            program.open_runs([run, other], CPU)

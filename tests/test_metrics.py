@@ -1,4 +1,4 @@
-"""What is measured of pictures, by several decoders, and how it adds up over bins and processes."""
+"""What is measured of images, by several decoders, and the means of the one table."""
 
 import math
 
@@ -8,23 +8,24 @@ from tiny_reports import assert_alike
 from tiny_runs import SIZE, write_decoder, write_first_stage, write_run
 
 import metrics
-from distributed import UserError, exact_float32
-from eval import open_runs
+from convert import load_model
+from data import Batch
+from distributed import UserError
 from fid import FeatureStatistics, inception_score
 from masks import area_bucket, evaluation_mask
 from metrics import (
     REAL,
     Networks,
-    Pictures,
-    Tally,
     decode_all,
     first_stage_of,
     measure,
     open_networks,
+    over_ranks,
     pre_error,
     psnr_known,
+    report_rows,
     seam,
-    tally_batches,
+    summary,
 )
 
 CPU, KEY = torch.device("cpu"), ("run", "asym")
@@ -146,101 +147,54 @@ def test_half_precision_inputs_are_measured_in_float64():
 
 
 @pytest.fixture
-def two_runs(tmp_path):
+def models(tmp_path):
     """An add and a concat decoder on one first stage, as for Table 3."""
     write_run(tmp_path / "add")
     _, parent = write_first_stage(tmp_path / "add")
     write_decoder(tmp_path / "concat", parent, blend="concat", vqgan=str(tmp_path / "add"))
-    return [tmp_path / "add", tmp_path / "concat"]
+    return {name: load_model(tmp_path / name) for name in ("add", "concat")}
 
 
-def _pictures(**others):
+def photos_and_masks():
     x, mask = torch.rand(2, 3, SIZE, SIZE) * 2 - 1, torch.zeros(2, 1, SIZE, SIZE)
     mask[:, :, 10:] = 1
-    return Pictures([0, 1], x, mask, **others)
+    return x, mask
 
 
-def test_every_decoder_gets_the_latents_of_the_full_image(two_runs):
-    runs, pictures = open_runs(two_runs, CPU), _pictures()
-    x, mask = pictures.x, pictures.mask
+def test_every_decoder_reads_the_same_latents(models):
+    (x, mask), model = photos_and_masks(), models["concat"]
     with torch.no_grad():
-        outputs = {key: x_hat for key, (x_hat, _) in decode_all(runs, pictures).items()}
-        model = runs[1].loaded.model
         z = model.encode(x)
+        outputs = {key: x_hat for key, (x_hat, _) in decode_all(models, z, x, mask).items()}
         assert torch.equal(outputs[None, "vanilla"], model.first_stage.decode(z))
-        assert torch.equal(outputs[runs[1].name, "asym"], model.decode(z, image=x, mask=mask))
-        assert torch.equal(outputs[runs[1].name, "asym-nomask"], model.decode(z))
+        assert torch.equal(outputs["concat", "asym"], model.decode(z, image=x, mask=mask))
+        assert torch.equal(outputs["concat", "asym-nomask"], model.decode(z))
     assert torch.equal(outputs[None, "paste"][:, :, :10], x[:, :, :10])
     assert torch.equal(outputs[None, "paste"][:, :, 10:], outputs[None, "vanilla"][:, :, 10:])
 
 
-def test_given_latents_take_the_place_of_the_pictures_own(two_runs):
-    runs, z = open_runs(two_runs, CPU), torch.randn(2, 4, SIZE // 2, SIZE // 2)
-    pictures = _pictures(z=z)
+def test_without_masks_only_what_needs_none_is_decoded(models):
+    x, _ = photos_and_masks()
     with torch.no_grad():
-        outputs = {key: x_hat for key, (x_hat, _) in decode_all(runs, pictures).items()}
-        model = runs[0].loaded.model
-        assert torch.equal(outputs[None, "vanilla"], model.first_stage.decode(z))
-        expected = model.decode(z, image=pictures.x, mask=pictures.mask)
-    assert torch.equal(outputs[runs[0].name, "asym"], expected)
+        keys = set(decode_all(models, models["add"].encode(x), x))
+    assert keys == {(None, "vanilla"), ("add", "asym-nomask"), ("concat", "asym-nomask")}
 
 
-@pytest.mark.parametrize("shape", [(3, SIZE // 2, SIZE // 2), (4, SIZE // 4, SIZE // 4),
-                                   (4, SIZE // 2, SIZE)])
-def test_latents_of_another_first_stage_or_picture_are_refused(two_runs, shape):
-    runs = open_runs(two_runs, CPU)
-    with pytest.raises(UserError, match=r"does not fit a picture of 32 x 32 px: .* \(4, 16, 16\)"):
-        decode_all(runs, _pictures(z=torch.randn(2, *shape)))
-
-
-def test_a_picture_whose_sides_the_first_stage_does_not_divide_is_refused(two_runs):
-    with pytest.raises(UserError, match="30 x 33 px: both sides must be multiples of 2"):
-        decode_all(open_runs(two_runs, CPU), Pictures([0], torch.zeros(1, 3, 33, 30)))
-
-
-def test_without_masks_only_what_needs_none_is_decoded(two_runs):
-    runs, pictures = open_runs(two_runs, CPU), Pictures([0], torch.rand(1, 3, SIZE, SIZE))
+def test_a_first_stage_without_a_decoder_of_its_own_has_no_vanilla_rows(models):
+    x, mask = photos_and_masks()
+    for model in models.values():
+        model.first_stage.decoder = None
     with torch.no_grad():
-        keys = set(decode_all(runs, pictures))
-    assert keys == {(None, "vanilla"), *((run.name, "asym-nomask") for run in runs)}
+        outputs = decode_all(models, models["add"].encode(x), x, mask)
+    assert {decoder for _, decoder in outputs} == {"asym", "asym-nomask"}
 
 
-def test_a_first_stage_without_a_decoder_of_its_own_has_no_vanilla_rows(two_runs):
-    runs, pictures = open_runs(two_runs, CPU), _pictures()
-    for run in runs:
-        run.first_stage.decoder = None
-    with torch.no_grad():
-        assert {decoder for _, decoder in decode_all(runs, pictures)} == {"asym", "asym-nomask"}
+def test_the_vanilla_decoder_comes_from_whichever_run_has_one(models):
+    models["add"].first_stage.decoder = None
+    assert first_stage_of(models.values()) is models["concat"].first_stage
 
 
-def test_the_vanilla_decoder_comes_from_whichever_run_has_one(two_runs):
-    runs = open_runs(two_runs, CPU)
-    runs[0].first_stage.decoder = None
-    assert first_stage_of(runs) is runs[1].first_stage
-
-
-def test_runs_that_cannot_share_a_table_are_refused(two_runs, tmp_path):
-    _, parent = write_first_stage(tmp_path / "other", seed=5)
-    write_decoder(tmp_path / "other", parent)
-    _, parent = write_first_stage(two_runs[0])
-    write_decoder(tmp_path / "large", parent, vqgan=str(two_runs[0]), size=64)
-    run = two_runs[0]
-    for other, reason in ((tmp_path / "other", "different first-stage weights"),
-                          (tmp_path / "large", "--size of .*large is 64"), (run, "given twice"),
-                          (tmp_path / "gone", "no such run folder")):
-        with pytest.raises(UserError, match=reason):
-            open_runs([run, other], CPU)
-
-
-def test_no_tf32_inside_and_as_before_outside():
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    with exact_float32():
-        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
-    assert [backend.fp32_precision for backend in backends] == before
-
-
-# -- sums over pictures ----------------------------------------------------------------------------
+# -- the table of images ---------------------------------------------------------------------------
 
 
 def pictures(first, last, masks=True):
@@ -249,7 +203,7 @@ def pictures(first, last, masks=True):
     x = torch.stack([torch.rand(3, SIZE, SIZE, generator=g) * 2 - 1 for g in generators])
     mask = torch.stack([torch.tensor(evaluation_mask(SIZE, i))[None].float()
                         for i in range(first, last)]) if masks else None
-    return Pictures(list(range(first, last)), x, mask)
+    return Batch(list(range(first, last)), x, mask)
 
 
 FEATURES = 48                # instead of 2,048: a distance takes the cube of it
@@ -258,27 +212,30 @@ FEATURES = 48                # instead of 2,048: a distance takes the cube of it
 def fake_inception(images):
     """(features, logits) that depend on the images, without the network's weight file."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(images[0].numel(), FEATURES, generator=generator) / 40
+    weight = torch.randn(images[0].numel(), 2048, generator=generator) / 40
     features = (images.flatten(1) @ weight).relu()
     return features, features * 2
 
 
 def blurred(batch):
     """A decoder that is wrong everywhere, by another amount in each picture."""
-    shift = 0.05 * torch.tensor(batch.index)[:, None, None, None]
-    return {KEY: (batch.x * 0.9 - shift, 0.5)}
+    return batch.x * 0.9 - 0.05 * torch.tensor(batch.index)[:, None, None, None]
 
 
-def counted(batches, n, **networks):
-    return tally_batches(batches, blurred, n, Networks(notes={}, **networks))
+def tabulated(*batches, **networks):
+    """The table of the originals and of `blurred`."""
+    table, networks = [], Networks(**networks)
+    for batch in batches:
+        table += measure(batch.x, batch, networks, None, REAL)
+        table += measure(blurred(batch), batch, networks, *KEY, seconds=0.5)
+    return over_ranks(table)
 
 
-def test_a_rows_figures_are_those_of_a_loop_over_its_pictures():
-    row = counted([pictures(0, 4), pictures(4, 7)], 7).row(KEY, "all")
+def test_the_figures_are_those_of_a_loop_over_the_images():
+    row = summary(tabulated(pictures(0, 4), pictures(4, 7)), *KEY)
     every = pictures(0, 7)
-    x_hat, _ = blurred(every)[KEY]
     for name, formula in (("pre_error", pre_error), ("psnr_known", psnr_known), ("seam", seam)):
-        expected = [formula(x_hat[i:i + 1], every.x[i:i + 1], every.mask[i:i + 1]).item()
+        expected = [formula(blurred(every)[i:i + 1], every.x[i:i + 1], every.mask[i:i + 1]).item()
                     for i in range(7)]
         assert row[name] == pytest.approx(sum(expected) / 7, rel=1e-6)
     assert row["n"] == 7
@@ -286,27 +243,28 @@ def test_a_rows_figures_are_those_of_a_loop_over_its_pictures():
     assert row["lpips"] is row["clip_score"] is row["fid"] is row["is_mean"] is None
 
 
-def test_bins_hold_the_pictures_of_their_area_and_add_up_to_all():
-    whole = counted([pictures(0, 12)], 12)
+def test_buckets_hold_the_images_of_their_area_and_add_up_to_all():
+    rows = report_rows(tabulated(pictures(0, 12)), {"run": None})
     areas = [area_bucket(evaluation_mask(SIZE, i)) for i in range(12)]
-    bins = [name for name in whole.buckets(KEY) if name != "all"]
-    assert {name: whole.row(KEY, name)["n"] for name in bins} == {
+    whole, *parts = rows
+    assert {row["bucket"]: row["n"] for row in parts} == {
         name: areas.count(name) for name in set(areas)}
-    assert len(bins) > 2
-    mean = sum(whole.row(KEY, name)["n"] * whole.row(KEY, name)["pre_error"] for name in bins) / 12
-    assert whole.row(KEY, "all")["pre_error"] == pytest.approx(mean, rel=1e-9)
+    assert len(parts) > 2
+    assert (whole["bucket"], whole["decoder"]) == ("all", "asym")
+    mean = sum(row["n"] * row["pre_error"] for row in parts) / 12
+    assert whole["pre_error"] == pytest.approx(mean, rel=1e-9)
 
 
-def test_fid_of_a_bin_is_that_of_its_pictures_against_the_same_originals():
-    whole = counted([pictures(0, 5), pictures(5, 16)], 16, inception=fake_inception)
-    every = pictures(0, 16)
-    x_hat, _ = blurred(every)[KEY]
-    for name in whole.buckets(KEY):
-        rows = [i for i, own in enumerate(every.buckets()) if name in ("all", own)]
-        ours, real = FeatureStatistics(FEATURES), FeatureStatistics(FEATURES)
-        ours.update(fake_inception(x_hat.clamp(-1, 1))[0][rows])
+def test_fid_of_a_bucket_is_that_of_its_images_against_the_same_originals():
+    table, every = tabulated(pictures(0, 5), pictures(5, 16), inception=fake_inception), pictures(
+        0, 16)
+    own = [area_bucket(mask) for mask in every.mask]
+    for name in ("all", *set(own)):
+        rows = [i for i in range(16) if name in ("all", own[i])]
+        ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
+        ours.update(fake_inception(blurred(every).clamp(-1, 1))[0][rows])
         real.update(fake_inception(every.x)[0][rows])
-        found = whole.row(KEY, name)["fid"]
+        found = summary(table, *KEY, name)["fid"]
         if len(rows) < 2:
             assert found is None
         else:
@@ -314,92 +272,82 @@ def test_fid_of_a_bin_is_that_of_its_pictures_against_the_same_originals():
             assert found > 0.01
 
 
-def test_the_inception_score_is_of_all_pictures_in_their_order_whatever_the_batches():
-    order = [pictures(8, 20), pictures(0, 3), pictures(3, 8)]
-    row = counted(order, 20, inception=fake_inception).row(KEY, "all")
-    x_hat, _ = blurred(pictures(0, 20))[KEY]
-    mean, std = inception_score(fake_inception(x_hat.clamp(-1, 1))[1])
+def test_the_inception_score_is_of_all_images_in_their_order_whatever_the_batches():
+    batches = [pictures(8, 20), pictures(0, 3), pictures(3, 8)]
+    row = summary(tabulated(*batches, inception=fake_inception), *KEY)
+    mean, std = inception_score(fake_inception(blurred(pictures(0, 20)).clamp(-1, 1))[1])
     assert row["is_mean"] == pytest.approx(mean, rel=1e-6)
     assert row["is_std"] == pytest.approx(std, rel=1e-4)
-    assert counted(order, 20).row(KEY, "all")["is_mean"] is None
 
 
-def test_shares_of_two_processes_merge_to_the_whole(monkeypatch):
-    whole = counted([pictures(0, 9)], 9, inception=fake_inception)
-    shares = [counted([pictures(0, 2), pictures(5, 9)], 9, inception=fake_inception),
-              counted([pictures(2, 5)], 9, inception=fake_inception)]
+def test_the_rows_of_two_processes_are_the_whole_table(monkeypatch):
+    whole = tabulated(pictures(0, 9), inception=fake_inception)
+    shares = [tabulated(pictures(0, 2), pictures(5, 9), inception=fake_inception),
+              tabulated(pictures(2, 5), inception=fake_inception)]
     monkeypatch.setattr(metrics, "gather_objects", lambda own: shares)
-    merged = shares[0].over_ranks()
-    for name in whole.buckets(KEY):
-        assert_alike(merged.row(KEY, name), whole.row(KEY, name), 1e-6)
-    assert merged.cell(REAL, "all").n == 9
+    merged = over_ranks(shares[0])
+    for a, b in zip(report_rows(merged, {"run": None}), report_rows(whole, {"run": None}),
+                    strict=True):
+        assert_alike(a, b, 1e-6)
 
 
-def test_a_picture_without_a_value_is_left_out_of_that_mean_only():
+def test_a_missing_an_infinite_and_an_undefined_value_are_none_and_the_others_count():
     batch = pictures(0, 3)
     batch.mask[1] = 1                                            # nothing known: no error, no seam
-    row = counted([batch], 3).row(KEY, "all")
-    x_hat, _ = blurred(batch)[KEY]
-    expected = pre_error(x_hat, batch.x, batch.mask)[[0, 2]].mean().item()
+    row = summary(tabulated(batch), *KEY)
+    expected = pre_error(blurred(batch), batch.x, batch.mask)[[0, 2]].mean().item()
     assert row["pre_error"] == pytest.approx(expected, rel=1e-9)
     assert row["n"] == 3
-
-
-def test_an_infinite_mean_and_a_missing_one_are_none():
-    batch = pictures(0, 2)
-    exact = tally_batches([batch], lambda p: {KEY: (p.x, 0.1)}, 2, Networks(notes={}))
-    assert exact.row(KEY, "all")["psnr_known"] is None           # infinite
-    assert exact.row(KEY, "all")["pre_error"] == 0
+    row = summary(measure(batch.x, batch, Networks(), *KEY), *KEY)
+    assert row["psnr_known"] is None                             # infinite
+    assert row["pre_error"] == 0
     batch.mask[:] = 1
-    assert counted([batch], 2).row(KEY, "all")["seam"] is None   # nowhere defined
+    assert summary(tabulated(batch), *KEY)["seam"] is None       # nowhere defined
 
 
-def test_pictures_without_masks_have_one_bin_and_no_known_pixels():
-    whole = counted([pictures(0, 3, masks=False)], 3, inception=fake_inception,
-                    lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)))
-    row = whole.row(KEY, "all")
-    assert whole.buckets(KEY) == ["all"]
+def test_images_without_masks_have_one_bucket_and_no_known_pixels():
+    table = tabulated(pictures(0, 3, masks=False), inception=fake_inception,
+                      lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    (row,) = report_rows(table, {"run": None})
+    assert (row["bucket"], row["n"]) == ("all", 3)
     assert row["pre_error"] is row["psnr_known"] is row["seam"] is None
     assert row["lpips"] > 0
     assert row["fid"] > 0
-    assert row["n"] == 3
 
 
-def test_lpips_sees_whole_pictures_clamped():
+def test_lpips_sees_whole_images_clamped():
     def distance(a, b):
         assert a.abs().max() <= 1
         return (a - b).abs().mean((1, 2, 3))
 
     batch = pictures(0, 2)
     x_hat = torch.where(batch.mask == 1, 3.0, batch.x)           # wrong in the hole alone
-    values = measure(x_hat, batch, Networks(distance, notes={}))
-    assert (values["lpips"] > 0).all()
-    assert (values["pre_error"] == 0).all()
+    for row in measure(x_hat, batch, Networks(distance), *KEY):
+        assert row["lpips"] > 0
+        assert row["pre_error"] == 0
 
 
 def test_the_clip_score_compares_the_hole_with_its_reference():
     class Encoder:
-        size, mean = 32, torch.zeros(1)                          # mean: tells the device
+        proj = torch.zeros(1)                                    # tells the device
 
         def __call__(self, images):
             return images.flatten(1)[:, :8]
 
-    batch = pictures(0, 2)
-    networks = Networks(clip=Encoder(), notes={})
-    assert "clip_score" not in measure(batch.x, batch, networks)  # no references
+    batch, networks = pictures(0, 2), Networks(clip=Encoder())
+    assert "clip_score" not in measure(batch.x, batch, networks, *KEY)[0]      # no references
     batch.refs = [torch.rand(3, 20, 24), torch.rand(3, 9, 9)]
-    values = measure(batch.x, batch, networks)["clip_score"]
-    assert values.shape == (2,)
-    assert values.dtype == torch.float64
-    assert values.isfinite().all()
+    rows = measure(batch.x, batch, networks, *KEY)
+    assert all(math.isfinite(row["clip_score"]) for row in rows)
 
 
 def test_outputs_that_are_not_finite_end_the_evaluation():
-    def broken(batch):
-        return {KEY: (batch.x * math.nan, 0.1)}
-
+    batch = pictures(0, 1)
     with pytest.raises(UserError, match="asym of run gives values that are not finite"):
-        tally_batches([pictures(0, 1)], broken, 1, Networks(notes={}))
+        measure(batch.x * math.nan, batch, Networks(), *KEY)
+
+
+# -- the networks ----------------------------------------------------------------------------------
 
 
 def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_goes_where(
@@ -408,18 +356,16 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
         raise OSError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    networks = open_networks(CPU, tmp_path, "vgg")
+    networks = open_networks(CPU, tmp_path, "vgg", refs=True)
     assert networks.lpips is networks.inception is networks.clip is networks.lpips_net is None
     for column, file in (("lpips", "vgg16-397923af.pth"),
                          ("fid", "pt_inception-2015-12-05-6726825d.pth")):
-        note = networks.notes[column]
-        assert note.startswith(f"n/a: {file} is not in {tmp_path}")
-        assert f"{file} and put it there" in note
-    assert networks.notes["fid"] == networks.notes["is_mean"]
+        assert networks.missing[column].startswith(f"{file} is not in {tmp_path}")
+        assert f"{file} and put it there" in networks.missing[column]
+    assert networks.missing["fid"] == networks.missing["is_mean"]
+    assert networks.missing["clip_score"] == "no image tower was given (--clip)"
     with pytest.raises(UserError, match=r"vgg16-397923af.pth is not in"):
         open_networks(CPU, tmp_path, "vgg", asked=True)
-    with pytest.raises(UserError, match=r"config\.json"):
-        open_networks(CPU, tmp_path, "none", fid=False, clip=tmp_path)
 
 
 def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(monkeypatch):
@@ -428,20 +374,13 @@ def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(mon
     monkeypatch.setattr(metrics, "InceptionV3", lambda weights: pytest.fail("looked for"))
     networks = open_networks(CPU, lpips="none")
     assert networks.inception is None
-    assert networks.notes["fid"] == "n/a: it is not to be had"
+    assert networks.reasons()["fid"] == "n/a: it is not to be had"
 
 
 def test_what_was_not_asked_for_says_so(tmp_path):
-    notes = open_networks(CPU, tmp_path, "none", asked=True, fid=False).notes
-    assert notes["lpips"] == "not computed: --lpips none"
-    assert notes["fid"] == "not computed: --no-fid"
-    assert notes["clip_score"].startswith("not computed: ")
-    notes = open_networks(CPU, tmp_path, "none", fid=False).notes
-    assert notes["lpips"].startswith("not computed: the run has --perceptual none")
-
-
-def test_a_tally_of_nothing_merges_like_zero():
-    whole = counted([pictures(0, 2)], 2)
-    empty = Tally(2)
-    empty.merge(whole)
-    assert empty.row(KEY, "all") == whole.row(KEY, "all")
+    reasons = open_networks(CPU, tmp_path, "none", asked=True, fid=False).reasons()
+    assert reasons["lpips"] == "not computed: --lpips none"
+    assert reasons["fid"] == "not computed: --no-fid"
+    assert reasons["clip_score"].startswith("not computed: ")
+    off = open_networks(CPU, tmp_path, "none", fid=False).off
+    assert off["lpips"].startswith("the run has --perceptual none")

@@ -3,36 +3,35 @@
 import pytest
 import torch
 
-from metrics import Networks, Pictures, Tally, measure
-from paper_tables import make_report, rows_of
+from data import Batch
+from metrics import Networks, measure, report_rows
+from paper_tables import make_report
 
 CPU, SIZE = torch.device("cpu"), 16
-RUNS = [("add", {"preset": "base", "blend": "add"}),
-        ("concat", {"preset": "base", "blend": "concat"})]
-KEYS = [(None, "vanilla"), (None, "paste"), *((run, decoder) for run, _ in RUNS
+RUNS = {"add": {"preset": "base", "blend": "add"}, "concat": {"preset": "base", "blend": "concat"}}
+KEYS = [(None, "vanilla"), (None, "paste"), *((run, decoder) for run in RUNS
                                               for decoder in ("asym", "asym-nomask"))]
+MISSING = {"fid": "x.pth is not in y", "is_mean": "x.pth is not in y"}
+OFF = {"lpips": "--lpips none", "clip_score": "no --refs"}
 
 
-def example_tally(keys):
-    """Four pictures, two of which have a mask of 25 % and two one of 44 %."""
+def example_table(keys, seconds=0.1):
+    """Four images, two of which have a mask of 25 % and two one of 44 %, as `measure` has them."""
     x = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.5
     mask = torch.zeros(4, 1, SIZE, SIZE)
     mask[:2, :, :, :4] = mask[2:, :, :, :7] = 1
-    pictures, tally = Pictures([0, 1, 2, 3], x, mask), Tally(4)
-    for place, key in enumerate(keys):
-        shift = 0 if key[1] == "paste" else 0.02 * (place + 1)
+    batch, rows = Batch([0, 1, 2, 3], x, mask), []
+    for place, (run, decoder) in enumerate(keys):
+        shift = 0 if decoder == "paste" else 0.02 * (place + 1)
         x_hat = torch.where(mask == 1, x * 0.5, x + shift)
-        tally.add(key, pictures, measure(x_hat, pictures, Networks(notes={})), seconds=0.1)
-    return tally
+        rows += measure(x_hat, batch, Networks(), run, decoder, seconds)
+    return rows
 
 
-def example_report(notes=None, **changes):
+def example_report(**changes):
     """Two runs on one first stage; changes: {measure: value} of every row."""
-    missing = "n/a: x.pth is not in y"
-    notes = {"fid": missing, "is_mean": missing, "lpips": "not computed: --lpips none",
-             "clip_score": "not computed: no --refs"} | (notes or {})
-    rows = [row | changes for row in rows_of(RUNS, example_tally(KEYS))]
-    return make_report(rows, 4, CPU, {"kind": "thick", "size": SIZE, "seed": 0}, 0, notes)
+    rows = [row | changes for row in report_rows(example_table(KEYS), RUNS)]
+    return make_report(rows, 4, CPU, {"kind": "thick", "size": SIZE, "seed": 0}, 0)
 
 
 def assert_alike(a, b, rel, but=("images_per_s",)):
