@@ -284,8 +284,9 @@ def images(split, n):
 
 
 def inception(x):
-    features = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1).repeat(1, 11)
-    return features[:, :2048], features[:, :1008] * 9
+    """(features, logits) that depend on the images, without the network's weight file."""
+    features = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)         # (B, 192)
+    return features[:, :64], features[:, :32] * 9
 
 
 def test_the_codes_of_the_evaluated_pictures_are_counted(run):
@@ -318,7 +319,7 @@ def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
         used = {split: len(model.indices(images(split, 4)).unique()) / model.config.K
                 for split in ("train", "val")}
         x = images("val", 4)
-        ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
+        ours, real = FeatureStatistics(64), FeatureStatistics(64)
         ours.update(inception(model.decode(model.encode(x)).clamp(-1, 1))[0])
         real.update(inception(x)[0])
         word = {"vqgan": "before ReFiT", "refit": "after ReFiT"}[name]
@@ -525,7 +526,7 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
     sets = [[inception(torch.tensor(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1)
              for path in sorted((folders / name).iterdir())[:most]]
             for name, most in (("pred", 4), ("real", 5))]
-    ours, real = (FeatureStatistics(2048) for _ in sets)
+    ours, real = (FeatureStatistics(64) for _ in sets)
     for statistics, outputs in zip((ours, real), sets):
         statistics.update(torch.cat([features for features, _ in outputs]))
     assert row["fid"] == pytest.approx(ours.frechet(real), rel=1e-5)
@@ -544,7 +545,7 @@ def test_samples_are_compared_with_a_data_sets_own_pictures(folders, monkeypatch
     row, x = _rows(_saved(folders / "pred-report"))["files"], images("val", 5)
     pred = torch.tensor(np.stack([np.asarray(Image.open(path))
                                   for path in sorted((folders / "pred").iterdir())]))
-    ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
+    ours, real = FeatureStatistics(64), FeatureStatistics(64)
     ours.update(inception(pred.permute(0, 3, 1, 2) / 127.5 - 1)[0])
     real.update(inception(x)[0])
     assert row["fid"] == pytest.approx(ours.frechet(real), rel=1e-5)
