@@ -84,7 +84,7 @@ def test_the_figures_are_those_of_a_slow_loop_over_the_pictures(run):
     rows = _rows(evaluate(run, batch_size=2, n=5))
     model, signs, errors, psnrs = load_model(run), Signs("val", SIZE), [], []
     for index in range(5):
-        picture, _ = signs.read(index)
+        picture = signs.image(index)
         x = torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1
         mask = evaluation_mask(SIZE, index)
         m = torch.tensor(mask)[None, None].float()
@@ -214,7 +214,7 @@ def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
     monkeypatch.setattr(program, "write_report", lambda *_: None)
     evaluate(run, n=8, batch_size=5)
     signs = Signs("val", SIZE)
-    expected = [torch.tensor(signs.read(i)[0]).permute(2, 0, 1) / 127.5 - 1 for i in range(6)]
+    expected = [torch.tensor(signs.image(i)).permute(2, 0, 1) / 127.5 - 1 for i in range(6)]
     assert list(drawn) == ["original", "masked", "vanilla", "ours, with mask", "ours, without"]
     assert torch.equal(torch.stack(drawn["original"]), torch.stack(expected))
     assert all(len(column) == 6 for column in drawn.values())
@@ -241,7 +241,7 @@ def test_photos_that_cannot_be_decoded_are_replaced_and_told(run, tmp_path, caps
     write_decoder(run, parent, data="folder", root=str(photos.parent))
     report = evaluate(run)
     assert report["n"] == 4
-    assert "2.png" in capsys.readouterr().out
+    assert "2.png" in capsys.readouterr().err
 
 
 # -- the codes and their prior ---------------------------------------------------------------------
@@ -279,7 +279,7 @@ def refitted(tmp_path):
 
 def images(split, n):
     signs = Signs(split, SIZE)
-    return torch.tensor(np.stack([signs.read(i)[0] for i in range(n)])).permute(0, 3, 1, 2) / (
+    return torch.tensor(np.stack([signs.image(i) for i in range(n)])).permute(0, 3, 1, 2) / (
         127.5) - 1
 
 
@@ -479,7 +479,7 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
 
 def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatch):
     class Fake:
-        proj = torch.zeros(1)
+        mean, size = torch.zeros(1), 24
 
         def __init__(self, *_):
             pass

@@ -329,7 +329,7 @@ def test_lpips_sees_whole_images_clamped():
 
 def test_the_clip_score_compares_the_hole_with_its_reference():
     class Encoder:
-        proj = torch.zeros(1)                                    # tells the device
+        mean, size = torch.zeros(1), 24                          # mean tells the device
 
         def __call__(self, images):
             return images.flatten(1)[:, :8]
