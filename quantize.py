@@ -41,12 +41,12 @@ def nearest_code(z, codebook):
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
 
     |z - e|² = |z|² - 2 z·e + |e|², and |z|² is the same for every code: left out, it cannot eat the
-    mantissa; codes are centred for the same reason. What float32 cannot tell apart then differs by
-    about a millionth of the codes' squared spread.  deviation D22
+    mantissa; codes are centred for the same reason, by their median, which a few far codes do not
+    move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with _plain_float32(z.device.type):
-        centre = codebook.mean(0, dtype=dtype)
+        centre = codebook.to(dtype).median(0).values                        # (d)
         codes = codebook - centre                                           # (K, d)
         square = codes.square().sum(1)                                      # (K)
         parts = z.split(max(1, MAX_SCORES // len(codes)))                   # (n, d) each
