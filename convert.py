@@ -260,7 +260,8 @@ class Prior:
     step:        int
     finished:    bool                   # whether its training came to its end
     parent:      str                    # weights_hash of the first stage
-    facts:       dict                   # what training noted; see prior_facts
+    facts:       dict                   # "score": bound on held-out maps in nats a map, "maps": how
+                                        # many pictures it has learnt, "K", "grid", ...
 
     @property
     def device(self):
@@ -292,29 +293,6 @@ def load_prior(path, device="cpu"):
     has changed.
     """
     path = Path(path)
-    state = _prior_state(path)
-    config, extra = state["config"], state["extra"]
-    first_stage = first_stage_of(state, path)
-    unet, diffusion = denoiser(config["prior"], extra["K"])
-    unet.load_state_dict(state["ema"]["weights"])
-    return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
-                 first_stage.model.to(device), tuple(extra["grid"]), config, state["step"],
-                 bool(extra.get("finished")), state["parent"], extra)
-
-
-def prior_facts(path):
-    """What training noted in the file of the prior at `path`, a run folder or that file: a dict.
-
-    "score" is its bound on held-out maps in nats a map, "maps" how many pictures it has learnt,
-    "K" and "grid" what these are made of, "parent" the hash of the first stage that made them.
-    Raises UserError where there is none.
-    """
-    state = _prior_state(Path(path))
-    return state["extra"] | {"parent": state["parent"]}
-
-
-def _prior_state(path):
-    """The contents of a prior's file, or of the one in a run folder."""
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint")
     state = run_folder.load(path) if path.is_file() else run_folder.latest(path / "prior")
@@ -324,7 +302,18 @@ def _prior_state(path):
                         "that made this run")
     if state["stage"] != "prior":
         raise UserError(f"{path}: a {state['stage']} file, not a prior's; give its run folder")
-    return state
+    config, extra = state["config"], state["extra"]
+    first_stage = first_stage_of(state, path)
+    try:
+        unet, diffusion = denoiser(config["prior"], extra["K"])
+        unet.load_state_dict(state["ema"]["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{path}: the prior's weights do not fit its network; another version made "
+                        f"it, train it again ({reason})") from None
+    return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
+                 first_stage.model.to(device), tuple(extra["grid"]), config, state["step"],
+                 bool(extra.get("finished")), state["parent"], extra)
 
 
 def chosen_steps(asked, T, most=STEPS):
