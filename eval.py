@@ -35,7 +35,7 @@ from distributed import (
     setup,
     world_size,
 )
-from image_pairs import MatchedFolders, PictureFolder, folder_pictures
+from image_pairs import MatchedFolders, PictureFolder
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from losses import TRUNKS
 from metrics import (
@@ -106,7 +106,7 @@ def evaluate_runs(paths, *, device="cpu", n=None, data=None, root=None, size=Non
         about, masks = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
     else:
         n, about, masks = len(pairs), pairs.describe(), _masks_of(pairs)
-        batches = folder_pictures(pairs, batch_size or 4, device)
+        batches = pairs.batches(batch_size or 4, device)
     if out is None:
         out = run_of(paths[0]) if len(paths) == 1 else run_of(paths[0]) / "compare"
     out = run_folder.make_folder(Path(out))
@@ -341,7 +341,7 @@ def evaluate_pairs(args, device):
     print0(f"measuring {pairs.describe()}; the report goes to {out}")
     table = []
     with exact_float32(), torch.inference_mode():
-        batches = folder_pictures(pairs, args.batch_size or 8, device)
+        batches = pairs.batches(args.batch_size or 8, device)
         for batch in _with_progress(batches, len(pairs)):
             table += measure(batch.x, batch, networks, None, REAL)
             table += measure(batch.pred, batch, networks, pairs.name, "files")
@@ -356,7 +356,7 @@ def evaluate_sets(args, device):
     pred, batch_size = PictureFolder("--pred", args.pred, args.n), args.batch_size or 8
     if args.real:
         real = PictureFolder("--real", args.real)
-        n, about, others = len(real), real.name, real.pictures(batch_size, device)
+        n, about, others = len(real), real.name, real.batches(batch_size, device)
     else:
         dataset = open_dataset(args.data, args.root, "val", args.size or pred.read(0).shape[-1])
         n, about = min(len(pred), len(dataset)), dataset.describe()
@@ -370,7 +370,7 @@ def evaluate_sets(args, device):
     with exact_float32(), torch.inference_mode():
         for batch in _with_progress(others, n):
             table += measure(batch.x, batch, networks, None, REAL)
-        for batch in _with_progress(pred.pictures(batch_size, device), len(pred)):
+        for batch in _with_progress(pred.batches(batch_size, device), len(pred)):
             table += measure(batch.x, batch, networks, pred.name, "files")
     return _finish(args, networks, table, pred.name, about, FOLDERS, out)
 

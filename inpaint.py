@@ -23,10 +23,9 @@ import torch
 from PIL import Image
 
 from convert import STEPS, chosen_steps, load, load_prior
-from data import load_image, pixels
+from data import pixels, read_pair
 from diffusion import known_cells
 from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
-from image_pairs import decoded, read_mask
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from run_folder import Progress, duration, make_folder
@@ -338,26 +337,6 @@ def _outputs(args):
     return outputs, comparison
 
 
-def read_pair(photo_path, mask_path, invert=False):
-    """(photo uint8 (H,W,3), hole bool (H,W)) from two files; prints what is to be known of them.
-
-    A mask of another size is resized to the photo's, to the nearest pixel. Raises UserError for a
-    file that is missing or cannot be decoded.
-    """
-    for path in (photo_path, mask_path):
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
-    photo = np.array(decoded(photo_path, load_image))                               # (H, W, 3)
-    mask, remarks = read_mask(mask_path, invert)                                    # (1, h, w)
-    for remark in remarks.values():
-        print0(f"warning: {remark}")
-    size, own = (photo.shape[1], photo.shape[0]), (mask.shape[2], mask.shape[1])
-    if own == size:
-        return photo, mask[0].bool().numpy()
-    print0(f"{mask_path}: {own[0]} x {own[1]} px, resized to the photo's {size[0]} x {size[1]}, to "
-           "the nearest pixel")
-    resized = Image.fromarray(mask[0].numpy()).resize(size, Image.Resampling.NEAREST)
-    return photo, np.array(resized) != 0
 def _parser():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="Fill the hole that a mask leaves in a photo: codes by a "

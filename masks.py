@@ -126,19 +126,13 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 
 
 def evaluation_mask(size, index, kind="thick", seed=0):
-    """The mask of image `index` in every table: neither empty nor over half the picture, else the
-    next index's."""
-    return evaluation_draw(size, index, kind, seed)[0]
+    """Draw the mask of image `index` in every table: uint8 (size,size).
 
-
-def evaluation_draw(size, index, kind="thick", seed=0):
-    """(evaluation_mask, draw): `draw` is the index that it was drawn with; those from `index` up to
-    there were dropped."""
-    while True:
-        mask = random_mask(kind, size, seed, index)
-        if 0 < mask.mean() <= 0.5:
-            return mask, index
+    One that is empty or over half the picture is dropped, and drawn with the next index.
+    """
+    while not 0 < (mask := random_mask(kind, size, seed, index)).mean() <= 0.5:
         index += 1
+    return mask
 
 
 def area_bucket(mask):

@@ -38,7 +38,6 @@ from inpaint import (
     inpaint_photo,
     inpainting_columns,
     inpaintings,
-    read_pair,
     windows,
 )
 from vqgan import VQGAN
@@ -532,16 +531,6 @@ def test_the_program_writes_its_pictures_and_says_what_it_does(run, here, monkey
     assert call(monkeypatch, "photo.png", "mask.png", "--run", run) == 0
     assert np.array_equal(pixels("photo-inpainted.png"), expected)     # of one sample or of two
 
-
-@pytest.mark.parametrize("size", [(26, 30), (13, 15), (9, 41), (5, 3), (61, 31)])    # no ties
-def test_a_mask_of_another_size_is_resized_to_the_nearest_pixel(here, capsys, size):
-    hole = np.random.default_rng(0).random(size) < 0.5
-    save_mask("mask.png", hole)
-    photo, resized = read_pair("photo.png", "mask.png")
-    rows, columns = ((np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip((26, 30), size))
-    assert np.array_equal(resized, hole[rows][:, columns])
-    assert np.array_equal(photo, photo_of(26, 30))
-    assert ("resized to the photo's 30 x 26" in capsys.readouterr().out) == (size != (26, 30))
 
 
 def test_a_large_hole_says_that_it_is_drawn_in_a_copy_and_counts_all_steps(run, here, monkeypatch,

@@ -7,7 +7,6 @@ from masks import (
     MASK_KINDS,
     area_bucket,
     box_mask,
-    evaluation_draw,
     evaluation_mask,
     random_mask,
     training_mask,
@@ -102,15 +101,12 @@ def test_evaluation_masks_are_neither_empty_nor_over_half_the_picture():
         while not 0 < random_mask("thick", 64, 0, wanted).mean() <= 0.5:
             wanted += 1
         assert np.array_equal(mask, random_mask("thick", 64, 0, wanted))
-        assert evaluation_draw(64, index)[1] == wanted
 
 
 def test_evaluation_masks_differ_by_kind_and_seed():
     first = evaluation_mask(64, 3)
     for kind, seed in (("medium", 0), ("thin", 0), ("thick", 1)):
-        mask, draw = evaluation_draw(64, 3, kind, seed)
-        assert not np.array_equal(first, mask)
-        assert np.array_equal(mask, random_mask(kind, 64, seed, draw))
+        assert not np.array_equal(first, evaluation_mask(64, 3, kind, seed))
 
 
 def test_bins_hold_their_lower_end():
