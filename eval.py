@@ -61,7 +61,7 @@ from paper_tables import (
 )
 from pictures import image_grid, image_rows, show_masked
 from quantize import code_statistics
-from sample import Drawing, decoder_name, open_decoder
+from sample import decoder_name, open_decoder
 from sample import measure as measure_samples
 
 EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # of the report's pictures
@@ -311,20 +311,19 @@ def draw(folder, dataset, device, out):
     side = prior.grid[0] * prior.first_stage.config.f
     if dataset.size != side:
         return None, f"not computed: it makes pictures of {side} px, not of {dataset.size}", {}
-    drawing = Drawing(chosen_steps(None, prior.diffusion.T, STEPS), batch_size=SAMPLES)
-    row, samples = measure_samples(prior, model, drawing, SAMPLES)
-    image_rows([(f"{SAMPLES} samples ({drawing}), decoded by {decoder_name(model)}",
+    steps = chosen_steps(None, prior.diffusion.T, STEPS)
+    row, samples = measure_samples(prior, model, steps, SAMPLES, batch_size=SAMPLES)
+    image_rows([(f"{SAMPLES} samples ({steps} steps), decoded by {decoder_name(model)}",
                  list(samples))], out / "samples.png", across=8)
-    image_rows(completion_rows(prior, dataset, drawing.steps), out / "completions.png",
+    image_rows(completion_rows(prior, dataset, steps), out / "completions.png",
                across=2 + COMPLETIONS)
     pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
     if isinstance(model, AsymVQGAN):
-        image_grid(inpainting_columns(prior, model, dataset, drawing.steps), out / "inpainting.png")
-        pictures["inpainting.png"] = f"full inpainting ({drawing}, resample {RESAMPLE})"
+        image_grid(inpainting_columns(prior, model, dataset, steps), out / "inpainting.png")
+        pictures["inpainting.png"] = f"full inpainting ({steps} steps, resample {RESAMPLE})"
     facts = prior.facts
     figures = {"vlb_nats": facts.get("score"), "uniform_nats": facts.get("uniform_nats"),
-               "histogram_nats": facts.get("histogram_nats"),
-               "steps": [{key: row[key] for key in ("n", "sampler", "seconds", "fid")}]}
+               "histogram_nats": facts.get("histogram_nats"), "steps": [row]}
     note = f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once"
     return figures, note, pictures
 

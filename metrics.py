@@ -19,7 +19,6 @@ import torch
 
 from asym_decoder import AsymVQGAN
 from clip_score import CLIPImageEncoder, clip_score
-from data import Batch
 from distributed import UserError, gather_objects, rank, wait_for
 from fid import FeatureStatistics, InceptionV3, inception_score
 from losses import LPIPS
@@ -78,13 +77,6 @@ def seam(x_hat, x, mask):
         total = total + (crosses * step).sum((1, 2, 3))                     # (B,)
         pairs = pairs + crosses.sum((1, 2, 3))                              # (B,)
     return total / (3 * pairs)
-
-
-@dataclass
-class Pictures(Batch):                   # until image_pairs.py has a class of its own
-    refs: list | None = None             # (3,h,w) in [-1,1], what the holes were to look like
-    pred: torch.Tensor | None = None     # (B,3,H,W) in [-1,1], pictures made elsewhere
-    z:    torch.Tensor | None = None
 
 
 # -- several decoders on the same latents ----------------------------------------------------------

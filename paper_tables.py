@@ -337,19 +337,14 @@ def prior_table(prior, K):
 
 
 def steps_table(steps, batch_size):
-    """Quality and time by the number of reverse steps. [DDM Fig. 5] [DDM Fig. 6]
+    """Time and the prior's own bound by the number of reverse steps. [DDM Fig. 5] [DDM Fig. 6]
 
-    steps: as in report.json, or as sample.measure gives them; batch_size: samples that "seconds"
-    is the time for.
+    steps: as sample.measure gives them; batch_size: samples that "seconds" is the time for.
     """
-    own_bound = ["nats a map"] * all("nats" in row for row in steps)
-    lines = [["steps", "sampler", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}",
-              *own_bound, "FID"]]
+    lines = [["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats a map"]]
     for row in steps:
         hours = row["seconds"] / batch_size * HOURS_FOR / 3600
-        lines.append([f"{row['n']:,}", row["sampler"], short(row["seconds"]), short(hours),
-                      *(f"{row['nats']:,.1f}" for _ in own_bound),
-                      _written(row["fid"], "{:.2f}".format)])
+        lines.append([f"{row['n']:,}", short(row["seconds"]), short(hours), f"{row['nats']:,.1f}"])
     return aligned(lines)
 
 

@@ -1,4 +1,6 @@
-import json
+"""sample.py: sample i is a function of (seed, i); what fewer steps cost; a grid or a folder."""
+
+import os
 import sys
 from pathlib import Path
 
@@ -10,13 +12,8 @@ from tiny_runs import SIZE, TINY, write_decoder, write_first_stage, write_prior
 
 import sample as program
 from convert import load_prior
-from data import Signs
-from diffusion import STRATA
 from distributed import UserError
-from fid import FeatureStatistics
-from sample import Drawing, measure, open_decoder, open_reference
-
-CPU, T = torch.device("cpu"), 6
+from sample import draw, draw_codes, measure, open_decoder
 
 
 @pytest.fixture
@@ -28,47 +25,17 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def inception(x):
-    """Something like InceptionV3: (features (B,2048), logits)."""
-    features = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1).repeat(1, 11)
-    return features[:, :2048], features[:, :1008]
-
-
-class FakeInception:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def to(self, device):
-        return inception
-
-
 # -- drawing ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["strided", "route"])
-def test_a_sample_is_a_function_of_the_seed_and_its_number_alone(run, sampler):
+def test_a_sample_is_a_function_of_the_seed_and_its_number_alone(run):
     prior = load_prior(run)
-    drawings = [Drawing(3, sampler, 0.9, seed=5, batch_size=size) for size in (2, 5)]
-    two, five = (torch.cat([codes for _, codes, _ in drawing.batches(prior, 5)])
-                 for drawing in drawings)
+    two, five = (torch.cat([codes for _, codes, _, _ in draw(
+        prior, prior.first_stage, 3, 5, seed=5, batch_size=size)]) for size in (2, 5))
     assert torch.equal(two, five)
-    assert torch.equal(drawings[0].codes(prior, [3]), five[3:4])
-    others = Drawing(3, sampler, 0.9, seed=6).codes(prior, range(5))
-    everything = [codes.numpy().tobytes() for codes in (*five, *others)]
-    assert len(set(everything)) == 10
-
-
-def test_steps_sampler_and_temperature_are_the_diffusions_own(run):
-    prior, asked = load_prior(run), []
-
-    def spy(model, shape, steps, generators, **options):
-        asked.append((model is prior.unet, shape, steps, len(generators), options))
-        return torch.zeros(shape, dtype=torch.int64)
-
-    prior.diffusion.sample = spy
-    Drawing(4, "route", 0.5).codes(prior, range(3))
-    assert asked == [(True, (3, 16, 16), 4, 3, {"sampler": "route", "temperature": 0.5,
-                                                "device": CPU})]
+    assert torch.equal(draw_codes(prior, [3], 3, seed=5), five[3:4])
+    others = draw_codes(prior, range(5), 3, seed=6)
+    assert len({codes.numpy().tobytes() for codes in (*five, *others)}) == 10
 
 
 def test_what_a_device_does_once_is_not_in_the_seconds(run, monkeypatch):
@@ -81,7 +48,7 @@ def test_what_a_device_does_once_is_not_in_the_seconds(run, monkeypatch):
 
     prior.diffusion.sample = slow_at_first
     monkeypatch.setattr(program.time, "perf_counter", lambda: clock[0])
-    seconds = [took for _, _, took in Drawing(3, batch_size=2).batches(prior, 5)]
+    seconds = [took for *_, took in draw(prior, prior.first_stage, 3, 5, batch_size=2)]
     assert seconds == [1.0, 1.0, 1.0]
     assert calls == [1, 3, 3, 3]
 
@@ -97,12 +64,12 @@ def test_samples_are_decoded_by_our_decoder_without_a_mask_where_there_is_one(ru
     assert vanilla is prior.first_stage
     assert not torch.equal(ours.decode(z), vanilla.decode(z))
     assert torch.equal(ours.decode(z), program.load(run).model.decode(z))
-    assert type(open_decoder(run / "prior" / "last.pt", prior)) is type(ours)
+    assert type(open_decoder(run / "prior" / "last.pt", prior, "asym")) is type(ours)
     _, parent = write_first_stage(tmp_path / "bare")
     write_prior(tmp_path / "bare", parent)
     bare = load_prior(tmp_path / "bare")
     assert open_decoder(tmp_path / "bare", bare) is bare.first_stage
-    with pytest.raises(UserError, match=r"--decoder asym: .*bare has no decoder of ours"):
+    with pytest.raises(UserError, match=r"--decoder asym: .*bare has none; train one"):
         open_decoder(tmp_path / "bare", bare, "asym")
 
 
@@ -114,43 +81,22 @@ def test_a_decoder_on_another_first_stage_is_refused(run, tmp_path):
     assert open_decoder(run, load_prior(run), "vanilla")
 
 
-# -- measuring -------------------------------------------------------------------------------------
+# -- what fewer steps cost -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "against"), [(5, 3), (2, 5), (4, 4)])
-def test_fid_is_of_as_many_samples_as_pictures_whatever_is_shown(run, n, against):
-    prior, signs = load_prior(run), Signs("val", SIZE)
-    drawing, model = Drawing(2, batch_size=2), prior.first_stage
-    reference = open_reference(inception, signs, against, 2, CPU)
-    with torch.inference_mode():
-        row, shown = measure(prior, model, drawing, n, reference)
-        x_hat = model.decode_indices(drawing.codes(prior, range(max(n, against))))
-    assert shown.shape == (n, 3, SIZE, SIZE)
-    assert torch.allclose(shown, x_hat[:n], atol=1e-4)
-    x = torch.tensor(np.stack([signs.image(i) for i in range(against)])).permute(0, 3, 1, 2)
-    ours, real = FeatureStatistics(2048), FeatureStatistics(2048)
-    ours.update(inception(x_hat[:against].clamp(-1, 1))[0])
-    real.update(inception(x / 127.5 - 1)[0])
-    assert row["fid"] == pytest.approx(ours.frechet(real), rel=1e-5)
-
-
-def test_the_bound_is_the_priors_of_the_samples_that_are_shown(run):
-    prior, drawing = load_prior(run), Drawing(2, batch_size=2)
-    with torch.inference_mode():
-        row, _ = measure(prior, prior.first_stage, drawing, 3)
-        generators = [torch.Generator().manual_seed(i) for i in range(3)]
-        codes = drawing.codes(prior, range(3))
-        nats = prior.diffusion.vlb(prior.unet, codes, generators, STRATA)["vlb"].mean().item()
-    assert row["nats"] == pytest.approx(nats, rel=1e-6)
-    assert (row["n"], row["sampler"], row["fid"]) == (2, "strided", None)
-
-
-def test_the_seconds_are_those_of_one_batch(run, monkeypatch):
+def test_the_bound_is_the_priors_of_the_samples_and_the_seconds_those_of_a_batch(run, monkeypatch):
     prior, clock = load_prior(run), iter(range(100))
     monkeypatch.setattr(program.time, "perf_counter", lambda: float(next(clock)))
-    for n, batch_size, expected in ((3, 2, 2 / 3 * 2), (2, 8, 1.0)):
-        row, _ = measure(prior, prior.first_stage, Drawing(1, batch_size=batch_size), n)
-        assert row["seconds"] == pytest.approx(expected)
+    with torch.inference_mode():
+        row, images = measure(prior, prior.first_stage, 2, 3, batch_size=2)
+        codes = draw_codes(prior, range(3), 2)
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        nats = prior.diffusion.vlb(prior.unet, codes, generators, 4)["vlb"].mean().item()
+        assert torch.allclose(images, prior.first_stage.decode_indices(codes), atol=1e-4)
+    assert row["n"] == 2
+    assert row["nats"] == pytest.approx(nats, rel=1e-6)
+    assert row["seconds"] == pytest.approx(2 / 3 * 2)
+    assert measure(prior, prior.first_stage, 1, 2, batch_size=8)[0]["seconds"] == 1.0
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -161,61 +107,59 @@ def _call(monkeypatch, *arguments):
     program.main()
 
 
-def test_the_program_writes_a_grid_and_the_numbers_beside_it(run, tmp_path, monkeypatch, capsys):
+def test_the_program_writes_a_grid_and_says_what_it_did(run, tmp_path, monkeypatch, capsys):
     write_prior(run, load_prior(run).parent, finished=False)
     _call(monkeypatch, "--run", run, "-n", 5, "-o", tmp_path / "new" / "s.png", "--steps", 2)
     picture = Image.open(tmp_path / "new" / "s.png")
     assert picture.height < picture.width                # five in rows of three
-    saved = json.loads((tmp_path / "new" / "s.json").read_text())
-    assert saved["steps"][0].keys() == {"n", "sampler", "seconds", "nats", "fid"}
-    assert (saved["n"], saved["seed"], saved["decoder"]) == (5, 0, "ours, without a mask")
     printed = capsys.readouterr().out
-    assert "the prior in" in printed
-    assert "is not finished (step 2)" in printed
-    assert "| steps | sampler | seconds for 5 |" in printed
-    assert "FID: not computed: --fid-n N measures it" in printed
+    assert f"warning: the prior in {run} is not trained to its end (step 2)" in printed
+    assert "5 samples of" in printed
+    assert "decoded by ours, without a mask, in 2 of 6 steps, on cpu" in printed
+    assert printed.endswith(f"wrote {tmp_path}/new/s.png\n")
 
 
-def test_a_list_of_steps_gives_a_row_each_for_each_sampler(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(program, "InceptionV3", FakeInception)
-    _call(monkeypatch, "--run", run, "-n", 3, "-o", tmp_path / "s.png", "--steps", "1,T,1",
-          "--sampler", "both", "--fid-n", 4, "--against", "train", "--batch-size", 4)
-    saved = json.loads((tmp_path / "s.json").read_text())
-    assert [(row["n"], row["sampler"]) for row in saved["steps"]] == [
-        (1, "strided"), (1, "route"), (T, "strided"), (T, "route")]
-    assert all(row["fid"] > 0 and row["seconds"] > 0 for row in saved["steps"])
-    assert saved["notes"]["fid"].startswith("of 4 samples against the first 4 of 50,000 drawn")
-    assert "(train, seed 0)" in saved["notes"]["fid"]
-    printed = capsys.readouterr().out
-    assert printed.count("| strided |") == printed.count("|   route |") == 2
+def test_a_list_of_steps_gives_a_row_each(run, tmp_path, monkeypatch, capsys):
+    _call(monkeypatch, "--run", run, "-n", 3, "-o", tmp_path / "s.png", "--steps", "1,6, 1")
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()
+             if line.startswith("|")]
+    assert [cell.strip() for cell in lines[0]] == ["steps", "seconds for 3", "hours for 50,000",
+                                                   "nats a map"]
+    assert [line[0].strip() for line in lines[2:]] == ["1", "6"]
     picture = Image.open(tmp_path / "s.png")
-    assert picture.height > picture.width                # four rows of three
+    assert picture.height < picture.width                # two rows of three
 
 
-def test_without_the_network_fid_is_na_and_no_more_samples_are_drawn(run, tmp_path, monkeypatch):
-    def missing(folder):
-        raise UserError("it is not there: get it")
-
-    monkeypatch.setattr(program, "InceptionV3", missing)
-    _call(monkeypatch, "--run", run, "-n", 2, "-o", tmp_path / "s.png", "--fid-n", 900)
-    saved = json.loads((tmp_path / "s.json").read_text())
-    assert saved["steps"][0]["fid"] is None
-    assert saved["notes"]["fid"] == "n/a: it is not there: get it"
-    assert saved["batch_size"] == 2
+@pytest.mark.parametrize(("decoder", "folder"), [("asym", "new/"), ("vanilla", "plain"),
+                                                 ("vanilla", "there.is")])
+def test_a_folder_gets_one_rounded_png_a_sample(run, tmp_path, monkeypatch, decoder, folder):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("there.is")
+    _call(monkeypatch, "--run", run, "-n", 5, "-o", folder, "--steps", 2, "--decoder", decoder,
+          "--batch-size", 2, "--seed", 4)
+    assert sorted(os.listdir(folder)) == [f"{i:05}.png" for i in range(5)]
+    prior = load_prior(run)
+    with torch.inference_mode():
+        codes = draw_codes(prior, [3], 2, seed=4)
+        x_hat = open_decoder(run, prior, decoder).decode(prior.first_stage.quantize.lookup(codes))
+    written = np.array(Image.open(Path(folder) / "00003.png"))
+    assert written.shape == (SIZE, SIZE, 3)
+    exact = ((x_hat[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(written - exact).max() < 0.5 + 1e-2    # rounded, not cut off
+    with pytest.raises(UserError, match="is not empty; choose another folder"):
+        _call(monkeypatch, "--run", run, "-o", folder)
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
-    ("-n 0", "-n 0: give a number from 1 on"), ("--steps 0", "from 1 to T = 6"),
-    ("--steps 2,7", "from 1 to T = 6"), ("--steps two", "from 1 to T = 6"),
-    ("--fid-n 1", "at least 2 samples"), ("--fid-n 1001", "there are 1,000 pictures"),
-    ("--temperature 0", "--temperature 0.0: must be positive"), ("--seed -1", "--seed -1"),
-    ("-o s.jpg", "a name that ends in .png"),
-    ("-o file/s.png", "-o: file cannot be made a folder"),
-    ("--decoder asym", "has no decoder of ours")])
+    ("-n 0", "-n and --batch-size are at least 1"), ("--seed -1", "--seed at least 0"),
+    ("--steps 0", "from 1 to T = 6"), ("--steps 2,7", "from 1 to T = 6"),
+    ("--steps two", "from 1 to T = 6"), ("--steps 1,2 -o new/", "the samples of one --steps"),
+    ("-o s.jpg", "-o s.jpg: give a .png, or a folder"),
+    ("-o file/s.png", "-o: file cannot be made a folder"), ("--decoder asym", "run has none")])
 def test_a_mistake_names_the_flag(flags, reason, run, monkeypatch, tmp_path):
     (run / "decoder" / "last.pt").unlink()
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(UserError, match=reason):
         _call(monkeypatch, "--run", run, *flags.split())
-    assert not (tmp_path / "samples.png").exists()
+    assert sorted(os.listdir()) == ["file", "run"]
