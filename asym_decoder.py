@@ -8,7 +8,7 @@ The mask m is 1 where pixels are to be generated. Level i takes feature i+1 and 
 feature 0, as in the tables; Eq. 3 counts the same features from 1. `blend="add"` is the paper's
 final choice (Sec. 4.1), with plain convolutions in the branch; `blend="concat"` is what Tables 7
 and 8 print, with partial ones. The trunk is vqgan.Decoder, so its weights load from the first
-stage; the branch is `encoder.layers.N`, as the authors call it. Not here: training (stages.py).
+stage; the branch is `encoder.layers.N`, as the authors call it.
 """
 
 import torch
@@ -82,7 +82,7 @@ class AsymDecoder(Decoder):
             raise ValueError(f'blend must be "add" or "concat", not {blend!r}')
         super().__init__(config, ch, num_res_blocks)
         self.blend = blend
-        widths = [ch * config.ch_mult[0], *self.in_widths]   # of the output, level 0, level 1, ...
+        widths = [ch * config.ch_mult[0], *self.in_widths]   # [0] the output's, [i + 1] level i's
         self.encoder = ConditionBranch(widths, partial=blend == "concat")
         if blend == "concat":
             self.fuse = nn.ModuleList(nn.Conv2d(2 * width + 1, width, 1) for width in widths)
@@ -115,45 +115,26 @@ class AsymDecoder(Decoder):
         """The parameters that only the asymmetric decoder has."""
         return [p for name, p in self.named_parameters() if _in_branch(name)]
 
-    def last_features(self, z, image=None, mask=None, rows=None):
+    def last_features(self, z, image=None, mask=None):
         """As Decoder.last_features, with the known pixels blended in. Trusts its input.
 
         z: (B,z,h,w), after post_quant_conv; image: (B,3,H,W); mask: (B,1,H,W) in {0,1}.
-        rows: int64 (n,) on z's device, the samples whose mask is not full; None stands for all. The
-        branch runs on these only: for a full mask its features are multiplied by zero (add) or are
-        zero (concat), so the others lose nothing. With no rows it runs on an empty batch, and its
-        parameters receive zeros as gradients, not None.  deviation D14
         """
-        conditions = self._conditions(image, mask, rows)
+        conditions = None
+        if mask is not None:                             # [(f_E^l, m^l)], what blend l takes
+            features = self.encoder(image, mask)
+            # Every step-th value is nearest-neighbour downsampling.
+            steps = [mask.shape[-1] // f.shape[-1] for f in features]
+            conditions = [(f, mask[..., ::s, ::s]) for f, s in zip(features, steps)]
         h = self.bottom(z)                                                  # (B, C, h, w)
         for i in reversed(range(len(self.up))):
             h = self.run_level(i, self._blend(i + 1, h, conditions))        # (B, C', 2h, 2w)
         h = self._blend(0, h, conditions)                                   # (B, ch, H, W)
         return F.silu(self.norm_out(h))
 
-    def forward(self, z, image=None, mask=None, rows=None):
+    def forward(self, z, image=None, mask=None):
         """-> x_hat (B,3,H,W); the arguments are those of `last_features`."""
-        return self.conv_out(self.last_features(z, image, mask, rows))      # (B, 3, H, W)
-
-    def _conditions(self, image, mask, rows):
-        """[(f_E^l, m^l)], what blend l takes besides h, for all samples; None without a mask."""
-        if mask is None:
-            return None
-        if rows is None:
-            features = self.encoder(image, mask)
-        else:
-            features = self._features_of(rows, image, mask)
-        steps = [mask.shape[-1] // f.shape[-1] for f in features]
-        # Every step-th value is nearest-neighbour downsampling, and copies nothing.
-        return [(f, mask[..., ::s, ::s]) for f, s in zip(features, steps)]
-
-    # A compiled graph would be made anew for each number of rows, and inductor's convolution
-    # gradients fail on none; five convolutions gain little from it.
-    @torch.compiler.disable
-    def _features_of(self, rows, image, mask):
-        """The branch's features of the samples in `rows`, zero in the others."""
-        features = self.encoder(image[rows], mask[rows])
-        return [f.new_zeros(len(image), *f.shape[1:]).index_copy(0, rows, f) for f in features]
+        return self.conv_out(self.last_features(z, image, mask))            # (B, 3, H, W)
 
     def _blend(self, index, h, conditions):
         """h (B,C,h,w), joined with condition `index`, where there is one."""
@@ -204,18 +185,16 @@ class AsymVQGAN(nn.Module):
             mask = mask.to(image.dtype)
         return self.decoder(self.first_stage.post_quant_conv(z), image, mask).float()
 
-    def forward(self, x, mask, rows=None, generator=None):
-        """One training pass: encode the full x, decode with its pixels under `mask`.
+    def forward(self, x, mask, generator=None):
+        """Pass training images up to the last layer: the full x encoded, its known pixels blended.
 
-        x: (B,3,H,W) in [-1,1]; mask: (B,1,H,W) in {0,1}; rows: see AsymDecoder.last_features;
-        generator: see DiagonalGaussian.sample.
-        -> x_hat (B,3,H,W), {"last_features": (B,ch,H,W), detached}.
+        x: (B,3,H,W) in [-1,1]; mask: (B,1,H,W) in {0,1}; generator: see DiagonalGaussian.sample.
+        -> (B,ch,H,W), of which the image is `decoder.conv_out`.
         """
         with torch.no_grad():
             z = self.encode(x, sample=True, generator=generator)            # (B, d, h, w)
             z = self.first_stage.post_quant_conv(z)                         # (B, z, h, w)
-        h = self.decoder.last_features(z, x, mask, rows)                    # (B, ch, H, W)
-        return self.decoder.conv_out(h).float(), {"last_features": h.detach()}
+        return self.decoder.last_features(z, x, mask)                       # (B, ch, H, W)
 
     def _check(self, z, image, mask):
         d, f = self.config.embed_dim, self.config.f

@@ -399,7 +399,7 @@ class Timesteps:
         self.T = T
         self.losses = torch.zeros(T, HISTORY, dtype=torch.float64)      # ring buffers
         self.counts = torch.zeros(T, dtype=torch.int64)                 # losses ever seen
-        self._observed = []
+        self.observed = []
 
     def probabilities(self):
         """p_t for t = 1..T: (T,) float64, index 0 is t = 1."""
@@ -419,14 +419,14 @@ class Timesteps:
 
     def observe(self, t, losses):
         """Note the losses of a micro-batch: t (B,), L_t (B,) in nats, on any device."""
-        self._observed += zip(t.tolist(), losses.tolist())
+        self.observed += zip(t.tolist(), losses.tolist())
 
     def update(self):
         """Enter what all processes observed since the last update. Every process must call this.
 
         A loss that is not finite is left out: one would poison all probabilities.
         """
-        observed, self._observed = self._observed, []
+        observed, self.observed = self.observed, []
         shares = gather_objects(observed)                    # rank by rank is image by image
         for t, loss in (pair for share in shares for pair in share):
             if abs(loss) < math.inf:

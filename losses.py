@@ -1,17 +1,11 @@
-"""What the decoder is trained with: its losses and their balance [AVQ App. A].
+"""Compute what images are trained with: L1 and LPIPS, the discriminator, and their balance.
 
-In the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator and its two-player loss
-(Eq. 7), the adaptive weight lambda (Eq. 9), and the sum of all three (Eq. 6, 8) as one gradient
-with respect to the image:
-
-    x_hat ──► L1, LPIPS, D ──► dL/dx_hat (B,3,H,W) ──► x_hat.backward(dL/dx_hat), the one
-                 │                                        walk back through the decoder
-                 └──► their gradients at conv_out.weight (from its input features) ──► lambda
-
-Not here: the published files that LPIPS reads (weight_files.py), the codebook loss (quantize.py),
-the KL term (Eq. 10-11: quantize.py, stages.py), who steps in which order (stages.py) and when the
-discriminator starts (train.py).
+[AVQ App. A], in the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator and its
+two-player loss (Eq. 7), the adaptive weight lambda (Eq. 9). The step that adds them up (Eq. 6 and
+8) is train_autoencoder.Autoencoder.step.
 """
+
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -228,82 +222,36 @@ def generator_gan_loss(logits_fake, gan="hinge"):
     return -logits_fake.mean()
 
 
-# ---------------------------------------------------------------- the balance, Eq. 6, 8, 9
+@contextmanager
+def frozen(network):
+    """Give the network's parameters no gradient from what is computed inside the block."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
-def adaptive_weight(rec_grad, gan_grad, rule="paper"):
-    """lambda, a 0-d tensor on the gradients' device: nothing waits for it [AVQ Eq. 9].
+# ---------------------------------------------------------------- the balance, Eq. 9
 
-    rec_grad, gan_grad: gradients of the reconstruction and the GAN loss with respect to the last
-    layer's weight. Eq. 9 divides gradients; their norms are meant.
-    "paper": the ratio as printed. "taming": clamped to [0, 1e4] and times 0.8, as taming and the
-    authors' code.  deviation D7
+
+def adaptive_weight(rec, gan, last_layer, rule="paper"):
+    """Weigh the GAN loss by the ratio of gradient norms: lambda, a 0-d tensor. [AVQ Eq. 9]
+
+    rec, gan: the reconstruction and the GAN loss, 0-d tensors with a graph, which is kept.
+    last_layer: the decoder's last weight. Eq. 9 divides gradients; their norms are meant.
+    rule: "paper", the ratio as printed, with the pixel loss for rec. "taming": clamped to [0, 1e4]
+    and times 0.8, as taming and the authors' code, with pixel + perceptual for rec.  deviation D7
+
+    On several processes the norms are those of the mean gradients, so that every process has the
+    whole batch's lambda.
     """
-    weight = _wide(rec_grad).norm() / (_wide(gan_grad).norm() + 1e-4)
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, gan)]
+    rec_grad, gan_grad = mean_over_ranks(torch.stack(gradients))            # (3, C, 3, 3) each
+    weight = rec_grad.norm() / (gan_grad.norm() + 1e-4)
     if _check(rule, "lambda", ("paper", "taming")) == "taming":
         weight = 0.8 * weight.clamp(0, 1e4)
-    return weight.detach()
-
-
-def last_layer_gradient(features, image_gradient, weight_shape):
-    """The gradient of `conv_out.weight` (3x3, stride 1, padding 1), in float32.
-
-    features: conv_out's input (B,C,H,W). image_gradient: the loss's gradient with respect to
-    conv_out's output (B,3,H,W). The chain rule through this one layer needs no graph, so the
-    decoder's stays whole for its one backward.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        features, image_gradient = _wide(features.detach()), _wide(image_gradient)
-        return torch.nn.grad.conv2d_weight(
-            features, weight_shape, image_gradient, padding=1)                 # (3, C, 3, 3)
-
-
-def generator_gradient(x_hat, x, features, weight_shape, perceptual=None, discriminator=None,
-                       gan="hinge", rule="paper"):
-    """The whole objective's gradient with respect to the image [AVQ Eq. 6] [AVQ Eq. 8].
-
-    x_hat, x: the decoder's output and its target (B,3,H,W) in [-1,1]. features, weight_shape:
-    conv_out's input (B,C,H,W) and its weight's shape. perceptual: an LPIPS or None. discriminator:
-    a bare PatchDiscriminator (not wrapped in DistributedDataParallel, which would wait for its
-    parameters' gradients), or None before it starts.
-    rule: lambda's; "paper" has the pixel gradient in the numerator, "taming" pixel + perceptual.
-
-    Returns (image_gradient (B,3,H,W), {"pixel", "perceptual", "gan", "lambda"}: detached 0-d
-    tensors, those that exist). The losses are this process's means; lambda is the same on every
-    process. The caller goes on with
-
-        x_hat.backward(image_gradient)
-
-    which gives the decoder the gradients of L_pixel + L_percep + lambda L_GAN. Each loss is walked
-    back once, to the image; no graph is retained, which compiled decoders do not allow. The
-    discriminator's `.grad` stays untouched.
-    """
-    image = _wide(x_hat.detach()).requires_grad_()
-    values = {}
-
-    def gradient(name, loss):
-        values[name] = loss.detach()
-        return torch.autograd.grad(loss, image)[0]                             # (B, 3, H, W)
-
-    with torch.autocast(image.device.type, enabled=False):
-        pixel = total = gradient("pixel", pixel_loss(image, x))
-        if perceptual is not None:
-            total = pixel + gradient("perceptual", perceptual(image, x).mean())
-        if discriminator is not None:
-            adversarial = gradient("gan", generator_gan_loss(discriminator(image), gan))
-            numerator = pixel if rule == "paper" else total
-            both = torch.stack([last_layer_gradient(features, g, weight_shape)
-                                for g in (numerator, adversarial)])            # (2, 3, C, 3, 3)
-            # The norm of the mean over processes, not the mean of their norms: the whole batch's
-            # lambda, the same everywhere.
-            values["lambda"] = adaptive_weight(*mean_over_ranks(both), rule)
-            total = total + values["lambda"] * adversarial
-    return total.to(x_hat.dtype), values
-
-
-def _wide(tensor):
-    """`tensor` in float32; float64, which only tests use, stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return weight
 
 
 def _check(value, flag, allowed):

@@ -8,7 +8,7 @@ centres the codebook, of as many codes as one likes:
     features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
     VQGAN, codebook --> the same VQGAN, of which only the decoder trains        install_codebook
 
-Then the decoder is fine-tuned, which is a stage of training (stages.py).
+Then the decoder is fine-tuned, which is a stage of training (train_autoencoder.py).
 """
 
 from dataclasses import replace

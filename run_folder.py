@@ -5,7 +5,7 @@
     RUN/STAGE/log.jsonl           one line a step, each step once, cut back on resume
     RUN/STAGE/{last,previous}.pt  plain tensors and containers; loading never executes code
 
-The progress line and the signals that end a run early are here, too.
+The progress line and the signals that end a run early are here as well.
 """
 
 import hashlib
@@ -19,79 +19,85 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from distributed import UserError, on_rank0, print0, rank, world_size
+from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
 
 try:
     import fcntl
-except ImportError:                                        # Windows
+except ImportError:                                        # Windows has no such locks
     fcntl = None
-    import msvcrt
 
 FORMAT = 1
 PATIENCE = 3            # seconds from one signal to the next that is meant as another
 
 
+@dataclass
+class Run:
+    """Hold what all stages of one call of train.py share."""
+
+    settings:  dict             # what the flags resolved to, the run's config.json
+    out:       Path
+    device:    torch.device
+    workers:   int              # data processes of each training process
+    train_set: object           # data.Signs or data.ImageFiles
+    val_set:   object
+
+    @property
+    def channels_last(self):
+        """Whether networks lie in memory channel by channel: everywhere but on MPS."""
+        return self.device.type != "mps"
+
+
+# ---------------------------------------------------------------- the folder
+
+
 @contextmanager
-def open_run(out, config, restart=False, may_change=frozenset()):
-    """Hold the run folder `out`, made or continued for `config`, while the block runs.
+def open_run(out, settings, may_change=frozenset()):
+    """Hold the run folder `out`, made or continued for `settings`, while the block runs.
 
-    config: plain values only. restart: an existing run is set aside under the next free name, never
-    deleted. may_change: keys of `config` that need not be as they were. Raises UserError, on every
-    rank, where another process writes there, where the folder holds a run with other settings
-    (listing them), or where it holds something that is no run.
+    settings: plain values only. may_change: keys that need not be as they were. Raises UserError,
+    on every rank, where another process writes there, where the folder holds a run with other
+    settings (listing them), or where it holds something that is no run.
     """
-    with ExitStack() as held:
-        on_rank0(lambda: _open(Path(out), config, restart, may_change, held))
+    out, held = Path(out), None
+
+    def enter():
+        nonlocal held
+        held = lock(out)
+        held.__enter__()
+        config = out / "config.json"
+        # Settings may still change until the first checkpoint exists.
+        if config.exists() and any(out.glob("*/*.pt")):
+            before, now = json.loads(config.read_text()), json.loads(json.dumps(settings))
+            changed = [line for line in _differences(before, now)
+                       if line.split(" ")[0] not in may_change]
+            if changed:
+                raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give "
+                                "the same ones to continue it, or another --out for a new run")
+        elif not config.exists() and any(path.name not in (".lock", "config.json.part")
+                                         for path in out.iterdir()):
+            raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; "
+                            "choose another --out")
+        write_text(config, json.dumps(settings, indent=2) + "\n")
+        launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+        with open(out / "command.txt", "a") as file:
+            file.write(f"{launcher if world_size() > 1 else 'python'} {shlex.join(sys.argv)}\n")
+
+    try:
+        on_rank0(enter)
         yield
-
-
-def _open(out, config, restart, may_change, held):
-    if restart and out.exists():
-        with lock(out):
-            print0(f"the earlier run is kept as {set_aside(out)}")
-    held.enter_context(lock(out))
-    settings = out / "config.json"
-    if settings.exists():
-        # Before anything is saved, a mistake in the settings must not have to be kept.
-        if any(out.glob("*/*.pt")):
-            before, now = json.loads(settings.read_text()), json.loads(json.dumps(config))
-            _compare(out, *({key: value for key, value in known.items() if key not in may_change}
-                            for known in (before, now)))
-    elif any(path.name not in (".lock", "config.json.part") for path in out.iterdir()):
-        raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; "
-                        "choose another --out")
-    write_text(settings, json.dumps(config, indent=2) + "\n")
-    with open(out / "command.txt", "a") as file:
-        file.write(shlex.join([*_launcher(), *sys.argv]) + "\n")
-
-
-def _launcher():
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["torchrun", f"--nproc_per_node={processes}"] if world_size() > 1 else ["python"]
-
-
-def set_aside(out):
-    """Rename the folder to OUT.old1, OUT.old2, ...; the new path."""
-    number = 1
-    while (old := out.with_name(f"{out.name}.old{number}")).exists():
-        number += 1
-    return out.rename(old)
-
-
-def _compare(out, before, now):
-    changed = _differences(before, now)
-    if changed:
-        raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give the same "
-                        "ones to continue it, another --out for a new run, or --restart to begin "
-                        "anew (the old run is kept aside)")
+    finally:
+        if held:
+            held.__exit__(None, None, None)
 
 
 def _differences(before, now, prefix=""):
+    """List "key was a, is b" for all that differs; inner keys are joined by dots."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
@@ -102,8 +108,38 @@ def _differences(before, now, prefix=""):
     return found
 
 
+@contextmanager
+def lock(folder):
+    """Hold `folder` (made if missing) for this process while the block runs.
+
+    Raises UserError where another process holds it, or where it cannot be written. The kernel
+    releases the lock even after SIGKILL, and data workers that outlive a killed run do not hold it.
+    """
+    folder = make_folder(Path(folder))
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed by the with below)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written to ({error.strerror}); choose another "
+                        "--out") from None
+    with file:
+        try:
+            if fcntl:           # lockf: flock's lock would pass to forked data workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"{folder} is in use by process {file.read().strip()}; "
+                            "stop it or choose another --out") from None
+        except OSError as error:
+            print0(f"{folder}: this file system has no locks ({error.strerror}); "
+                   "take care that no second process writes there")
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def make_folder(path, flag="--out"):
-    """`path`, a Path, as a folder: made where it is not there. UserError: it cannot be made."""
+    """Make `path`, a Path, a folder. Raises UserError where it cannot be one."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,16 +158,146 @@ def write_text(path, text):
     os.replace(part, path)
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def save(path, state):
+    """Write `state` to `path` so that at every moment at least one complete file exists.
+
+    The file that stood at `path` becomes previous.pt beside it. Raises UserError where the disk
+    refuses (full, read-only, ...): the files of before are as they were.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if zipfile.is_zipfile(path):             # a damaged file would replace a good one
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+        if os.name != "nt":                      # make the new names durable
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer hides the OSError behind a RuntimeError about file positions.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot save {path}: {reason.strerror or reason}; make room or choose "
+                        "another --out, then run the same command again") from error
+
+
+def load(path):
+    """Read the dictionary that `save` wrote at `path`, its tensors on the CPU.
+
+    Raises UserError, one line, for a file that is missing, truncated, damaged (checksums), of
+    another format, or that would execute code.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused, it holds more than tensors and plain containers and "
+                        "could execute code; use a checkpoint that train.py wrote") from None
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
+    if damaged:
+        raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program (format {found}, "
+                        f"expected {FORMAT})")
+    return state
+
+
+def latest(folder):
+    """Read the newest whole state in a stage's `folder`: last.pt, else previous.pt, else None.
+
+    None means that neither file exists. Falling back prints a line that names the bad file. Raises
+    UserError where files exist but none can be read: a run never starts again in silence.
+    """
+    paths = [Path(folder) / name for name in ("last.pt", "previous.pt")]
+    failures = []
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            state = load(path)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            print0(f"{failures[0]}; continuing from {path}")
+        return state
+    if failures:
+        raise UserError("; ".join(failures) + "; restore one of them, or choose another --out")
+    return None
+
+
+def latest_everywhere(folder):
+    """Read `latest` on every process. Raises UserError where they find different checkpoints."""
+    state = latest(folder)
+    found = gather_objects(state["step"] if state else -1)
+    if len(set(found)) > 1:
+        raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
+                        " --out must be on a file system that all machines share")
+    return state
+
+
+def load_optimizer(optimizer, state):
+    """Continue an optimizer from its state_dict, in the memory layout of the present parameters.
+
+    torch would keep the layout that the state was saved in, and fused Adam reads parameter and
+    state element by element as they lie in memory: with another layout its steps are wrong.
+    """
+    for group in state["param_groups"]:                  # another device may be in use now
+        group["fused"] = optimizer.param_groups[0]["fused"]
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        for key, value in kept.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def weights_hash(state_dict):
+    """Hash the sorted names, types, shapes and bytes of a state dict's tensors: sha256, hex.
+
+    The hash is the same on every device and for every memory layout.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- while a run goes on
+
+
 class Log:
-    """log.jsonl: one JSON object for each step. Only rank 0 writes."""
+    """Write log.jsonl: one JSON object for each step. Only rank 0 writes."""
 
     def __init__(self, path, step):
         """Keep the lines up to `step` steps; the later ones are about to be made again."""
         self.file = None
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (line for line in _complete_lines(path) if json.loads(line)["step"] <= step)
-            write_text(path, "".join(line + "\n" for line in lines))
+            # What follows the last newline was cut off by a kill.
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            write_text(path, "".join(line + "\n" for line in lines
+                                     if json.loads(line)["step"] <= step))
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record):
@@ -139,7 +305,7 @@ class Log:
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sync(self):
-        """Before a checkpoint: its log must not be behind it, even after a power cut."""
+        """Make the log durable before a checkpoint, which must not be ahead of it."""
         if self.file:
             os.fsync(self.file.fileno())
 
@@ -148,15 +314,11 @@ class Log:
             self.file.close()
 
 
-def _complete_lines(path):
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return lines[:-1]                       # what follows the last newline was cut off by a kill
-
-
 class Progress:
-    """One updating line with rate and time left; off a terminal, a plain line every ten seconds."""
+    """Show one updating line with rate and time left; off a terminal a line every ten seconds.
+
+    Time left is told from the twentieth step on: the first steps are slower than the others.
+    """
 
     def __init__(self, name, first, steps, batch_size):
         self.name, self.first, self.steps, self.batch_size = name, first, steps, batch_size
@@ -164,18 +326,19 @@ class Progress:
         self.terminal = sys.stdout.isatty()
 
     def show(self, step, terms):
-        """After `step` steps."""
+        """Show the state after `step` steps; terms: numbers by name, of which some are shown."""
         now = time.monotonic()
         if rank() or (now - self.shown < (0.2 if self.terminal else 10) and step < self.steps):
             return
         self.shown = now
         rate = (step - self.first) / max(now - self.start, 1e-9)
-        shown = [name for name in ("pixel", "perceptual", "gan", "lambda", "vlb")
-                 if name in terms]
-        line = "  ".join([f"{self.name} {step}/{self.steps}",
-                          *(f"{name} {terms[name]:.4g}" for name in shown),
-                          f"{rate * self.batch_size:.3g} images/s",
-                          f"{duration((self.steps - step) / rate)} left"])
+        words = [f"{self.name} {step}/{self.steps}"]
+        words += [f"{name} {terms[name]:.4g}" for name in ("pixel", "perceptual", "gan", "lambda",
+                                                           "vlb") if name in terms]
+        words.append(f"{rate * self.batch_size:.3g} images/s")
+        if step - self.first >= 20:
+            words.append(f"{duration((self.steps - step) / rate)} left")
+        line = "  ".join(words)
         if self.terminal:
             print(f"\r{line:<110}", end="", flush=True)
         else:
@@ -188,9 +351,9 @@ class Progress:
 
 @contextmanager
 def stop_signals():
-    """Yields a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
+    """Yield a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
 
-    A later Ctrl-C is a KeyboardInterrupt. Launchers repeat a signal within milliseconds: those
+    A later Ctrl-C is a KeyboardInterrupt. Launchers repeat a signal within milliseconds; those
     repetitions are not meant so.
     """
     received, first = [], math.inf
@@ -220,172 +383,3 @@ def duration(seconds):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
-
-
-def save(path, state, keep_previous=True):
-    """Write `state` to `path` so that at every moment at least one complete file exists.
-
-    keep_previous: the file that stood at `path` becomes previous.pt beside it.
-    Raises UserError when the disk refuses (full, read-only, ...): the files of before are as they
-    were, and the unfinished one is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous:
-            _keep_previous(path)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer hides the OSError behind a RuntimeError about file positions.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        _remove(temporary)
-        raise UserError(f"cannot save {path}: {reason.strerror or reason}; make room or choose "
-                        "another --out, then run the same command again") from error
-
-
-def _keep_previous(path):
-    """Give the complete file at `path` the second name previous.pt; a damaged one is not kept."""
-    if not zipfile.is_zipfile(path):
-        return
-    previous = path.with_name("previous.pt")
-    spare = path.with_name("previous.pt.tmp")
-    _remove(spare)
-    try:
-        os.link(path, spare)
-    except OSError:                                        # a file system without hard links
-        os.replace(path, previous)
-    else:
-        os.replace(spare, previous)
-        _remove(spare)          # rename leaves both names where both were one file already
-
-
-def _remove(path):
-    try:
-        os.unlink(path)
-    except OSError:
-        return                  # nothing there, or the disk refuses that, too: no further harm
-
-
-def _sync_folder(folder):
-    """Make the new names durable; Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load(path):
-    """The dictionary that `save` wrote at `path`, its tensors on the CPU.
-
-    Raises UserError, one line, for a file that is missing, truncated, damaged (checksums), of
-    another format, or that would execute code.
-    """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, it holds more than tensors and plain containers and "
-                        "could execute code; use a checkpoint that train.py wrote") from None
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
-    if damaged:
-        raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this program (format {found}, "
-                        f"expected {FORMAT})")
-    return state
-
-
-def latest(folder):
-    """The newest readable state in a stage's `folder`: last.pt, else previous.pt, else None.
-
-    None means that neither file exists. Falling back prints a line that names the bad file. Raises
-    UserError when files exist but none can be read: a run never starts anew in silence.
-    """
-    candidates = [Path(folder) / name for name in ("last.pt", "previous.pt")]
-    if not any(path.exists() for path in candidates):
-        return None
-    failures = []
-    for path in candidates:
-        try:
-            state = load(path)
-        except UserError as error:
-            failures.append(str(error))
-            continue
-        if failures:
-            print0(f"{failures[0]}; continuing from {path}")
-        return state
-    raise UserError("; ".join(failures) + "; restore one of them or begin anew with --restart")
-
-
-def weights_hash(state_dict):
-    """sha256 (hex) over the sorted names, types, shapes and bytes of a state dict's tensors.
-
-    The same on every device and for every memory layout.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@contextmanager
-def lock(folder):
-    """Hold the run `folder` (made if missing) for this process while the block runs.
-
-    Raises UserError when another process holds it, or when it cannot be written. The lock is the
-    process's own: data workers that outlive a killed run do not hold it.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed by the with below)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror}); "
-                        "choose another --out") from None
-    with file:
-        try:
-            _lock_file(file)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"{folder} is in use by process {file.read().strip()}; "
-                            "stop it or choose another --out") from None
-        except OSError as error:
-            print0(f"{folder}: this file system has no locks ({error.strerror}); "
-                   "take care that no second process writes there")
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-def _lock_file(file):
-    if fcntl is not None:
-        # lockf, not flock: flock's lock would pass to forked data workers and outlive this process
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    file.seek(1024)             # beyond the text, which others must be able to read
-    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

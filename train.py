@@ -1,43 +1,35 @@
-"""Train the papers' four stages: the table of stages, the one visible loop.
+"""Train the papers' four stages: the flags, and the one visible loop.
 
-    python train.py                                        embedded data, all stages, the report
+    python train.py                                        Signs, tiny: all stages, then the report
     python train.py --data imagenet --root /data/imagenet  the papers' job
     torchrun --nproc_per_node=8 train.py ...               the same on eight GPUs
 
-What a stage starts from is in begin.py, what a step does in stages.py, what is kept of it in
-resume.py; flags and what they resolve to, in options.py. Everything random is a function of the
-seed, the stage and an image's position in the run, so a run that was killed goes on to the same
-weights as one that was not.
+What a stage starts from and what its step does is a class in train_autoencoder.py or
+train_prior.py. Everything random is a function of the seed, the stage and an image's position in
+the run, so a run that was killed ends with the same weights as one that was not.
 """
 
+import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from begin import (
-    SAMPLE_IMAGES,
-    Run,
-    begin_decoder,
-    begin_prior,
-    begin_refit,
-    begin_vqgan,
-    code_items,
-    held_out_codes,
-    held_out_pictures,
-    picture_items,
-)
-from budget import DAY, fitting_micro_batch, free_memory, local_batch, trial
-from data import open_dataset, training_batches
+import run_folder
+from asym_decoder import ASYM_PRESETS, AsymDecoder
+from convert import load_first_stage
+from data import default_root, open_dataset, training_batches
 from distributed import (
+    UserError,
     any_rank,
     close,
     exit_on_user_error,
+    mean_over_ranks,
     no_sync,
     on_rank0,
     print0,
@@ -46,120 +38,61 @@ from distributed import (
     world_size,
 )
 from eval import evaluate_runs
-from options import HOW, chosen_stages, parse, resolve, smaller_command
 from pictures import curves, image_grid
-from resume import save, start_or_resume, stop_unless_finite
-from run_folder import Log, Progress, duration, open_run, stop_signals
-from seeding import stage_seed
-from stages import (
-    RECIPES,
-    Recipe,
-    code_batch,
-    decoder_step,
-    first_gan_step,
-    global_terms,
-    gradient_norm,
-    optimizer_step,
-    prior_step,
-    refit_step,
-    run_length,
-    set_learning_rates,
-    training_batch,
-    vqgan_step,
-)
-from validation import (
-    decoder_columns,
-    prior_columns,
-    validate_decoder,
-    validate_prior,
-    validate_vqgan,
-    vqgan_columns,
-)
+from recipes import RECIPES, Recipe, first_gan_step, run_length, set_learning_rates
+from run_folder import Log, Progress, Run, open_run, stop_signals
+from seeding import STAGE_IDS, stage_seed
+from train_autoencoder import DecoderStage, FirstStage, Refit
+from train_prior import PriorStage
+from unet import UNET_PRESETS
+from vqgan import VQGAN_PRESETS
 
+STAGES = {"vqgan": FirstStage, "refit": Refit, "decoder": DecoderStage, "prior": PriorStage}
+SAMPLE_IMAGES = 6              # rows of samples/step_N.png
+OVERFIT_STEPS = 500
 
-def image_batch(run, trainee, part):
-    """A training loader's dict -> Batch."""
-    return training_batch(part, run.settings["seed"], trainee.stage, run.device, run.channels_last)
-
-
-def map_batch(run, trainee, part):
-    """The same of codes -> CodeBatch."""
-    return code_batch(part, run.settings["seed"], run.device)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A row of the table of stages."""
-
-    begin:    Callable     # (run, last state or None) -> Trainee
-    step:     Callable     # gradients of one micro-batch
-    validate: Callable     # {"val_...": value}
-    columns:  Callable     # {caption: pictures}
-    items:    Callable     # (run, trainee, steps) -> what the positions of the run mean
-    batch:    Callable = image_batch           # (run, trainee, loader's dict) -> what step takes
-    held_out: Callable = held_out_pictures     # (run, trainee, items, size) -> batches
-    reads:    bool = True  # whether making an item is work enough for processes of its own
-
-
-STAGES = {
-    "vqgan": Stage(begin_vqgan, vqgan_step, validate_vqgan, vqgan_columns,
-                   partial(picture_items, masks=False)),
-    "refit": Stage(begin_refit, refit_step, validate_vqgan, vqgan_columns,
-                   partial(picture_items, masks=False)),
-    "decoder": Stage(begin_decoder, decoder_step, validate_decoder, decoder_columns,
-                     partial(picture_items, masks=True)),
-    "prior": Stage(begin_prior, prior_step, validate_prior, prior_columns, code_items,
-                   map_batch, held_out_codes, reads=False),
-}
+# Flags about how a run is computed, which may change from one call to the next, and flags whose
+# numbers stand in the settings under a stage's or a recipe's name.
+HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out", "root",
+       "weights"}
+NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
+          "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
 
 
 def main():
     args = parse()
     settings, first_stage = resolve(args)
     device = setup(args.device)
-    names, why_not_others = chosen_stages(args, settings, first_stage)
+    names = chosen_stages(args, settings, first_stage)
     for name in names:               # a mistake in a later stage shows now
-        local_batch(settings["recipes"][name]["batch_size"], world_size(), args.micro_batch)
-    train_set, val_set = open_datasets(settings)
-    workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
+        micro_batch_size(args.micro_batch, None, settings, name, device)
+    # Open the data.
+    where = settings["data"], settings["root"]
+    train_set = open_dataset(*where, "train", settings["size"], limit=args.overfit)
+    val_set = train_set if args.overfit else open_dataset(*where, "val", settings["size"])
     settings["images"] = {"train": len(train_set), "val": len(val_set)}
+    workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{', '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
-    if why_not_others:
-        print0(why_not_others)
     if names[0] == "vqgan" and len(names) > 1 and args.data != "signs":
         print0("no --vqgan was given: the first stage is trained first, then the others on it")
-    with open_run(args.out, settings, args.restart, may_change=HOW):
+    # Train stage after stage, then report.
+    run = Run(settings, args.out, device, workers, train_set, val_set)
+    with open_run(args.out, settings, may_change=HOW):
         with stop_signals() as signals:
-            run = start(args, settings, device, workers, signals, train_set, val_set)
+            deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
             for name in names:
-                train_stage(name, run)
+                train_stage(run, name, args, signals, deadline)
         close()                      # the others need not wait while rank 0 evaluates
         if (args.out / "decoder" / "last.pt").exists() and not args.overfit and rank() == 0:
             report_unless_there(run)
     return 0
 
 
-def open_datasets(settings):
-    """(train, val); with --overfit N both are the first N images."""
-    where, size, limit = (settings["data"], settings["root"]), settings["size"], settings["overfit"]
-    train_set = open_dataset(*where, "train", size, limit=limit)
-    return train_set, train_set if limit else open_dataset(*where, "val", size)
-
-
-def start(args, settings, device, workers, signals, train_set, val_set):
-    """The Run of this call, with its defaults for how it is run."""
-    channels_last = device.type != "mps" if args.channels_last is None else args.channels_last
-    save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
-    deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
-    return Run(settings, args.out, device, channels_last, workers, args.micro_batch, save_every,
-               deadline, signals, train_set, val_set)
-
-
 def report_unless_there(run):
-    """The table over this run, unless the one that is there is younger than all its weights."""
+    """Write the report, unless there is one that is newer than every checkpoint."""
     report = run.out / "report.json"
-    trained = max(path.stat().st_mtime for path in run.out.glob("*/last.pt"))
+    trained = max(file.stat().st_mtime for file in run.out.glob("*/last.pt"))
     if report.exists() and report.stat().st_mtime >= trained:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
@@ -167,175 +100,435 @@ def report_unless_there(run):
                       weights=run.settings["weights"], fid=False)
 
 
-def build(name, run, state):
-    """The networks and optimisers of a stage at its start, a Trainee, always the same ones."""
-    torch.manual_seed(stage_seed(run.settings["seed"], name))
-    return STAGES[name].begin(run, state)
-
-
-def train_stage(name, run):
-    """Train one stage from its last checkpoint, or from the start, to its end."""
-    folder, stage, recipe = run.out / name, STAGES[name], Recipe(**run.settings["recipes"][name])
+def train_stage(run, name, args, signals, deadline):
+    """Train one stage from its last checkpoint, or from its start, to its end."""
+    folder, settings = run.out / name, run.settings
+    recipe = Recipe(**settings["recipes"][name])
     steps = run_length(recipe, len(run.train_set))
     disc_start = first_gan_step(recipe, steps)
-    trainee, done, extra = start_or_resume(run, name, build)
+
+    # Build the networks as they start, always the same ones; load the checkpoint, if there is one.
+    state = run_folder.latest_everywhere(folder)
+    torch.manual_seed(stage_seed(settings["seed"], name))
+    stage = STAGES[name](run, recipe, state)
+    done, known = 0, {}
+    if state is not None:
+        if state["parent"] != stage.parent:
+            where = stage.config.get("vqgan") or settings["vqgan"] or run.out
+            raise UserError(f"{folder} was trained on another first stage than {where} holds now; "
+                            f"bring the old one back, or train a {name} on the new one: "
+                            f"--stage {name} --vqgan {where} --out NEW_RUN")
+        stage.load_state_dict(state)
+        done, known = state["step"], state["extra"]
     if done == steps:
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
-    items = stage.items(run, trainee, steps)
-    announce(run, trainee, items, steps, disc_start, done, extra)
-    val = held_out(run, trainee, items, extra) if rank() == 0 else None
-    log = Log(folder / "log.jsonl", done)
-    if done < 0:                     # a stage begins with a checkpoint, so that trouble shows early
-        done = 0
-        extra |= trainee.facts
-        keep(run, trainee, val, log, {"step": 0, "images": 0}, extra)
-    if run.settings["compile"]:      # after the trial: its one image is no shape to compile for
-        trainee.model.compile()
-    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
-                               run.workers * stage.reads, pin=run.device.type == "cuda")
-    leave = False
 
+    # Say what will be done.
+    micro_batch = micro_batch_size(args.micro_batch, known.get("micro_batch"), settings, name,
+                                   run.device)
+    items = stage.items(steps)
+    announce(run, stage, steps, disc_start, done, micro_batch)
+    held_out = None
+    if rank() == 0:
+        held_out = stage.held_out(max(micro_batch, min(SAMPLE_IMAGES, len(run.val_set))))
+    log = Log(folder / "log.jsonl", -1 if state is None else done)
+    first_score, score = known.get("first_score"), known.get("score")
+
+    def keep(record, judge=True):
+        """Log the step and save the state; judge it by held-out images first, by default."""
+        nonlocal first_score, score
+        if judge:
+            record |= stage.validate(held_out)
+            stop_unless_finite(name, record["step"], record)
+            score = sum(value for key, value in record.items()
+                        if key.startswith(("val_pixel", "val_vlb")))
+            first_score = score if first_score is None else first_score
+            image_grid(stage.pictures(held_out, SAMPLE_IMAGES),
+                       folder / "samples" / f"step_{record['step']:07d}.png")
+        log.write(record)            # before the checkpoint: a log is cut back, never filled up
+        log.sync()
+        parts = stage.state_dict()
+        extra = {"finished": record["step"] == steps, "micro_batch": micro_batch, "score": score,
+                 "first_score": first_score}
+        run_folder.save(folder / "last.pt", {
+            "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
+            **parts, "images": record["images"], "step": record["step"], "parent": stage.parent,
+            "extra": extra | parts["extra"]})
+        if judge:
+            curves(folder / "log.jsonl", folder / "curves.png")
+
+    if state is None:                # a stage begins with a checkpoint, so that trouble shows early
+        on_rank0(partial(keep, {"step": 0, "images": 0}))
+    if settings["compile"]:
+        stage.model.compile()        # its forward ends before conv_out, which lambda looks at twice
+    save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
+    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
+                               run.workers if stage.workers else 0, pin=run.device.type == "cuda")
+    leave = False
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
-            lr = set_learning_rates(trainee, step, steps, disc_start)
+            # Take one step of both players.
+            lr = set_learning_rates(stage.optimizers, recipe, step, steps, disc_start)
             gan_on = step >= disc_start
-            terms = accumulate_gradients(run, trainee, batch, gan_on, extra["micro_batch"])
+            terms, micro_batch = gradients(stage, batch, gan_on, micro_batch)
             stop_unless_finite(name, step + 1, terms)
-            optimizer_step(trainee, gan_on)
-
+            stage.update(gan_on)
+            # Log it, and save now and then.
             done = step + 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
-            (leave,) = any_rank(bool(run.signals) or time.monotonic() > run.deadline)
-            if leave or done % run.save_every == 0 or done == steps:
-                extra["finished"] = done == steps
-                keep(run, trainee, val, log, record, extra)
+            (leave,) = any_rank(bool(signals) or time.monotonic() > deadline)
+            if done == steps or done % save_every == 0:
+                on_rank0(partial(keep, record))
+            elif leave:              # launchers wait for seconds only: save, and judge later
+                on_rank0(partial(keep, record, judge=False))
             else:
                 log.write(record)
             if leave:
                 break
     if leave:
-        say_goodbye(name, done, run.signals)
-    if run.settings["overfit"] and name != "refit":      # which begins with pictures that are good
-        print0(f"{name}: {verdict(name, run.settings['overfit'], extra)}")
+        print0(f"{name}: saved at step {done}; the same command continues from here")
+        close()
+        sys.exit(128 + signals[0] if signals else 0)
+    if settings["overfit"] and name != "refit" and rank() == 0:      # a refit begins with good ones
+        print0(f"{name}: {'bound, nats a map,' if name == 'prior' else 'L1'} on "
+               f"{settings['overfit']} images: {first_score:.4f} at the start, {score:.4f} at the "
+               "end; a healthy run ends below half of the start")
     print0(f"{name}: {done} steps done; {folder / 'last.pt'}, {folder / 'curves.png'}, "
            f"{folder / 'samples'}")
 
 
-def accumulate_gradients(run, trainee, batch, gan_on, size):
-    """One step's gradients, `size` images at a time. -> the losses' terms over the global batch.
+def gradients(stage, batch, gan_on, micro_batch):
+    """Make one step's gradients, `micro_batch` images at a time.
 
+    -> (the terms of the losses as floats, means over the global batch; the micro-batch that fitted)
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
+    Where CUDA's memory does not suffice, the step starts again with half as many images at a time.
     """
-    stage = STAGES[trainee.stage]
-    parts = [{key: value[i:i + size] for key, value in batch.items()}
-             for i in range(0, len(batch["position"]), size)]
-    terms = []
-    for part in parts:
-        last = part is parts[-1]
-        with ExitStack() as held:
-            for network in trainee.parallel_networks():
-                held.enter_context(no_sync(network, last))
-            batch = stage.batch(run, trainee, part)
-            terms.append(stage.step(trainee, batch, gan_on, scale=1 / len(parts)))
-    norm = gradient_norm(trainee, gan_on)
-    return global_terms([part | {"grad_norm": norm} for part in terms])
+    local, before = len(batch["position"]), stage.snapshot()
+    while True:
+        try:
+            terms = []
+            for start in range(0, local, micro_batch):
+                part = {key: value[start:start + micro_batch] for key, value in batch.items()}
+                last = start + micro_batch >= local
+                with ExitStack() as held:
+                    for network in stage.networks():
+                        held.enter_context(no_sync(network, last))
+                    terms.append(stage.step(stage.batch(part), gan_on,
+                                            len(part["position"]) / local))
+            break
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+        # Outside of the handler, so that the failed step's tensors are free.
+        if world_size() > 1 or micro_batch == 1:
+            raise UserError(f"{stage.name}: {reason}; give a --micro-batch smaller than "
+                            f"{micro_batch}, or --checkpointing")
+        smaller = max(d for d in range(1, micro_batch // 2 + 1) if local % d == 0)
+        print0(f"{stage.name}: {micro_batch} images at a time do not fit into the memory; "
+               f"{smaller} from now on")
+        micro_batch = smaller
+        stage.restore(before)
+        for optimizer in stage.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    # Average the terms over micro-batches and processes; a term that is not finite stays so.
+    parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    names = sorted(terms[0])
+    values = torch.stack([torch.stack([term[name].float() for term in terms]).mean()
+                          for name in names] + [norm.float()])
+    return dict(zip([*names, "grad_norm"], mean_over_ranks(values).tolist())), micro_batch
 
 
-def held_out(run, trainee, items, extra):
-    """The batches of validation, of which the first has the pictures to be shown."""
-    size = max(extra["micro_batch"], min(SAMPLE_IMAGES, len(run.val_set)))
-    batches = STAGES[trainee.stage].held_out(run, trainee, items, size)
-    if "histogram_nats" in trainee.facts:
-        print0("prior: a held-out map costs {uniform_nats:.1f} nats by chance, {histogram_nats:.1f}"
-               " by how often each code occurs at each cell".format(**trainee.facts))
-    return batches
+def stop_unless_finite(name, step, terms):
+    """Raise UserError, on every rank, where any rank's number is not finite: nothing is saved."""
+    broken = [term for term, value in terms.items() if not math.isfinite(value)]
+    if broken:
+        raise UserError(f"{name} step {step}: {', '.join(broken)} not finite; the last checkpoint "
+                        "is good, the weights that led here are not saved. Begin a new --out with "
+                        "a lower --lr, or with --precision fp32")
 
 
-def keep(run, trainee, val, log, record, extra):
-    """Validate, log the step, save pictures and the state; the other ranks wait for rank 0."""
-    def work():
-        folder, step, stage = run.out / trainee.stage, record["step"], STAGES[trainee.stage]
-        record.update(stage.validate(trainee, val))
-        stop_unless_finite(trainee.stage, step, record)
-        columns = stage.columns(trainee, val[0].first(SAMPLE_IMAGES))
-        image_grid(columns, folder / "samples" / f"step_{step:07d}.png")
-        log.write(record)             # before the checkpoint: a log is cut back, never filled up
-        log.sync()
-        save(folder, run.settings, trainee, record, extra)
-        curves(folder / "log.jsonl", folder / "curves.png")
-    on_rank0(work)
+def micro_batch_size(asked, kept, settings, name, device):
+    """Choose how many images a process takes at once; a checkpoint's number is kept.
 
-
-def announce(run, trainee, items, steps, disc_start, done, extra):
-    """Say what the stage will do, how long that takes here, and with how many images at once.
-
-    The latter is noted in `extra`; a resumed stage keeps it where its processes allow that.
+    Raises UserError where the number of processes does not divide the batch, or `asked` not the
+    share of a process, naming the nearest that do.
     """
-    name, r, done = trainee.stage, trainee.recipe, max(0, done)
-    one = {key: value[:1] for key, value in next(training_batches(items, 0, 1, 1)).items()}
-    image_bytes, seconds = trial(trainee, STAGES[name].step, STAGES[name].batch(run, trainee, one))
-    local, kept = local_batch(r.batch_size, world_size()), extra.get("micro_batch")
-    if run.micro_batch:
-        size = run.micro_batch
-    elif kept and local % kept == 0:
-        size = kept
-    else:
-        size = on_rank0(lambda: fitting_micro_batch(local, image_bytes, free_memory(trainee)))
-    extra["micro_batch"] = size
-    groups = trainee.optimizers["generator"].param_groups
-    count = sum(p.numel() for group in groups for p in group["params"])
+    batch, world = settings["recipes"][name]["batch_size"], world_size()
+    if batch % world:
+        near = [str(n) for n in (batch // world * world, (batch // world + 1) * world) if n]
+        raise UserError(f"--batch-size {batch} does not divide over {world} processes; the nearest "
+                        f"that do: {' or '.join(near)}")
+    local = batch // world
+    divisors = [d for d in range(1, local + 1) if local % d == 0]
+    if asked and local % asked:
+        near = sorted(sorted(divisors, key=lambda d: abs(d - asked))[:2])
+        raise UserError(f"--micro-batch {asked} does not divide the {local} images of a process; "
+                        f"the nearest that do: {' or '.join(map(str, near))}")
+    if asked or (kept and local % kept == 0):
+        return asked or kept
+    if device.type == "cpu" and name != "prior":
+        most = max(1, 8 * (128 / settings["size"])**2)       # what a laptop's memory holds
+        return max(d for d in divisors if d <= most)
+    return local
+
+
+def announce(run, stage, steps, disc_start, done, micro_batch):
+    """Print what the stage will do, and what a reader of its results must know."""
+    name, r = stage.name, stage.recipe
+    count = sum(p.numel() for g in stage.optimizers["generator"].param_groups for p in g["params"])
+    plays = "discriminator" in stage.optimizers
     print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images"
-           + (f", from step {done}" if done else "") + f"; lr {r.lr:.3g}, warm-up "
-           f"{min(r.warmup, steps // 10)} steps"
-           + (f", discriminator from step {disc_start}" if trainee.discriminator else "") +
-           f"; {size} "
-           f"images at a time in each process ({image_bytes / 2**20:.0f} MiB an image)")
-    warn(run, trainee, steps, disc_start)
-    say_how_long(run, name, seconds * local, steps - done)
-
-
-def warn(run, trainee, steps, disc_start):
-    """What a reader of the results must know about this stage."""
-    name = trainee.stage
-    recipe = RECIPES[name][run.settings["recipe_names"][name]]
-    ours, full = steps * trainee.recipe.batch_size, run_length(recipe, len(run.train_set))
-    if ours < full * recipe.batch_size:
-        print0(f"{name}: a short run, not the reported one of {full} steps of {recipe.batch_size} "
-               "images")
-    if trainee.discriminator and disc_start >= steps:
+           + (f", from step {done}" if done else "")
+           + f"; lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps"
+           + (f", discriminator from step {disc_start}" if plays else "")
+           + f"; {micro_batch} images at a time in each process")
+    full = RECIPES[name][run.settings["recipe_names"][name]]
+    full_steps = run_length(full, len(run.train_set))
+    if steps * r.batch_size < full_steps * full.batch_size:
+        print0(f"{name}: a short run, not the reported one of {full_steps} steps of "
+               f"{full.batch_size} images")
+    if plays and disc_start >= steps:
         print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
                "no GAN loss in this run")
-    if trainee.discriminator and world_size() > 1 and run.device.type == "cpu":
+    if plays and world_size() > 1 and run.device.type == "cpu":
         print0(f"{name}: the discriminator's BatchNorm statistics are per process (PyTorch "
                "synchronises them on CUDA only)")
 
 
-def say_how_long(run, name, seconds, steps):
-    """The estimate; where it is days, the command for something smaller on the same data."""
-    total = math.ceil(seconds * steps)
-    print0(f"{name}: at most about {duration(total)} on this device, by one image's step")
-    if total > DAY:
-        affordable = max(1, int(2 * 3600 / seconds))
-        print0(f"{name}: that is long; it goes on, and can be stopped and continued. For a run of "
-               f"hours:\n  {smaller_command(sys.argv[1:], run.settings, affordable)}")
+# ---------------------------------------------------------------- flags and settings
 
 
-def verdict(name, images, extra):
-    """What --overfit N has shown: whether the networks can learn a few images by heart."""
-    first, last = extra["first_score"], extra["score"]
-    what = "bound, nats a map," if name == "prior" else "L1"
-    healthy = "healthy" if last < 0.5 * first else "not healthy: below half of it was expected"
-    return (f"held-out = train {what} on {images} images: {first:.4f} at the start, {last:.4f} at "
-            f"the end; {healthy}")
+def positive(kind):
+    """Make an argparse type: a number of that kind above 0."""
+    def parse_number(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be positive")
+        return value
+    return parse_number
 
 
-def say_goodbye(name, done, signals):
-    """Leave as the signal asks, 128 + its number; 0 after --max-hours."""
-    print0(f"{name}: saved at step {done}; the same command continues from here")
-    close()
-    sys.exit(128 + signals[0] if signals else 0)
+def at_least(low, kind=int, below=math.inf):
+    """Make an argparse type: a number of that kind from `low` to less than `below`."""
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value < below:
+            limit = f" and less than {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}{limit}")
+        return value
+    return parse_number
+
+
+def recipe_rows():
+    """Write one line for each recipe: the numbers that flags change."""
+    rows = ["recipes (all numbers and their sources are in recipes.py):"]
+    for stage, recipes in RECIPES.items():
+        for name, r in recipes.items():
+            length = f"{r.steps} steps" if r.steps else f"{r.epochs} epochs"
+            game = "" if stage == "prior" else (f", gan {r.gan}, lambda {r.lambda_rule}, "
+                                                f"disc-start {r.disc_start:g}")
+            rows.append(f"  {stage + ' ' + name:15} batch {r.batch_size}, lr {r.lr:.3g}, "
+                        f"{length}{game}")
+    return "\n".join(rows)
+
+
+def parse(argv=None):
+    """Read the command line into an argparse.Namespace."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="train.py [flags]", allow_abbrev=False, epilog=recipe_rows(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=24, width=100),
+        description="Train a first stage (vqgan), rebuild its codebook (refit), train the "
+                    "asymmetric decoder (decoder)\nand the diffusion model of the codes (prior). "
+                    "Without flags: all, on embedded images.\nThe same command again continues a "
+                    "run.")
+    add = parser.add_argument_group("what to train").add_argument
+
+    def choice(flag, names, text, default=None, add=None, **more):
+        names = list(names)
+        (add or what)(flag, choices=names, default=default, metavar="NAME",
+                      help=f"{'|'.join(names)}: {text}", **more)
+
+    what = add
+    choice("--data", ["signs", "imagenet", "folder"], "embedded; ImageNet; any photos (signs)",
+           "signs")
+    add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
+    add("--size", type=positive(int), metavar="PX", help="side of the images (64 for signs, else "
+        "256)")
+    choice("--stage", ["all", *STAGE_IDS], "a KL latent has vqgan and decoder only (all)", "all")
+    choice("--first-stage", VQGAN_PRESETS, "(tiny for signs, else vq-f16)")
+    choice("--preset", ASYM_PRESETS, "the decoder's size (tiny on tiny, else base)")
+    choice("--blend", ["add", "concat"], "AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
+    add("--vqgan", metavar="PATH", help="a trained first stage: a run, our file or a public "
+        "checkpoint (train one)")
+    add("--codes", type=positive(int), metavar="K", help="size of the rebuilt codebook (128 for "
+        "tiny, else as before)")
+    add("--refit-samples", type=positive(int), metavar="P", help="features it is built from (5000 "
+        "for tiny, else 20000 or 16 a code)")
+    choice("--unet", UNET_PRESETS, "the prior's network (tiny on tiny, else paper117)")
+    add("--timesteps", type=at_least(2), metavar="T", help="steps of its diffusion (100 for tiny, "
+        "else 4000)")
+    add("--ema", type=at_least(0, float, 1), metavar="DECAY", help="of the average of its weights "
+        "(0.995 for tiny, else 0.9999)")
+    add("--overfit", type=positive(int), metavar="N", help="train and validate on the first N "
+        f"images, {OVERFIT_STEPS} steps: a health check (off)")
+    how = parser.add_argument_group("how to train (the recipe's numbers, below)").add_argument
+    how("--steps", type=positive(int), metavar="N", help="optimiser steps of each stage")
+    how("--epochs", type=positive(float), metavar="N", help="passes over the data, instead of "
+        "--steps")
+    how("--batch-size", type=positive(int), metavar="N", help="images a step, over all processes")
+    how("--lr", type=positive(float), help="peak learning rate, absolute (the recipe's, linear in "
+        "the batch size)")
+    choice("--gan", ["hinge", "log"], "log is AVQ Eq. 7", add=how)
+    choice("--lambda", ["paper", "taming"], "AVQ Eq. 9, or taming's rule", add=how,
+           dest="lambda_rule")
+    how("--disc-start", type=at_least(0, float), metavar="STEP", help="when the discriminator "
+        "starts; below 1 a fraction of the steps")
+    choice("--perceptual", ["vgg", "alex", "squeeze", "none"], "LPIPS network (none for signs, "
+           "else vgg)", add=how)
+    how("--weights", metavar="DIR", help="where LPIPS weights are kept (torch hub's cache)")
+    how("--seed", type=at_least(0), default=0, metavar="N", help="of all random numbers (0)")
+    run = parser.add_argument_group("how to run").add_argument
+    run("--out", metavar="DIR", help="run folder (runs/DATA-PRESET, then -concat, then -overfitN)")
+    run("--device", default="auto", help="cpu, cuda or mps (auto: CUDA, then MPS, then CPU)")
+    choice("--precision", ["fp32", "bf16"], "of the networks; losses are float32 (fp32)", "fp32",
+           add=run)
+    run("--micro-batch", type=positive(int), metavar="N", help="images a process takes at once "
+        "(its share; on a CPU 8 of 128 px)")
+    run("--compile", action="store_true", help="torch.compile the networks (off)")
+    run("--checkpointing", action="store_true", help="recompute decoders' activations: less memory "
+        "(off)")
+    run("--workers", type=at_least(0), metavar="N", help="data processes of each process (1 for "
+        "signs, else 4)")
+    run("--save-every", type=positive(int), metavar="STEPS", help="checkpoint, validation and "
+        "pictures (200 for tiny, else 1000)")
+    run("--max-hours", type=positive(float), metavar="H", help="save and leave after this long "
+        "(no limit)")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """Turn flags into (settings: the run's config.json; the convert.Loaded of --vqgan or None).
+
+    Sets args.out. Raises UserError for flags that contradict one another.
+    """
+    signs = args.data == "signs"
+    if args.steps and args.epochs:
+        raise UserError("--steps and --epochs say the same thing twice; give one")
+    # Choose the first stage and the decoder's size.
+    trained = load_first_stage(args.vqgan) if args.vqgan else None
+    plan_name = args.first_stage or ("tiny" if signs else "vq-f16")
+    plan = VQGAN_PRESETS[plan_name]
+    if trained is not None:
+        plan = trained.model.config              # a refit may have changed K
+        same = [name for name, p in VQGAN_PRESETS.items() if plan == replace(p, K=plan.K)]
+        plan_name = same[0] if same else "own"
+        if args.first_stage not in (None, plan_name):
+            raise UserError(f"--first-stage {args.first_stage}: {args.vqgan} is {plan_name}; leave "
+                            "the flag out, it is read from the file")
+        if args.stage == "vqgan":
+            raise UserError("--stage vqgan trains a first stage, --vqgan brings one; give only one")
+    preset = args.preset or ("tiny" if plan_name == "tiny" else "base")
+    factor, num_res_blocks = ASYM_PRESETS[preset]
+    try:
+        with torch.device("meta"):
+            AsymDecoder.from_preset(plan, preset, args.blend)
+    except ValueError as error:
+        raise UserError(f"--preset {preset} does not fit --first-stage {plan_name}: "
+                        f"{error}") from None
+    # Choose what is done with the codes, if there are any.
+    tiny, refit, prior = plan_name == "tiny", None, None
+    recipe_names = {"vqgan": "tiny" if tiny else plan.latent, "decoder": preset}
+    if plan.latent == "vq":
+        K = args.codes or (min(plan.K, 128) if tiny else plan.K)    # half as many as in DDM Tab. 1
+        refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}
+        if refit["samples"] < K:
+            raise UserError(f"--refit-samples {refit['samples']} cannot make {K} codes; give many "
+                            "more of them, or fewer --codes")
+        unet = args.unet or ("tiny" if tiny else "paper117")
+        small = unet == "tiny"
+        prior = {"unet": unet, "net": asdict(UNET_PRESETS[unet]),
+                 "T": args.timesteps or (100 if small else 4000),
+                 "residual": "none" if small else "onehot",
+                 "ema": args.ema if args.ema is not None else (0.995 if small else 0.9999)}
+        recipe_names |= {"refit": recipe_names["vqgan"], "prior": unet}
+    # Put the user's numbers into the recipes; lr is the one that will be used.
+    recipes = {}
+    for stage, name in recipe_names.items():
+        r = RECIPES[stage][name]
+        batch_size = args.batch_size or r.batch_size
+        given = {key: getattr(args, key) for key in ("gan", "lambda_rule", "disc_start")
+                 if getattr(args, key) is not None}
+        if args.steps or args.epochs:
+            given |= {"steps": args.steps or 0, "epochs": args.epochs or 0}
+        elif args.overfit:
+            given |= {"steps": OVERFIT_STEPS, "epochs": 0}
+        recipes[stage] = replace(r, batch_size=batch_size,
+                                 lr=args.lr or r.lr * batch_size / r.batch_size, **given)
+    # Check the size of the images.
+    size = args.size or (64 if signs else 256)
+    if size % plan.f:
+        below = size // plan.f * plan.f
+        near = " or ".join(str(n) for n in (below, below + plan.f) if n)
+        raise UserError(f"--size {size} is not a multiple of the first stage's f={plan.f}; "
+                        f"the nearest that are: {near}")
+    least = 3 * 2**max(recipes[stage].disc_layers for stage in ("vqgan", "decoder"))
+    if size < least:
+        raise UserError(f"--size {size} is too small for the discriminator's patches; at least "
+                        f"{least}")
+
+    def absolute(path):
+        return str(Path(path).expanduser().resolve()) if path else None
+
+    settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
+    settings |= {
+        "root": absolute(args.root or default_root(args.data)), "weights": absolute(args.weights),
+        "vqgan": absolute(args.vqgan), "size": size,
+        "perceptual": args.perceptual or ("none" if signs else "vgg"),
+        "first_stage": asdict(plan), "first_stage_name": plan_name,
+        "decoder": {"preset": preset, "blend": args.blend, "ch": round(factor * plan.ch),
+                    "num_res_blocks": num_res_blocks},
+        "refit": refit, "prior": prior, "recipe_names": recipe_names,
+        "recipes": {stage: asdict(recipe) for stage, recipe in recipes.items()}}
+    concat = "-concat" if args.blend == "concat" else ""
+    overfit = f"-overfit{args.overfit}" if args.overfit else ""
+    args.out = Path(args.out or f"runs/{args.data}-{preset}{concat}{overfit}")
+    return settings, trained
+
+
+def chosen_stages(args, settings, trained):
+    """List the stages that this call runs, in order; trained: the Loaded of --vqgan, or None.
+
+    Raises UserError for a stage that cannot be, and for maps of codes that the prior cannot take.
+    """
+    names, asked = list(STAGE_IDS), args.stage
+    if settings["refit"] is None:
+        why = (f"{settings['first_stage_name']} has a KL latent, no codes: refit and prior are for "
+               "codes")
+        if asked in ("refit", "prior"):
+            raise UserError(f"--stage {asked}: {why}; choose another --first-stage, --vqgan or "
+                            "--stage")
+        names = ["vqgan", "decoder"]
+        if asked == "all":
+            print0(f"{why}, so there is nothing for them to do")
+    if asked != "all":
+        names = [asked]
+    elif trained is not None:
+        done = ("vqgan", "refit") if trained.stage == "refit" and trained.finished else ("vqgan",)
+        names = [name for name in names if name not in done]
+    if "prior" in names:
+        f = 2 ** (len(settings["first_stage"]["ch_mult"]) - 1)
+        side, factor = settings["size"] // f, 2 ** (len(settings["prior"]["net"]["mults"]) - 1)
+        if side % factor:
+            raise UserError(f"--size {settings['size']} makes maps of {side} x {side} codes, and "
+                            f"--unet {settings['prior']['unet']} needs multiples of {factor}: "
+                            f"choose a --size that is a multiple of {f * factor}, or leave the "
+                            "prior out by --stage")
+    return names
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ There are two trunks. Both are U-Nets of cells (residual blocks, then attention)
     DDPMTrunk           one skip a block, up to full resolution: what the paper's words say
 
 The last layer starts at zero, so x̂0 starts uniform. Not here: what the logits mean, and the
-residual of Eq. 23 (both are the diffusion's); the average of the weights (ema.py).
+residual of Eq. 23 (both are the diffusion's); the average of the weights (train_prior.py).
 """
 
 import math

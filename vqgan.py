@@ -6,15 +6,12 @@ AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
     z_q (B,d,h,w) --post_quant_conv--> (B,z,h,w) --Decoder--> x_hat (B,3,H,W)
 
 Attribute names are those of taming-transformers and latent-diffusion, so that their checkpoints
-load with no renaming; that is why an up block is `up[i]` with i = 0 at the highest resolution.
-Not here: the asymmetric decoder, which is what the paper adds (asym_decoder.py); the losses and the
-discriminator (losses.py).
+load with no renaming. That is why an up block is `up[i]` with i = 0 at the highest resolution.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -82,11 +79,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + proj(softmax(q k^T / sqrt(C)) v) over all positions, one head.
-
-    q, k, v are 1x1 convolutions by name and weight shape. Here they are one linear map on (B,HW,C):
-    one transposition of the map instead of one for each of the three.
-    """
+    """x + proj(softmax(q k^T / sqrt(C)) v) over all positions, one head."""
 
     def __init__(self, channels, norm_groups=32):
         super().__init__()
@@ -97,13 +90,11 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C)
-        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).flatten(1)  # (3C, C)
-        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])           # (3C)
-        qkv = F.linear(tokens, weight, bias)[:, None]                       # (B, 1, HW, 3C)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))[:, 0]     # (B, HW, C)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + h.transpose(1, 2).reshape(x.shape)                       # (B, C, H, W)
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None]              # (B, 1, HW, C)
+                   for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]                   # (B, HW, C)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))        # (B, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -133,8 +124,9 @@ def _level(in_channels, out_channels, num_blocks, attention, norm_groups):
     level = nn.Module()
     widths = [in_channels] + [out_channels] * num_blocks
     level.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
-    level.attn = nn.ModuleList(
-        AttnBlock(out_channels, norm_groups) for _ in range(num_blocks * attention))
+    level.attn = nn.ModuleList()
+    if attention:
+        level.attn.extend(AttnBlock(out_channels, norm_groups) for _ in range(num_blocks))
     return level
 
 
@@ -202,7 +194,7 @@ class Decoder(nn.Module):
             raise ValueError(f"decoder widths {widths} are not all multiples of "
                              f"norm_groups={groups}")
         self.checkpointing = False
-        self.in_widths = [*widths[1:], widths[-1]]     # of level i: what the one below hands up
+        self.in_widths = [*widths[1:], widths[-1]]     # input width of level i
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1], groups)
         self.up = nn.ModuleList()
@@ -301,22 +293,19 @@ class VQGAN(nn.Module):
         return self.decode(self.quantize.lookup(indices))
 
     def forward(self, x, generator=None):
-        """x (B,3,H,W) in [-1,1] -> x_hat (B,3,H,W) and what the losses need, in a dict:
+        """Pass training images up to the last layer: x (B,3,H,W) -> (B,ch,H,W), latent loss.
 
-        latent_loss: scalar; VQ: Eq. 2's last two terms; KL: the mean over images of Eq. 10.
-        last_features: (B,ch,H,W), detached, the input of the decoder's last layer.
-        indices: (B,h,w), VQ only.
-        A KL latent is sampled; generator: see DiagonalGaussian.sample.
+        The image is `decoder.conv_out` of the first. The latent loss is a scalar: Eq. 2's last two
+        terms of a VQ latent, the mean over images of Eq. 10 of a KL latent. A KL latent is sampled;
+        generator: see DiagonalGaussian.sample.
         """
         self._needs_decoder()
-        latent, extra = self.moments(x), {}
+        latent = self.moments(x)
         if self.config.latent == "vq":
-            z, extra["indices"], extra["latent_loss"] = self.quantize(latent)
+            z, _, latent_loss = self.quantize(latent)                       # (B, d, h, w)
         else:
-            z, extra["latent_loss"] = latent.sample(generator), latent.kl().mean()
-        h = self.decoder.last_features(self.post_quant_conv(z))             # (B, ch, H, W)
-        extra["last_features"] = h.detach()
-        return self.decoder.conv_out(h).float(), extra                      # (B, 3, H, W)
+            z, latent_loss = latent.sample(generator), latent.kl().mean()
+        return self.decoder.last_features(self.post_quant_conv(z)), latent_loss
 
     def _needs_codebook(self):
         if self.config.latent != "vq":

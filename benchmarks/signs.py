@@ -39,7 +39,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     signs = Signs("train", args.size)
     items = TrainingItems(signs, seed=0, stage_id=0, masks=True)
-    readers = {"Signs.read": signs.read, "TrainingItems": items.__getitem__}
+    readers = {"Signs.image": signs.image, "TrainingItems": items.__getitem__}
     rounds = [range(start, start + args.pictures)
               for start in range(0, args.rounds * args.pictures, args.pictures)]
     for read in readers.values():

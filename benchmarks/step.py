@@ -12,25 +12,19 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_autoencoder
 from data import Signs, TrainingItems, training_batches
 from distributed import keep_freed_memory
+from recipes import RECIPES
 from seeding import STAGE_IDS
-from stages import (
-    RECIPES,
-    build_decoder,
-    build_vqgan,
-    decoder_step,
-    optimizer_step,
-    training_batch,
-    vqgan_step,
-)
 from vqgan import VQGAN, VQGAN_PRESETS
 
 FORMS = {                                # precision, channels_last
@@ -38,7 +32,7 @@ FORMS = {                                # precision, channels_last
     "fp32, channels_last": ("fp32", True),
     "bf16, channels_last": ("bf16", True),
 }
-STAGES = {"vqgan": vqgan_step, "decoder": decoder_step}
+STAGES = {"vqgan": train_autoencoder.FirstStage, "decoder": train_autoencoder.DecoderStage}
 LR = 1e-5                                # the numbers stay those of an untrained network
 
 
@@ -53,15 +47,16 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
-def build(stage, precision, channels_last, device):
-    """A Trainee of the tiny plan, not yet trained."""
+def build(name, precision, channels_last, device):
+    """A stage of the tiny plan, not yet trained."""
     torch.manual_seed(0)
     config = VQGAN_PRESETS["tiny"]
-    recipe = replace(RECIPES[stage]["tiny"], lr=LR)
-    options = {"precision": precision, "channels_last": channels_last}
-    if stage == "vqgan":
-        return build_vqgan(config, recipe, device, **options)
-    return build_decoder(VQGAN(config), "tiny", "add", recipe, device, **options)
+    first_stage = SimpleNamespace(model=VQGAN(config), parent=None)
+    train_autoencoder.trained_first_stage = lambda *_: (first_stage, None)
+    settings = {"seed": 0, "precision": precision, "perceptual": "none", "checkpointing": False,
+                "first_stage": asdict(config), "decoder": {"preset": "tiny", "blend": "add"}}
+    run = SimpleNamespace(settings=settings, device=device, channels_last=channels_last)
+    return STAGES[name](run, replace(RECIPES[name]["tiny"], lr=LR), None)
 
 
 def half_full(size, batch_size):
@@ -71,20 +66,20 @@ def half_full(size, batch_size):
     return next(batch for batch in batches if sum(batch["full"]) == batch_size // 2)
 
 
-def one_step(trainee, batch, gan_on):
-    STAGES[trainee.stage](trainee, batch, gan_on)
-    optimizer_step(trainee, gan_on)
+def one_step(stage, batch, gan_on):
+    stage.step(batch, gan_on)
+    stage.update(gan_on)
 
 
 def cases(device, drawn):
     """{(stage and players, form): one step of it}, to be run again and again."""
     steps = {}
     for form, (precision, channels_last) in FORMS.items():
-        for stage in STAGES:
-            trainee = build(stage, precision, channels_last, device)
-            batch = training_batch(drawn, 0, stage, device, channels_last)
-            for name, gan_on in ((stage, False), (f"{stage} + D", True)):
-                steps[name, form] = partial(one_step, trainee, batch, gan_on)
+        for stage_name in STAGES:
+            stage = build(stage_name, precision, channels_last, device)
+            batch = stage.batch(drawn)
+            for name, gan_on in ((stage_name, False), (f"{stage_name} + D", True)):
+                steps[name, form] = partial(one_step, stage, batch, gan_on)
     return steps
 
 

@@ -1,4 +1,4 @@
-"""The losses against naive formulas, the one-walk image gradient against the textbook form."""
+"""The losses and their balance against naive formulas."""
 
 import json
 import os
@@ -20,9 +20,8 @@ from losses import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
+    frozen,
     generator_gan_loss,
-    generator_gradient,
-    last_layer_gradient,
     pixel_loss,
 )
 
@@ -370,236 +369,78 @@ def test_an_unknown_gan_or_rule_is_refused():
         discriminator_loss(LOGITS, LOGITS, "wgan")
     with pytest.raises(ValueError, match="gan 'wgan': expected one of hinge, log"):
         generator_gan_loss(LOGITS, "wgan")
+    weight = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="lambda 'dome': expected one of paper, taming"):
-        adaptive_weight(LOGITS, LOGITS, "dome")
+        adaptive_weight(weight.sum(), weight.sum(), weight, "dome")
 
 
 # ---------------------------------------------------------------- lambda
 
 
+def losses_with_gradients(*gradients):
+    """(a weight, scalar losses whose gradients with respect to it are these)."""
+    weight = torch.ones(2, requires_grad=True)
+    return weight, [(weight * torch.tensor(g)).sum() for g in gradients]
+
+
 def test_the_papers_lambda_is_the_ratio_of_norms_without_clamp():
-    rec, gan = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])
-    assert adaptive_weight(rec, gan).item() == pytest.approx(5 / (0.5 + 1e-4))
-    assert adaptive_weight(rec, 0 * gan).item() == pytest.approx(5e4)
-    assert adaptive_weight(rec, gan).shape == ()
+    weight, (rec, gan, nothing) = losses_with_gradients([3.0, 4.0], [0.0, 0.5], [0.0, 0.0])
+    assert adaptive_weight(rec, gan, weight).item() == pytest.approx(5 / (0.5 + 1e-4))
+    assert adaptive_weight(rec, nothing, weight).item() == pytest.approx(5e4)
+    assert adaptive_weight(rec, gan, weight).shape == ()
 
 
 def test_tamings_lambda_is_clamped_at_1e4_and_scaled_by_0_8():
-    rec, gan = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])
-    assert adaptive_weight(rec, gan, "taming").item() == pytest.approx(0.8 * 5 / (0.5 + 1e-4))
-    assert adaptive_weight(rec, 0 * gan, "taming").item() == pytest.approx(8000)
+    weight, (rec, gan, nothing) = losses_with_gradients([3.0, 4.0], [0.0, 0.5], [0.0, 0.0])
+    taming = adaptive_weight(rec, gan, weight, "taming")
+    assert taming.item() == pytest.approx(0.8 * 5 / (0.5 + 1e-4))
+    assert adaptive_weight(rec, nothing, weight, "taming").item() == pytest.approx(8000)
 
 
-def test_lambda_is_a_float32_tensor_without_a_graph():
-    rec, gan = torch.full((4,), 300.0).half(), torch.ones(4, requires_grad=True).half()
-    weight = adaptive_weight(rec, gan)
-    assert weight.dtype == torch.float32
-    assert not weight.requires_grad
-    assert weight.item() == pytest.approx(600 / (2 + 1e-4))
-    assert adaptive_weight(rec.to("meta"), gan.to("meta")).is_meta  # no value is waited for
+def test_lambda_keeps_the_losses_graphs_has_none_and_leaves_no_gradient_behind():
+    weight, (rec, gan) = losses_with_gradients([3.0, 4.0], [0.0, 0.5])
+    lam = adaptive_weight(rec, gan, weight)
+    assert not lam.requires_grad
+    assert weight.grad is None
+    (rec + lam * gan).backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([3.0, 4.0]) + lam * torch.tensor([0, 0.5]))
 
 
-def test_the_last_layers_gradient_is_that_of_autograd():
-    layer = nn.Conv2d(5, 3, 3, padding=1).double()
-    features = torch.randn(2, 5, 6, 7, dtype=torch.float64)
-    image = layer(features)
-    direction = torch.randn_like(image)
-    reference, = torch.autograd.grad(image, layer.weight, direction)
-    ours = last_layer_gradient(features, direction, layer.weight.shape)
-    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
-    with torch.autocast("cpu", torch.bfloat16):
-        single = last_layer_gradient(features.float(), direction.float(), layer.weight.shape)
-        half = last_layer_gradient(features.bfloat16(), direction.float(), layer.weight.shape)
-    torch.testing.assert_close(single.double(), reference, rtol=1e-5, atol=1e-4)
-    assert half.dtype == torch.float32
-
-
-# ---------------------------------------------------------------- the whole step
-
-
-class SmallDecoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(),
-                                  nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1),
-                                  nn.GroupNorm(2, 8), nn.SiLU())
-        self.conv_out = nn.Conv2d(8, 3, 3, padding=1)
-
-
-class SmallPerceptual(nn.Module):
-    """One value per image, as LPIPS, but smooth and cheap."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(3, 6, 5, stride=2).requires_grad_(False)
-
-    def forward(self, a, b):
-        return (self.layer(a).tanh() - self.layer(b).tanh()).square().mean((1, 2, 3))
-
-
-def problem(dtype=torch.float64, perceptual=True):
-    torch.manual_seed(1)
-    decoder, discriminator = SmallDecoder().to(dtype), PatchDiscriminator(3, 4, 2).to(dtype)
-    z, x = torch.randn(2, 4, 16, 16, dtype=dtype), torch.rand(2, 3, 32, 32, dtype=dtype) * 2 - 1
-    return decoder, discriminator, SmallPerceptual().to(dtype) if perceptual else None, z, x
-
-
-def textbook_step(decoder, discriminator, perceptual, z, x, gan, rule):
-    """Eq. 8-9 as the field writes them: two extra walks to the last layer, then one through all."""
-    x_hat = decoder.conv_out(decoder.body(z))
-    pixel = (x_hat - x).abs().mean()
-    reconstruction = pixel if perceptual is None else pixel + perceptual(x_hat, x).mean()
-    adversarial = generator_gan_loss(discriminator(x_hat), gan)
-    above = pixel if rule == "paper" else reconstruction
-    norms = [torch.autograd.grad(loss, decoder.conv_out.weight, retain_graph=True)[0].norm()
-             for loss in (above, adversarial)]
-    weight = (norms[0] / (norms[1] + 1e-4)).detach()
-    if rule == "taming":
-        weight = 0.8 * weight.clamp(0, 1e4)
-    (reconstruction + weight * adversarial).backward()
-    return weight
-
-
-def our_step(decoder, discriminator, perceptual, z, x, gan="hinge", rule="paper", body=None):
-    features = (body or decoder.body)(z)
-    x_hat = decoder.conv_out(features)
-    gradient, values = generator_gradient(x_hat, x, features, decoder.conv_out.weight.shape,
-                                          perceptual, discriminator, gan, rule)
-    x_hat.backward(gradient)
-    return values
-
-
-def gradients_of(module):
-    gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
-    module.zero_grad(set_to_none=True)
-    return gradients
-
-
-@pytest.mark.parametrize("rule", ["paper", "taming"])
-@pytest.mark.parametrize("gan", ["hinge", "log"])
-@pytest.mark.parametrize("with_perceptual", [True, False])
-def test_one_walk_from_the_image_gives_the_textbooks_gradients(rule, gan, with_perceptual):
-    decoder, discriminator, perceptual, z, x = problem(perceptual=with_perceptual)
-    weight = textbook_step(decoder, discriminator, perceptual, z, x, gan, rule)
-    reference = gradients_of(decoder)
-    discriminator.zero_grad(set_to_none=True)
-    values = our_step(decoder, discriminator, perceptual, z, x, gan, rule)
-    ours = gradients_of(decoder)
-    assert abs(values["lambda"] - weight) < 1e-12 * weight
-    for name, gradient in reference.items():
-        assert gradient.abs().max() > 1e-9
-        assert (ours[name] - gradient).abs().max() < 1e-12, name
-
-
-def test_the_real_lpips_gives_the_textbooks_gradients_too():
-    decoder, discriminator, _, z, x = problem()
-    perceptual = LPIPS("alex", random_weights("alex")).double()
-    textbook_step(decoder, discriminator, perceptual, z, x, "hinge", "taming")
-    reference = gradients_of(decoder)
-    our_step(decoder, discriminator, perceptual, z, x, "hinge", "taming")
-    for name, gradient in gradients_of(decoder).items():
-        assert (gradient - reference[name]).abs().max() < 1e-12, name
-
-
-def test_before_the_discriminator_starts_only_the_reconstruction_counts():
-    decoder, _, perceptual, z, x = problem()
-    x_hat = decoder.conv_out(decoder.body(z))
-    (pixel_loss(x_hat, x) + perceptual(x_hat, x).mean()).backward()
-    reference = gradients_of(decoder)
-    values = our_step(decoder, None, perceptual, z, x)
-    assert set(values) == {"pixel", "perceptual"}
-    for name, gradient in gradients_of(decoder).items():
-        assert (gradient - reference[name]).abs().max() < 1e-12, name
-
-
-def test_the_reported_values_are_the_losses_as_detached_scalars():
-    decoder, discriminator, perceptual, z, x = problem()
-    discriminator.eval()
-    values = our_step(decoder, discriminator, perceptual, z, x, "log")
-    with torch.no_grad():
-        x_hat = decoder.conv_out(decoder.body(z))
-        assert values["pixel"] == pixel_loss(x_hat, x)
-        assert values["perceptual"] == perceptual(x_hat, x).mean()
-        assert values["gan"] == generator_gan_loss(discriminator(x_hat), "log")
-    assert set(values) == {"pixel", "perceptual", "gan", "lambda"}
-    assert all(v.dim() == 0 and not v.requires_grad for v in values.values())
-    assert set(our_step(decoder, discriminator, None, z, x)) == {"pixel", "gan", "lambda"}
-
-
-def test_the_generators_step_leaves_the_discriminators_gradients_none():
-    decoder, discriminator, perceptual, z, x = problem()
-    our_step(decoder, discriminator, perceptual, z, x)
+def test_a_frozen_network_passes_gradients_on_and_gets_none():
+    discriminator = PatchDiscriminator(3, 4, 1)
+    x = torch.rand(2, 3, 16, 16, requires_grad=True)
+    with frozen(discriminator):
+        loss = generator_gan_loss(discriminator(x))
+    assert all(p.requires_grad for p in discriminator.parameters())
+    loss.backward()
+    assert x.grad.any()
     assert all(p.grad is None for p in discriminator.parameters())
+    with pytest.raises(ZeroDivisionError), frozen(discriminator):
+        raise ZeroDivisionError
+    assert all(p.requires_grad for p in discriminator.parameters())
 
-
-def test_one_forward_serves_both_players_and_the_discriminator_gets_the_textbooks_gradients():
-    decoder, discriminator, perceptual, z, x = problem()
-    features = decoder.body(z)
-    x_hat = decoder.conv_out(features)
-    fake = x_hat.detach()
-    generator_gradient(x_hat, x, features, decoder.conv_out.weight.shape, perceptual, discriminator)
-    discriminator_loss(discriminator(x), discriminator(fake)).backward()
-    ours = gradients_of(discriminator)
-    assert all(p.grad is None for p in decoder.parameters())
-    discriminator_loss(discriminator(x), discriminator(
-        decoder.conv_out(decoder.body(z)).detach())).backward()
-    for name, gradient in gradients_of(discriminator).items():
-        assert (gradient - ours[name]).abs().max() < 1e-12, name
-
-
-def test_lambda_and_losses_are_float32_inside_autocast():
-    decoder, discriminator, _, z, x = problem(torch.float32)
-    perceptual = LPIPS("alex", random_weights("alex"))
-    with torch.autocast("cpu", torch.bfloat16):
-        features = decoder.body(z)
-        x_hat = decoder.conv_out(features)
-        arguments = (x_hat, x, features, decoder.conv_out.weight.shape, perceptual, discriminator)
-        gradient, values = generator_gradient(*arguments)
-    assert x_hat.dtype == gradient.dtype == torch.bfloat16
-    assert {v.dtype for v in values.values()} == {torch.float32}
-    outside, _ = generator_gradient(*arguments)
-    assert torch.equal(gradient, outside)
-    x_hat.backward(gradient)
-    assert all(p.grad.isfinite().all() for p in decoder.parameters())
-
-
-def compiled_step_equals_eager(backend):
-    decoder, discriminator, perceptual, z, x = problem(torch.float32)
-    our_step(decoder, discriminator, perceptual, z, x)
-    reference = gradients_of(decoder)
-    body = torch.compile(decoder.body, backend=backend)
-    for step in range(3):  # peers break at the first step after the one that compiled
-        our_step(decoder, discriminator if step else None, perceptual, z, x, body=body)
-        ours = gradients_of(decoder)
-    for name, gradient in reference.items():
-        assert (ours[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
-
-
-def test_the_step_works_under_torch_compile_with_aot_eager():
-    compiled_step_equals_eager("aot_eager")
-
-
-@pytest.mark.slow
-def test_the_step_works_under_torch_compile_with_inductor():
-    compiled_step_equals_eager("inductor")
-
-
-# ---------------------------------------------------------------- several processes
 
 TWO_PROCESSES = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
-import torch
 from distributed import close, rank, setup
-from test_losses import our_step, problem
+from test_losses import small_lambda
 setup("cpu")
-decoder, discriminator, perceptual, z, x = problem()
-discriminator.eval()
-half = slice(rank(), rank() + 1)
-values = our_step(decoder, discriminator, perceptual, z[half], x[half], rule=sys.argv[3])
-print(json.dumps(values["lambda"].item()))
+print(json.dumps(small_lambda(slice(rank(), rank() + 1), sys.argv[3])))
 close()
 """
+
+
+def small_lambda(images, rule):
+    """lambda of a small generator on some of two images, in float64."""
+    torch.manual_seed(1)
+    layer, discriminator = nn.Conv2d(4, 3, 3, padding=1).double(), PatchDiscriminator(3, 4, 2)
+    discriminator.double().eval()
+    h = torch.randn(2, 4, 32, 32, dtype=torch.float64)[images]
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)[images]
+    x_hat = layer(h)
+    return adaptive_weight(pixel_loss(x_hat, x), generator_gan_loss(discriminator(x_hat)),
+                           layer.weight, rule).item()
 
 
 @pytest.mark.parametrize("rule", ["paper", "taming"])
@@ -610,9 +451,7 @@ def test_two_processes_share_the_lambda_of_the_whole_batch(rule):
                             stdout=subprocess.PIPE, env=os.environ | group | {"RANK": str(rank)})
            for rank in range(2)]
     lambdas = [json.loads(process.communicate(timeout=120)[0]) for process in run]
-    decoder, discriminator, perceptual, z, x = problem()
-    whole = our_step(decoder, discriminator.eval(), perceptual, z, x, rule=rule)["lambda"].item()
-    halves = [our_step(decoder, discriminator, perceptual, z[i:i + 1], x[i:i + 1],
-                       rule=rule)["lambda"].item() for i in range(2)]
+    whole = small_lambda(slice(0, 2), rule)
+    halves = [small_lambda(slice(i, i + 1), rule) for i in range(2)]
     assert lambdas[0] == lambdas[1] == pytest.approx(whole, rel=1e-12)
     assert abs(sum(halves) / 2 - whole) > 1e-6 * whole  # the mean of the lambdas would not do

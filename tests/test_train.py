@@ -1,3 +1,5 @@
+"""train.py: whole runs, kills, what is refused, several processes; and the flags."""
+
 import json
 import os
 import random
@@ -6,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import tiny_runs
 import torch
 from conftest import ROOT
 from PIL import Image
 from ports import free_port
+from tiny_runs import write_first_stage
 from train_process import (
     ARGS,
     KILLED,
@@ -30,8 +35,10 @@ from train_process import (
 import run_folder
 import train as program
 from convert import load, load_prior
-from options import parse, resolve
+from distributed import UserError
 from pictures import curves
+from recipes import RECIPES
+from train import chosen_stages, micro_batch_size, parse, resolve
 
 STAGES = ["vqgan", "refit", "decoder", "prior"]
 
@@ -65,7 +72,7 @@ def test_a_run_leaves_the_files_that_the_readme_names(whole, tmp_path):
     out, text, _ = whole
     for stage in STAGES:
         names = {path.name for path in (out / stage).iterdir()}
-        assert names == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png", "samples"}
+        assert names == {"last.pt", "previous.pt", "log.jsonl", "curves.png", "samples"}
         assert len(list((out / stage / "samples").iterdir())) == 4            # steps 0, 2, 4, 6
         assert (out / stage / "curves.png").read_text() == "cccc"             # at the same steps
         curves(out / stage / "log.jsonl", tmp_path / f"{stage}.png")
@@ -124,7 +131,7 @@ def test_a_finished_run_says_so_and_leaves_everything_alone(whole, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trained_again_makes_the_report_old(stage, tmp_path, monkeypatch):
     reported = []
-    monkeypatch.setattr(program, "evaluate_runs", lambda runs, *args, **more: reported.append(runs))
+    monkeypatch.setattr(program, "evaluate_runs", lambda runs, *_, **more: reported.append(runs))
     for name in (*STAGES, "report"):
         file = tmp_path / name / "last.pt" if name in STAGES else tmp_path / "report.json"
         file.parent.mkdir(exist_ok=True)
@@ -183,11 +190,10 @@ def test_kills_change_no_bit_of_a_concat_decoder(whole, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "call", "count"), [
-    ("decoder", "save", 1), ("decoder", "save", 4), ("decoder", "save", 5),
-    ("decoder", "replace", 5), ("decoder", "link", 2), ("refit", "save", 1),
-    ("refit", "replace", 4),
+    ("decoder", "save", 1), ("decoder", "save", 3), ("decoder", "replace", 5),
+    ("decoder", "replace", 6), ("refit", "save", 1), ("refit", "replace", 4),
     ("prior", "replace", 2),                             # that of the codes
-    ("prior", "save", 5)])
+    ("prior", "save", 3)])
 def test_a_kill_inside_a_save_changes_no_bit(stage, call, count, whole, tmp_path):
     out = tmp_path / "run"
     before(stage, whole[0], out)
@@ -265,7 +271,7 @@ def test_signals_save_and_leave_and_the_same_command_continues(number, status, w
 
 # -- what is refused -------------------------------------------------------------------------------
 
-def test_other_settings_are_refused_with_a_list_and_restart_keeps_the_old_run(whole, tmp_path):
+def test_other_settings_are_refused_with_a_list(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     status, text = train(out, "--lr", "0.5", "--blend", "concat")
@@ -273,12 +279,7 @@ def test_other_settings_are_refused_with_a_list_and_restart_keeps_the_old_run(wh
     assert "Traceback" not in text
     assert "recipes.decoder.lr was" in text
     assert "decoder.blend was add, is concat" in text
-    assert "--restart" in text
     assert run_folder.load(out / "decoder" / "last.pt")["step"] == 6
-    text = finish(out, "--lr", "0.01", "--stage", "vqgan", "--restart")
-    assert f"kept as {out}.old1" in text
-    assert run_folder.load(tmp_path / "run.old1" / "decoder" / "last.pt")["step"] == 6
-    assert not (out / "decoder").exists()
 
 
 def test_a_mistake_before_the_first_checkpoint_does_not_fix_the_settings(tmp_path):
@@ -345,7 +346,7 @@ def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
     finish(out, "--stage", "vqgan", "--max-hours", "1e-9")
     text = finish(out, "--stage", "decoder", "--max-hours", "1e-9")
     assert f"warning: the first stage in {out} is not finished (step 1)" in text
-    assert "finish it first" in text
+    assert "finish the first stage first" in text
 
 
 @pytest.mark.parametrize(("below", "stage"), [
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_with_term_and_step_and_keeps_the_checkp
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     out = tmp_path / "run"
-    status, text = train(out, "--stage", "vqgan", prepare=partial(fill_the_disk, 3))
+    status, text = train(out, "--stage", "vqgan", prepare=partial(fill_the_disk, 2))
     assert status == 2, text
     assert "Traceback" not in text
     assert "make room" in text
@@ -403,6 +404,57 @@ def fill_the_disk(count):
         return original(*args, **kwargs)
 
     torch.save = full
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "prior"])
+def test_a_step_that_does_not_fit_starts_again_with_half_the_images(stage, whole, tmp_path):
+    """The second micro-batch of step 4 fails; the weights are those of smaller ones from there."""
+    before(stage, whole[0], tmp_path / "run")
+    status, text = train(tmp_path / "run", "--stage", stage,
+                         prepare=partial(run_out_of_memory, stage))
+    assert status == 0, text
+    assert f"{stage}: 4 images at a time do not fit into the memory; 2 from now on" in text
+    one, two = (run_folder.load(run / stage / "last.pt") for run in (whole[0], tmp_path / "run"))
+    assert (one["extra"]["micro_batch"], two["extra"]["micro_batch"]) == (4, 2)
+    # The discriminator and lambda see smaller batches: what is alike is what comes before them.
+    logs = log_lines(whole[0] / stage), log_lines(tmp_path / "run" / stage)
+    assert logs[1][3] == logs[0][3]
+    name = "vlb" if stage == "prior" else "pixel"
+    assert logs[1][4][name] == pytest.approx(logs[0][4][name], rel=1e-4)
+    if stage == "prior":
+        assert_nearly(one["model"], two["model"])
+        assert torch.equal(one["extra"]["timesteps"]["counts"],
+                           two["extra"]["timesteps"]["counts"])
+
+
+def run_out_of_memory(name):
+    """Fail at the end of step 4's first micro-batch, when gradients are there already."""
+    stage = program.STAGES[name]
+    original, calls = stage.step, []
+
+    def step(self, *args, **kwargs):
+        terms = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words.")
+        return terms
+
+    stage.step = step
+
+
+def test_where_one_image_does_not_fit_the_run_ends_in_one_line(tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", "--micro-batch", "1",
+                         prepare=partial(run_out_of_memory, "vqgan"))
+    assert status == 2
+    assert "error: vqgan: CUDA out of memory; give a --micro-batch smaller than 1" in text
+
+
+def test_several_processes_end_in_one_line_that_names_the_flag(tmp_path):
+    results = ranks(tmp_path / "run", "--stage", "vqgan",
+                    prepare=partial(run_out_of_memory, "vqgan"))
+    assert all(status == 2 for status, _ in results), results
+    assert "give a --micro-batch smaller than 2" in results[0][1]
+    assert "Traceback" not in results[0][1] + results[1][1]
 
 
 def test_max_hours_saves_and_leaves_in_good_order(whole, tmp_path):
@@ -424,8 +476,8 @@ def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tm
             "--disc-start", "50", "--save-every", "100")
     text = finish(tmp_path / "run", *more)
     assert "is not finished" not in text
-    assert "held-out = train L1 on 2 images" in text
-    assert "held-out = train bound, nats a map, on 2 images" in text
+    assert "decoder: L1 on 2 images: " in text
+    assert "prior: bound, nats a map, on 2 images: " in text
     lines = log_lines(tmp_path / "run" / "decoder")
     assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]
     assert "no GAN loss in this run" in text
@@ -443,18 +495,6 @@ def test_on_a_given_first_stage_the_runs_own_refit_is_what_the_others_stand_on(w
     assert load(out).parent == load_prior(out).parent == parent
     assert refit["parent"] == run_folder.load(whole[0] / "refit" / "last.pt")["parent"]
     assert "finished before" in finish(out, "--vqgan", str(whole[0] / "vqgan" / "last.pt"))
-
-
-@pytest.mark.parametrize("stage", ["vqgan", "prior"])
-def test_without_the_trial_step_the_weights_are_the_same(stage, whole, tmp_path):
-    before(stage, whole[0], tmp_path / "run")
-    status, text = train(tmp_path / "run", "--stage", stage, prepare=no_trial)
-    assert status == 0, text
-    assert_same_run(whole[0], tmp_path / "run", stage)
-
-
-def no_trial():
-    program.trial = lambda *args: (1, 1.0)
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "refit"])
@@ -495,18 +535,6 @@ def test_a_priors_micro_batches_and_processes_see_the_same_noise(whole, tmp_path
         torch.testing.assert_close(theirs["losses"], history["losses"], rtol=1e-3, atol=1e-4)
     codes = [next((run / "codes").iterdir()).read_bytes() for run in (whole[0], tmp_path / "ranks")]
     assert codes[0] == codes[1]
-
-
-def test_days_are_announced_with_a_command_that_works(tmp_path):
-    status, text = train(tmp_path / "run", "--stage", "vqgan", "--steps", "100000000",
-                         "--max-hours", "1e-9")
-    assert status == 0
-    assert "days on this device" in text
-    command = next(line for line in text.splitlines() if line.startswith("  python train.py"))
-    words = command.split()[2:]
-    assert words.count("--steps") == 1
-    settings, _ = resolve(parse(words))
-    assert 0 < settings["recipes"]["vqgan"]["steps"] < 100_000_000
 
 
 # -- several processes -----------------------------------------------------------------------------
@@ -558,7 +586,7 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bits(stage, whol
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     for each in (undisturbed, out):
         before(stage, whole[0], each)
-    results = ranks(out, "--stage", stage, prepare=partial(die_inside, "save", 5))
+    results = ranks(out, "--stage", stage, prepare=partial(die_inside, "save", 3))
     assert results[0][0] == KILLED
     assert results[1][0] not in (0, KILLED)              # nor does the other wait, or go on alone
     for each in (undisturbed, out):
@@ -575,14 +603,11 @@ def test_a_failure_on_one_rank_shows_its_traceback_and_ends_all(tmp_path):
 
 
 def fail_on_rank1():
-    original = program.optimizer_step
-
-    def step(*args):
+    def update(self, gan_on):
         if program.rank() == 1:
             raise ZeroDivisionError("on purpose")
-        return original(*args)
 
-    program.optimizer_step = step
+    program.FirstStage.update = update
 
 
 @pytest.mark.slow
@@ -592,3 +617,225 @@ def test_torchrun_starts_two_processes(tmp_path):
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "run" / "report.json").exists()
+
+
+# -- flags and settings ----------------------------------------------------------------------------
+
+
+def settings(*words):
+    return resolve(parse(list(words)))[0]
+
+
+def test_no_flags_mean_the_embedded_data_and_tiny_models():
+    args = parse([])
+    found, first_stage = resolve(args)
+    assert first_stage is None
+    assert (found["data"], found["size"], found["decoder"]["preset"], found["perceptual"]) == (
+        "signs", 64, "tiny", "none")
+    assert found["recipes"]["vqgan"]["steps"] == RECIPES["vqgan"]["tiny"].steps
+    assert str(args.out) == "runs/signs-tiny"
+    json.dumps(found, allow_nan=False)
+
+
+def test_imagenet_means_the_papers_plan():
+    found = settings("--data", "imagenet")
+    assert (found["size"], found["first_stage_name"], found["decoder"]["preset"],
+            found["perceptual"]) == (256, "vq-f16", "base", "vgg")
+    assert found["recipes"]["decoder"]["lr"] == 3.6e-4
+    assert found["recipes"]["vqgan"]["disc_start"] == 250_001
+    assert settings("--data", "imagenet", "--first-stage", "kl-f8")["recipes"]["vqgan"][
+        "latent_weight"] == 1e-6
+    assert settings("--data", "folder", "--preset", "large")["decoder"]["ch"] == 192
+
+
+def test_the_recipes_lr_scales_with_the_batch_and_a_given_one_is_absolute():
+    base = ("--data", "imagenet", "--batch-size", "40")
+    assert settings(*base)["recipes"]["decoder"]["lr"] == pytest.approx(1.8e-4)
+    assert settings(*base)["recipes"]["vqgan"]["lr"] == pytest.approx(4.5e-6 * 40)
+    assert settings(*base, "--lr", "0.5")["recipes"]["decoder"]["lr"] == 0.5
+
+
+def test_flags_replace_the_recipes_numbers():
+    found = settings("--gan", "log", "--lambda", "taming", "--disc-start", "0.5", "--epochs", "2")
+    for recipe in found["recipes"].values():
+        assert (recipe["gan"], recipe["lambda_rule"]) == ("log", "taming")
+        assert (recipe["disc_start"], recipe["steps"], recipe["epochs"]) == (0.5, 0, 2)
+
+
+def test_how_a_run_is_run_is_not_among_its_settings():
+    assert settings() == settings("--device", "cpu", "--workers", "3", "--save-every", "7",
+                                  "--max-hours", "1", "--micro-batch", "2", "--stage", "vqgan",
+                                  "--out", "elsewhere")
+    steps = str(RECIPES["vqgan"]["tiny"].steps)
+    assert settings("--stage", "vqgan", "--steps", steps)["recipes"]["vqgan"] == \
+        settings()["recipes"]["vqgan"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--size 60 --first-stage vq-f8", "--size 60 .* the nearest that are: 56 or 64"),
+    ("--data imagenet --size 16", "--size 16 is too small"),
+    ("--stage vqgan --preset odd", "--preset odd does not fit --first-stage tiny"),
+    ("--steps 5 --epochs 1", "give one"),
+    ("--refit-samples 100", "--refit-samples 100 cannot make 128 codes"),
+    ("--vqgan nowhere", "nowhere: no such run folder"),
+])
+def test_a_mistake_names_the_flag_and_the_mend(words, message, monkeypatch):
+    monkeypatch.setitem(program.ASYM_PRESETS, "odd", (1.1, 1))       # no multiple of norm_groups
+    with pytest.raises(UserError, match=message):
+        settings(*words.split())
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--steps 0", "--steps: 0: must be positive"), ("--lr nan", "--lr: nan: must be positive"),
+    ("--lr inf", "--lr: inf: must be positive"), ("--seed -1", "--seed: -1: must be at least 0"),
+    ("--disc-start -0.5", "--disc-start: -0.5: must be at least 0"),
+    ("--timesteps 1", "--timesteps: 1: must be at least 2"),
+    ("--ema 1", "--ema: 1: must be at least 0 and less than 1")])
+def test_a_number_out_of_range_names_its_flag(words, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(words.split())
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def stages_of(*words):
+    args = parse(list(words))
+    return chosen_stages(args, *resolve(args))
+
+
+def test_the_stages_are_all_or_the_one_asked_for_in_order():
+    assert stages_of() == ["vqgan", "refit", "decoder", "prior"]
+    for name in ("vqgan", "refit", "decoder", "prior"):
+        assert stages_of("--stage", name) == [name]
+
+
+def test_a_kl_latent_has_no_codes_to_rebuild_or_to_learn(capsys):
+    assert stages_of("--data", "imagenet", "--first-stage", "kl-f8") == ["vqgan", "decoder"]
+    assert "kl-f8 has a KL latent" in capsys.readouterr().out
+    assert settings("--first-stage", "kl-f8", "--data", "imagenet")["prior"] is None
+    assert stages_of("--first-stage", "kl-f8", "--stage", "decoder") == ["decoder"]
+    for name in ("refit", "prior"):
+        with pytest.raises(UserError, match=f"--stage {name}: kl-f8 has a KL latent"):
+            stages_of("--first-stage", "kl-f8", "--stage", name)
+
+
+def test_a_given_first_stage_is_not_trained_again_nor_a_finished_refit_rebuilt(tmp_path):
+    where = ("--vqgan", str(tmp_path / "run"), "--size", "32")
+    write_first_stage(tmp_path / "run")
+    assert stages_of(*where, "--unet", "tiny") == ["refit", "decoder", "prior"]
+    write_first_stage(tmp_path / "run", stage="refit")
+    assert stages_of(*where, "--unet", "tiny") == ["decoder", "prior"]
+    assert stages_of(*where, "--unet", "tiny", "--stage", "refit") == ["refit"]
+
+
+def test_a_grid_that_the_unet_cannot_halve_is_refused_where_the_prior_is_to_be_trained():
+    with pytest.raises(UserError, match=r"--size 72 .* 18 x 18 codes.* a multiple of 16"):
+        stages_of("--size", "72")
+    assert stages_of("--size", "72", "--stage", "vqgan") == ["vqgan"]
+
+
+def test_the_prior_and_its_codes_have_the_papers_sizes_unless_told_otherwise():
+    tiny, paper = settings(), settings("--data", "imagenet")
+    assert (paper["refit"], tiny["refit"]["K"]) == ({"K": 1024, "samples": 20_000}, 128)
+    assert (paper["prior"]["unet"], paper["prior"]["T"], paper["prior"]["ema"]) == (
+        "paper117", 4000, 0.9999)
+    assert paper["prior"]["residual"] == "onehot"
+    assert (tiny["prior"]["unet"], tiny["prior"]["T"], tiny["prior"]["residual"]) == (
+        "tiny", 100, "none")
+    own = settings("--codes", "64", "--refit-samples", "900", "--unet", "paper117", "--timesteps",
+                   "50", "--ema", "0")
+    assert own["refit"] == {"K": 64, "samples": 900}
+    assert (own["prior"]["unet"], own["prior"]["T"], own["prior"]["ema"]) == ("paper117", 50, 0)
+    assert (own["prior"]["residual"], own["recipes"]["prior"]["batch_size"]) == ("onehot", 180)
+
+
+def test_a_large_codebook_is_rebuilt_from_at_least_16_features_a_code():
+    assert settings("--data", "imagenet", "--codes", "16384")["refit"]["samples"] == 16 * 16384
+
+
+def test_a_first_stage_whose_codes_were_rebuilt_is_still_of_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setitem(program.VQGAN_PRESETS, "tiny", replace(tiny_runs.TINY, K=77))
+    write_first_stage(tmp_path / "run")
+    found = settings("--vqgan", str(tmp_path / "run"), "--size", "32")
+    assert (found["first_stage_name"], found["first_stage"]["K"]) == ("tiny", 8)
+    assert (found["prior"]["unet"], found["refit"]["K"]) == ("tiny", 8)
+
+
+def test_flags_are_not_guessed_from_their_beginnings(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--batch", "4"])
+    assert left.value.code == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+def test_a_given_first_stage_brings_its_plan(tmp_path):
+    write_first_stage(tmp_path / "run")
+    found, first_stage = resolve(parse(["--vqgan", str(tmp_path / "run"), "--size", "32"]))
+    assert found["first_stage_name"] == "own"
+    assert found["first_stage"]["ch"] == first_stage.model.config.ch == 8
+    assert found["vqgan"] == str((tmp_path / "run").resolve())
+    for flag, value in (("--first-stage", "vq-f8"), ("--stage", "vqgan")):
+        with pytest.raises(UserError, match=flag):
+            settings("--vqgan", str(tmp_path / "run"), flag, value)
+
+
+def test_help_tells_every_flag_and_recipe_in_60_lines_of_100_columns(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 60
+    assert max(map(len, text.splitlines())) <= 100
+    for stage, recipes in RECIPES.items():
+        for name in recipes:
+            assert f"{stage} {name}" in text
+    for number in ("0.00036", "0.00072", "250001", "50001", "12 epochs", "1000000 steps"):
+        assert number in text, number
+    for flag in vars(parse([])):
+        assert f"--{'lambda' if flag == 'lambda_rule' else flag.replace('_', '-')}" in text
+
+
+def test_the_micro_batch_is_what_was_asked_for_else_what_was_kept_else_what_a_cpu_holds():
+    found, cpu, cuda = settings(), torch.device("cpu"), torch.device("cuda")
+    found["recipes"]["decoder"]["batch_size"] = 80
+    found["size"] = 128
+    assert micro_batch_size(5, 10, found, "decoder", cpu) == 5
+    assert micro_batch_size(None, 10, found, "decoder", cpu) == 10
+    assert micro_batch_size(None, 7, found, "decoder", cpu) == 8          # 7 does not divide 80
+    assert micro_batch_size(None, None, found, "decoder", cpu) == 8
+    assert micro_batch_size(None, None, found | {"size": 64}, "decoder", cpu) == 20
+    assert micro_batch_size(None, None, found | {"size": 512}, "decoder", cpu) == 1
+    assert micro_batch_size(None, None, found, "decoder", cuda) == 80
+    assert micro_batch_size(None, None, found, "prior", cpu) == 16
+    with pytest.raises(UserError, match=r"--micro-batch 3 does not divide .* that do: 2 or 4"):
+        micro_batch_size(3, None, found, "decoder", cpu)
+
+
+def test_a_health_check_takes_500_steps_unless_told_otherwise():
+    found = settings("--overfit", "8", "--data", "imagenet")
+    assert [recipe["steps"] for recipe in found["recipes"].values()] == [500] * 4
+    assert settings("--overfit", "8", "--epochs", "3")["recipes"]["decoder"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(("words", "folder"), [
+    ("--blend concat", "runs/signs-tiny-concat"), ("--overfit 8", "runs/signs-tiny-overfit8"),
+    ("--blend concat --overfit 8", "runs/signs-tiny-concat-overfit8")])
+def test_what_must_not_share_a_folder_has_its_own(words, folder):
+    args = parse(words.split())
+    resolve(args)
+    assert str(args.out) == folder
+
+
+def test_paths_are_absolute_whatever_named_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = settings("--data", "folder", "--root", "photos", "--weights", "nets")
+    assert (found["root"], found["weights"]) == (str(tmp_path / "photos"), str(tmp_path / "nets"))
+    monkeypatch.delenv("IMAGENET", raising=False)
+    assert settings("--data", "imagenet")["root"] == str(tmp_path / "data" / "imagenet")
+    monkeypatch.setenv("IMAGENET", "elsewhere")
+    assert settings("--data", "imagenet")["root"] == str(tmp_path / "elsewhere")
+    assert settings()["root"] is None
+
+
+def test_every_flag_is_a_setting_or_a_way_of_running():
+    flags = set(vars(parse([])))
+    assert flags - program.HOW - program.NESTED <= settings().keys()

@@ -34,6 +34,12 @@ def generators(B=2):
     return [torch.Generator().manual_seed(i) for i in range(B)]
 
 
+def forward(model, x, generator=None):
+    """(x_hat, latent_loss) of a training pass, as train_autoencoder goes through it."""
+    h, latent_loss = model(x, generator)
+    return model.decoder.conv_out(h).float(), latent_loss
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -112,10 +118,9 @@ def test_latents_are_f_times_smaller(config):
         z = model.encode(x)
         assert z.shape == (2, 4, 4, 6)
         assert model.decode(z).shape == x.shape
-        x_hat, extra = model(x)
+        x_hat, latent_loss = forward(model, x)
     assert x_hat.shape == x.shape
-    assert extra["last_features"].shape == (2, 8, 16, 24)
-    assert extra["latent_loss"].shape == ()
+    assert latent_loss.shape == ()
 
 
 # ---------------------------------------------------------------- the blocks, against slow forms
@@ -198,8 +203,7 @@ def test_codes_decode_to_the_reconstruction_bit_for_bit():
     assert indices.shape == (2, 4, 6)
     assert indices.dtype == torch.int64
     assert torch.equal(model.decode_indices(indices), model.decode(model.encode(x)))
-    x_hat, extra = model(x)
-    assert torch.equal(extra["indices"], indices)
+    x_hat, _ = forward(model, x)
     assert torch.equal(x_hat, model.decode_indices(indices))
     assert torch.equal(model.encode(x), model.quantize(model.moments(x))[0])
 
@@ -211,18 +215,9 @@ def test_a_kl_latent_is_its_mode_or_a_sample():
     sample = model.encode(x, sample=True, generator=generators())
     assert torch.equal(sample, gaussian.sample(generators()))
     assert not torch.equal(sample, gaussian.mean)
-    x_hat, extra = model(x, generator=generators())
+    x_hat, latent_loss = forward(model, x, generator=generators())
     assert torch.equal(x_hat, model.decode(sample))
-    assert torch.equal(extra["latent_loss"], gaussian.kl().mean())
-    assert "indices" not in extra
-
-
-@LATENTS
-def test_last_features_are_what_the_last_layer_reads(config):
-    model = VQGAN(config)
-    x_hat, extra = model(image())
-    assert not extra["last_features"].requires_grad
-    assert torch.equal(model.decoder.conv_out(extra["last_features"]), x_hat)
+    assert torch.equal(latent_loss, gaussian.kl().mean())
 
 
 def test_a_kl_latent_has_no_codes():
@@ -265,9 +260,9 @@ def test_bf16_autocast_gives_float32_latents_and_images_near_the_float32_ones(co
     with torch.autocast("cpu", torch.bfloat16):
         z = model.encode(x)
         ours = model.decode(z)
-        x_hat, extra = model(x, generator=generators())
-    assert {t.dtype for t in (z, ours, x_hat, extra["latent_loss"])} == {torch.float32}
-    (x_hat.square().mean() + extra["latent_loss"]).backward()
+        x_hat, latent_loss = forward(model, x, generator=generators())
+    assert {t.dtype for t in (z, ours, x_hat, latent_loss)} == {torch.float32}
+    (x_hat.square().mean() + latent_loss).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     if config.latent == "kl":             # codes may flip
         assert (ours - expected).norm() < 0.05 * expected.norm()
@@ -298,8 +293,8 @@ def spread_codes(model):
 def test_every_parameter_gets_a_gradient_except_what_softmax_cannot_see(config):
     model = VQGAN(config)
     spread_codes(model)
-    x_hat, extra = model(image(), generator=generators())
-    dead = without_gradient(model, any_loss(x_hat) + extra["latent_loss"])
+    x_hat, latent_loss = forward(model, image(), generator=generators())
+    dead = without_gradient(model, any_loss(x_hat) + latent_loss)
     # k.bias adds q·bias to all scores of a query, and softmax does not see a common summand.
     assert all(name.endswith(("attn_1.k.bias", "attn.0.k.bias", "attn.1.k.bias")) for name in dead)
 
@@ -362,8 +357,8 @@ def compiled_equals_eager(config, backend, tolerance):
 
     def run():
         model.zero_grad()
-        x_hat, extra = model(x, generator=generators())
-        (x_hat.square().mean() + extra["latent_loss"]).backward()
+        x_hat, latent_loss = forward(model, x, generator=generators())
+        (x_hat.square().mean() + latent_loss).backward()
         return [x_hat.detach(), *(p.grad for p in model.parameters())]
 
     eager = run()

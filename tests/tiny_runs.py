@@ -7,7 +7,7 @@ import torch
 import run_folder
 from asym_decoder import AsymDecoder
 from convert import denoiser
-from ema import EMA
+from train_prior import EMA
 from vqgan import VQGAN, VQGANConfig
 
 TINY = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4,

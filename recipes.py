@@ -1,0 +1,129 @@
+"""State the numbers of training, one row a recipe, and the learning rate that follows from them.
+
+A row holds what its source prints.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hold the numbers of one stage. lr belongs to `batch_size` and scales linearly with another.
+
+    deviation D11 (disc_start), deviation D25 (lr)
+    """
+
+    batch_size:    int   = 80          # global, over all processes
+    lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
+    betas:         tuple = (0.5, 0.9)  # Adam
+    steps:         int   = 0           # length of the run; 0: by epochs
+    epochs:        float = 0           # passes over the data at hand
+    warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of all)
+    min_lr:        float = 0.0         # the cosine's end; 0: constant after the warm-up
+    trunk_factor:  float = 1.0         # on the rate of a trunk that starts from the first stage's
+    start_trunk:   bool  = False       # start the trunk from the first stage's decoder
+    gan:           str   = "hinge"     # or "log", Eq. 7
+    lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
+    disc_start:    float = 0.29        # below 1 a fraction of the steps, from 1 on a step
+    ndf:           int   = 64          # the discriminator's width
+    disc_layers:   int   = 3           # and its strided layers
+    disc_factor:   float = 1.0         # on its learning rate
+    latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
+    p_full:        float = 0.5         # share of full masks among the decoder's
+    mask_kind:     str   = "thick"     # of the others, masks.MASK_KINDS
+    max_maps:      int   = 0           # the prior sees the codes of so many images; 0: of all
+    code_start:    bool  = False       # its embedding and last layer start from the codebook
+
+
+# [AVQ Sec. 4] [DDM Sec. 4.1]  deviations D10 D21 D46
+RECIPES = {
+    "vqgan": {
+        # taming-transformers' and latent-diffusion's configurations; the number of steps is ours
+        "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, lambda_rule="taming",
+                     disc_start=250_001),
+        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, lambda_rule="taming",
+                     disc_start=50_001, latent_weight=1e-6),
+        # ours
+        "tiny": Recipe(batch_size=8, lr=2e-3, steps=1300, warmup=50, min_lr=1e-4,
+                       lambda_rule="taming", disc_start=0.8, ndf=32, disc_layers=2),
+    },
+    "refit": {
+        # DDM Sec. 4.1; the number of steps is ours
+        "vq": Recipe(batch_size=8, lr=1e-6, steps=50_000, lambda_rule="taming", disc_start=0,
+                     disc_factor=2.0),
+        # ours
+        "tiny": Recipe(batch_size=8, lr=5e-5, steps=150, lambda_rule="taming", disc_start=0,
+                       disc_factor=2.0, ndf=32, disc_layers=2),
+    },
+    "decoder": {
+        # AVQ Sec. 4; start and discriminator as in the authors' configuration
+        "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
+                       start_trunk=True, trunk_factor=0.1),
+        "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
+        # ours: the paper gives none for this size
+        "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
+        "tiny": Recipe(batch_size=8, lr=6e-3, steps=1600, warmup=50, min_lr=1e-5,
+                       start_trunk=True, trunk_factor=0.3, disc_start=0.8, ndf=32, disc_layers=2),
+    },
+    "prior": {
+        # DDM Sec. 4.1 and its appendix
+        "paper117": Recipe(batch_size=180, lr=1e-4, betas=(0.9, 0.999), steps=1_000_000,
+                           min_lr=1e-8),
+        # ours
+        "tiny": Recipe(batch_size=16, lr=4e-3, betas=(0.9, 0.99), steps=2000, warmup=50,
+                       min_lr=1e-5, max_maps=12_000, code_start=True),
+    },
+}
+
+
+def run_length(recipe, images):
+    """Count the steps of a stage on a data set of so many images."""
+    return recipe.steps or math.ceil(recipe.epochs * images / recipe.batch_size)
+
+
+def first_gan_step(recipe, steps):
+    """Give the 0-based step at which the discriminator starts."""
+    start = recipe.disc_start
+    return math.floor(start * steps) if start < 1 else int(start)
+
+
+def learning_rate(step, steps, peak, warmup, min_lr):
+    """Give the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
+
+    deviation D27
+    steps: of the run. min_lr: the cosine's end. 0 keeps the peak after the warm-up, as the first
+    stages do.
+    """
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return peak * (0.01 + 0.99 * step / warmup)
+    if min_lr == 0:
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    low = min(min_lr, peak)
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * done))
+
+
+def adam(groups, recipe, device):
+    """Make Adam for [(parameters, factor on the learning rate)]."""
+    return torch.optim.Adam([{"params": list(parameters), "factor": factor}
+                             for parameters, factor in groups],
+                            lr=recipe.lr, betas=recipe.betas, fused=device.type != "mps")
+
+
+def set_learning_rates(optimizers, recipe, step, steps, disc_start):
+    """Set every learning rate for `step`; return the generator's.
+
+    The discriminator's schedule begins when the discriminator does. No group falls below min_lr.
+    """
+    schedule = recipe.lr, recipe.warmup, recipe.min_lr
+    rates = {"generator": learning_rate(step, steps, *schedule),
+             "discriminator": learning_rate(max(0, step - disc_start), max(1, steps - disc_start),
+                                            *schedule)}
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = max(rates[name] * group["factor"], min(recipe.min_lr, rates[name]))
+    return rates["generator"]

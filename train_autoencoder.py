@@ -1,0 +1,386 @@
+"""Train the networks that draw images: first stage, ReFiT's decoder, asymmetric decoder.
+
+    vqgan     x --VQGAN--> x_hat                                   all of it trains
+    refit     x --frozen encoder, rebuilt codes; decoder--> x_hat  the decoder trains
+    decoder   x, mask --frozen first stage; AsymDecoder--> x_hat   the asymmetric decoder trains
+
+All three play against a discriminator, so they share one step.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import run_folder
+from asym_decoder import AsymDecoder, AsymVQGAN
+from convert import load_first_stage
+from data import Batch, TrainingItems, held_out, pixels, views
+from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size, wrap
+from losses import (
+    LPIPS,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    frozen,
+    generator_gan_loss,
+    pixel_loss,
+)
+from metrics import pre_error
+from quantize import code_statistics, count_codes, nearest_code
+from recipes import adam
+from refit import install_codebook, rebuild_codebook, sample_features
+from seeding import STAGE_IDS, image_generators, stage_seed
+from vqgan import VQGAN, VQGANConfig
+
+VALIDATION_IMAGES = 64
+
+
+class Autoencoder:
+    """Hold an image network and its discriminator, and train both with one step. [AVQ App. A]
+
+    run: a run_folder.Run. groups: the trained parameters, as recipes.adam takes them. parent: the
+    hash of the frozen weights below. config: what the checkpoint adds to the run's settings. facts:
+    what it adds to its `extra`.
+    """
+
+    masks = False                  # whether training draws masks; without, every mask is full
+    workers = True                 # whether loading an item is slow enough for worker processes
+    FACTS = ()                     # the names of `facts`
+
+    def __init__(self, run, name, recipe, model, groups, parent=None, config=None, facts=None):
+        self.run, self.name, self.recipe, self.parent = run, name, recipe, parent
+        self.config, self.facts = config or {}, facts or {}
+        device, net = run.device, run.settings["perceptual"]
+        self.model = model.to(device).train()
+        self.model.decoder.checkpointing = run.settings["checkpointing"]
+        self.discriminator = PatchDiscriminator(ndf=recipe.ndf,
+                                                n_layers=recipe.disc_layers).to(device)
+        if device.type == "cuda":                        # there is none for CPU  deviation D19
+            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
+        if run.channels_last:      # before DDP, which copies the memory layout into its buckets
+            self.model.to(memory_format=torch.channels_last)
+            self.discriminator.to(memory_format=torch.channels_last)
+        self.ddp_model = wrap(self.model, device)
+        self.ddp_discriminator = wrap(self.discriminator, device)
+        self.optimizers = {
+            "generator": adam(groups, recipe, device),
+            "discriminator": adam([(self.discriminator.parameters(), recipe.disc_factor)],
+                                  recipe, device)}
+        self.perceptual = None
+        if net != "none":
+            self.perceptual = LPIPS(net, run.settings["weights"]).to(device)
+
+    def items(self, steps):
+        """Give the training images by position in the run, with crop and mask."""
+        r, run = self.recipe, self.run
+        return TrainingItems(run.train_set, run.settings["seed"], STAGE_IDS[self.name], self.masks,
+                             r.p_full, r.mask_kind)
+
+    def autocast(self):
+        bf16 = self.run.settings["precision"] == "bf16"
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bf16)
+
+    def networks(self):
+        """List what DDP may wrap."""
+        return [self.ddp_model, self.ddp_discriminator]
+
+    # ---------------------------------------------------------------- one step
+
+    def batch(self, items):
+        """Bring a training loader's dict to the device."""
+        x = pixels(items["image"], self.run.device, self.run.channels_last)         # (B, 3, H, W)
+        mask = items["mask"].to(self.run.device, non_blocking=True).float()         # (B, 1, H, W)
+        return Batch(items["position"], x, mask)
+
+    def generators(self, batch):
+        """Make each image's generator for a KL latent's noise; None for a VQ latent."""
+        if self.model.config.latent == "vq":
+            return None
+        return image_generators(self.run.settings["seed"], self.name, batch.index)
+
+    def reconstruct(self, batch):
+        """Encode and decode: x_hat (B,3,H,W), and the latent's loss or None."""
+        h, latent_loss = self.ddp_model(batch.x, generator=self.generators(batch))
+        return self.model.decoder.conv_out(h).float(), latent_loss
+
+    def step(self, batch, gan_on, scale=1.0):
+        """Add one micro-batch's gradients to .grad.
+
+        gan_on: whether the discriminator has started. scale: the micro-batch's share of the step.
+        Returns the terms of the losses, detached, by name. Both players see the one x_hat: the
+        network runs once a step, before either of them moves.  deviation D12
+        """
+        r = self.recipe
+        # The reconstruction, and what the latent costs.
+        with self.autocast():
+            x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
+        pixel = rec = pixel_loss(x_hat, batch.x)
+        terms = {"pixel": pixel}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x_hat, batch.x).mean()
+            rec = pixel + terms["perceptual"]                               # [AVQ Eq. 6]
+        loss = rec
+        if latent_loss is not None:
+            terms["latent"] = latent_loss
+            # [AVQ Eq. 2] or [AVQ Eq. 11]
+            loss = rec + r.latent_weight * latent_loss
+        # The generator's side of the game.
+        if gan_on:
+            with frozen(self.discriminator):
+                gan = generator_gan_loss(self.discriminator(x_hat), r.gan)  # [AVQ Eq. 7]
+            # [AVQ Eq. 9] with the pixel loss; taming's rule takes all of the reconstruction.
+            lam = adaptive_weight(pixel if r.lambda_rule == "paper" else rec, gan,
+                                  self.model.decoder.conv_out.weight, r.lambda_rule)
+            loss = loss + lam * gan                                         # [AVQ Eq. 8]
+            terms |= {"gan": gan, "lambda": lam}
+        (loss * scale).backward()
+        # The discriminator's side. Real and generated images pass separately: BatchNorm would
+        # otherwise see the two mixed.
+        if gan_on:
+            real, fake = self.ddp_discriminator(batch.x), self.ddp_discriminator(x_hat.detach())
+            disc = discriminator_loss(real, fake, r.gan)                    # [AVQ Eq. 7]
+            (disc * scale).backward()
+            terms |= {"disc": disc, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {name: value.detach() for name, value in terms.items()}
+
+    def update(self, gan_on):
+        """Move the weights by their gradients, then clear these."""
+        for name, optimizer in self.optimizers.items():
+            if name == "generator" or gan_on:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def snapshot(self):
+        """Copy what `step` changes besides gradients: the discriminator's BatchNorm statistics."""
+        return {name: value.clone() for name, value in self.discriminator.named_buffers()}
+
+    def restore(self, snapshot):
+        """Put back what `snapshot` copied."""
+        self.discriminator.load_state_dict(snapshot, strict=False)
+
+    # ---------------------------------------------------------------- on held-out images
+
+    def held_out(self, size):
+        """List the first held-out images in batches, with their evaluation masks."""
+        return list(held_out(self.run.val_set, VALIDATION_IMAGES, size, self.run.device))
+
+    @torch.no_grad()
+    def validate(self, batches):
+        """Measure {"val_pixel", "val_perceptual"}: means over held-out images.
+
+        KL latents are modes.
+        """
+        self.model.eval()
+        sums, count = {}, 0
+        for batch in batches:
+            with self.autocast():
+                values, plain = self.measures(batch)
+            if self.perceptual is not None:
+                values["val_perceptual"] = self.perceptual(plain, batch.x).mean()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(batch.x)
+            count += len(batch.x)
+        self.model.train()
+        return {name: total / count for name, total in sums.items()}
+
+    def measures(self, batch):
+        """({"val_...": mean over the batch}, x_hat that the perceptual loss is taken of)."""
+        x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
+        return {"val_pixel": pixel_loss(x_hat, batch.x)}, x_hat
+
+    @torch.no_grad()
+    def pictures(self, batches, count):
+        """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
+        batch = batches[0]
+        self.model.eval()
+        with self.autocast():
+            columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
+        self.model.train()
+        return columns
+
+    def columns(self, batch):
+        return {"original": batch.x,
+                "reconstruction": self.model.decode(self.model.encode(batch.x))}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self):
+        """Collect what a checkpoint holds of the stage: taming's or the authors' weight names."""
+        weights = {name: value for name, value in self.model.state_dict().items()
+                   if not name.startswith("first_stage.")}
+        return {"model": weights, "ema": None,
+                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+                "extra": self.facts | {"discriminator": self.discriminator.state_dict()}}
+
+    def load_state_dict(self, state):
+        """Continue from a checkpoint."""
+        below = {name: value for name, value in self.model.state_dict().items()
+                 if name.startswith("first_stage.")}
+        self.model.load_state_dict(below | state["model"])
+        self.discriminator.load_state_dict(state["extra"]["discriminator"])
+        for name, optimizer in self.optimizers.items():
+            run_folder.load_optimizer(optimizer, state["optimizers"][name])
+        self.facts = {name: state["extra"][name] for name in self.FACTS}
+
+
+class FirstStage(Autoencoder):
+    """Train encoder, latent and decoder together. [AVQ Sec. 3.1]"""
+
+    def __init__(self, run, recipe, state):
+        model = VQGAN(VQGANConfig(**run.settings["first_stage"]))
+        super().__init__(run, "vqgan", recipe, model, [(model.parameters(), 1.0)])
+
+
+class Refit(Autoencoder):
+    """Rebuild the codebook, and fine-tune the decoder for it. [DDM Sec. 3.2] [DDM Sec. 4.1]
+
+    Encoder and codes are frozen, so the latent's loss is a constant.
+    """
+
+    FACTS = ("K", "samples", "inertia", "moves", "val")
+
+    def __init__(self, run, recipe, state):
+        source = Path(run.settings["vqgan"] or run.out / "vqgan" / "last.pt")
+        first_stage = load_first_stage(source)
+        warn_unless_finished("refit", first_stage, source)
+        model, facts = first_stage.model.to(run.device), {}
+        if state is None:
+            codebook, facts = rebuild(run, model)
+        else:                                    # a resumed refit keeps its codes
+            codebook = state["model"]["quantize.embedding.weight"]
+        install_codebook(model, codebook)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(run, "refit", recipe, model, [(trained, 1.0)], first_stage.parent,
+                         {"first_stage": asdict(model.config)}, facts)
+        if state is None:
+            self.continue_discriminator(source)
+
+    def continue_discriminator(self, source):
+        """Start from the discriminator of a run of ours, which knows the images.  deviation D45"""
+        try:
+            state = (run_folder.latest(source / "vqgan") if source.is_dir()
+                     else run_folder.load(source))
+        except UserError:                        # a public checkpoint
+            state = None
+        kept = state["extra"].get("discriminator") if state else None
+        new = self.discriminator.state_dict()
+        if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in new.items()}:
+            self.discriminator.load_state_dict(kept)
+        else:
+            print0(f"refit: {source} has no discriminator of this size; it starts at random")
+
+
+class DecoderStage(Autoencoder):
+    """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2]
+
+    The full image is encoded; only the condition branch sees the masked one. Where the recipe says
+    so and the sizes agree, the trunk starts from the first stage's decoder and learns at
+    `trunk_factor` times the rate; the branch always starts at random.  deviation D10
+    """
+
+    masks = True
+
+    def __init__(self, run, recipe, state):
+        first_stage, where = trained_first_stage(run, "decoder")
+        size, vanilla = run.settings["decoder"], first_stage.model.decoder
+        decoder = AsymDecoder.from_preset(first_stage.model.config, size["preset"], size["blend"])
+        trunk_factor = 1.0
+        if recipe.start_trunk and decoder.trunk_fits(vanilla):
+            decoder.load_trunk(vanilla)
+            trunk_factor = recipe.trunk_factor
+        groups = [(decoder.trunk_parameters(), trunk_factor), (decoder.branch_parameters(), 1.0)]
+        super().__init__(run, "decoder", recipe, AsymVQGAN(first_stage.model, decoder), groups,
+                         first_stage.parent, {"vqgan": where})
+
+    def reconstruct(self, batch):
+        h = self.ddp_model(batch.x, batch.mask, self.generators(batch))     # (B, ch, H, W)
+        return self.model.decoder.conv_out(h).float(), None
+
+    def measures(self, batch):
+        z = self.model.encode(batch.x)                                      # (B, d, h, w)
+        plain = self.model.decode(z)                                        # (B, 3, H, W)
+        masked = self.model.decode(z, image=batch.x, mask=batch.mask)       # (B, 3, H, W)
+        return {"val_pixel": pixel_loss(plain, batch.x),
+                "val_pixel_masked": pixel_loss(masked, batch.x),
+                "val_pre_error": pre_error(masked, batch.x, batch.mask).mean()}, plain
+
+    def columns(self, batch):
+        z = self.model.encode(batch.x)                                      # (B, d, h, w)
+        return {"original": batch.x, "masked": batch.x * (1 - batch.mask),
+                "vanilla": self.model.first_stage.decode(z),
+                "ours, with mask": self.model.decode(z, image=batch.x, mask=batch.mask),
+                "ours, without": self.model.decode(z)}
+
+
+# ---------------------------------------------------------------- what a stage starts from
+
+
+def trained_first_stage(run, name):
+    """Load the first stage below the stage `name`: (Loaded, its path or None for the run itself).
+
+    That is the run's refit where it is finished, else what --vqgan names, else the run's vqgan.
+    """
+    refit = run_folder.latest(run.out / "refit")
+    if refit is not None and refit["extra"].get("finished"):
+        return load_first_stage(run.out), None
+    where = run.settings["vqgan"]
+    first_stage = load_first_stage(where or run.out)
+    warn_unless_finished(name, first_stage, where or run.out)
+    if refit is not None:
+        print0(f"{name}: warning: the refit in {run.out} is not finished, so this {name} is "
+               "trained on the first stage before it; to have it on the refit, finish that first")
+    return first_stage, where
+
+
+def warn_unless_finished(name, first_stage, where):
+    if not first_stage.finished:
+        print0(f"{name}: warning: the first stage in {where} is not finished (step "
+               f"{first_stage.step}), and a {name} fits only the weights that it is trained on: "
+               "finish the first stage first, with the command that began it")
+
+
+@torch.no_grad()
+def rebuild(run, model):
+    """Rebuild the codebook of a VQGAN from training images: (codebook (K,d), facts). [DDM Sec. 3.2]
+
+    Every process must call this.
+    """
+    seed, size = run.settings["seed"], run.settings["refit"]
+    K, P = size["K"], size["samples"]
+    print0(f"\nrefit: sampling {P:,} features of {len(run.train_set):,} images for {K:,} codes")
+    if run.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    def images(dataset, batches):
+        for image, *_ in views(dataset, batches, run.workers):
+            yield pixels(image, run.device, run.channels_last)              # (b, 3, H, W)
+
+    # Sample features on all processes, cluster them on one: another CPU may round differently.
+    features = sample_features(model.moments, partial(images, run.train_set), len(run.train_set), P,
+                               (seed, STAGE_IDS["refit"])).to(run.device)   # (P, d)
+
+    def cluster():
+        generator = torch.Generator().manual_seed(stage_seed(seed, "refit"))
+        codebook, inertia = rebuild_codebook(features, K, generator=generator)
+        return codebook.cpu(), inertia
+
+    codebook, inertia = on_rank0(cluster)
+    # Count which codes occur in the held-out images, before and after.
+    books = {"before": model.quantize.embedding.weight, "after": codebook.to(run.device)}
+    counts = {when: torch.zeros(len(book), dtype=torch.int64) for when, book in books.items()}
+    n, share = len(run.val_set), 32
+    batches = (range(i, min(i + share, n)) for i in range(0, n, share)[rank()::world_size()])
+    for x in images(run.val_set, batches):
+        z_e = model.moments(x).permute(0, 2, 3, 1).flatten(0, 2)            # (b·h·w, d)
+        for when, book in books.items():
+            counts[when] += count_codes([nearest_code(z_e, book)], len(book))
+    before, after = (code_statistics(sum(gather_objects(counts[when]))) for when in books)
+    print0(f"refit: inertia {inertia[0]:.5g} at the seeds, {inertia[-1]:.5g} after "
+           f"{len(inertia) - 1} moves; held out, {100 * before['usage']:.1f} % of {before['K']:,} "
+           f"codes in use before (perplexity {before['perplexity']:.1f}), "
+           f"{100 * after['usage']:.1f} % of {after['K']:,} after ({after['perplexity']:.1f})")
+    return codebook, {"K": K, "samples": P, "inertia": [inertia[0], inertia[-1]],
+                      "moves": len(inertia) - 1, "val": {"before": before, "after": after}}

@@ -1,0 +1,313 @@
+"""Train VQ-DDM's prior: the diffusion model of a frozen first stage's codes.
+
+    images --frozen encoder--> codes (n,h,w), kept in RUN/codes             code_maps
+    position in the run -> epoch, permuted row -> a map (h,w)               CodeItems
+    z_0, t --noise--> z_t --UNet--> logits --> one draw of the bound        Prior.step
+    weights --> their running average, which samples are drawn with         EMA
+
+The first stage is frozen, so an image's codes are the same each time: encoding it again in each
+epoch would cost more than the prior's own step.
+"""
+
+import hashlib
+import math
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import run_folder
+from convert import denoiser
+from data import Order, pixels, views
+from diffusion import Timesteps, held_out_bound, histogram_nats
+from distributed import barrier, gather_objects, on_rank0, print0, rank, world_size, wrap
+from recipes import adam
+from seeding import STAGE_IDS, image_generators
+from train_autoencoder import trained_first_stage
+
+VALIDATION_MAPS = 256
+PICTURE_STEPS = 25             # reverse steps of the samples drawn while training
+ENCODED = 64                   # images encoded at once; another number might round otherwise
+
+
+@dataclass
+class CodeBatch:
+    """One micro-batch of maps on the device."""
+
+    index:   list              # positions in the run; of held-out maps, places in the data set
+    indices: torch.Tensor      # (B,h,w) int64, z_0
+
+
+class PriorStage:
+    """Train the denoiser of a frozen first stage's codes, and its average. [DDM Sec. 4.1]
+
+    The interface is train_autoencoder.Autoencoder's.
+    """
+
+    workers = False                # an item is a row of an array: no worker processes
+
+    def __init__(self, run, recipe, state):
+        first_stage, where = trained_first_stage(run, "prior")
+        self.run, self.name, self.recipe, self.facts = run, "prior", recipe, {}
+        self.parent, self.config = first_stage.parent, {"vqgan": where}
+        self.first_stage = first_stage.model.to(run.device)
+        K = first_stage.model.config.K
+        self.model, self.diffusion = denoiser(run.settings["prior"], K)
+        if recipe.code_start:
+            start_from_codes(self.model, first_stage.model.quantize.embedding.weight)
+        self.model.to(run.device).train()
+        if run.channels_last:      # before DDP, which copies the memory layout into its buckets
+            self.model.to(memory_format=torch.channels_last)
+            self.first_stage.to(memory_format=torch.channels_last)
+        self.ddp_model = wrap(self.model, run.device)
+        self.optimizers = {"generator": adam([(self.model.parameters(), 1.0)], recipe, run.device)}
+        self.timesteps, self.ema = Timesteps(self.diffusion.T), EMA(self.model,
+                                                                    run.settings["prior"]["ema"])
+
+    def items(self, steps):
+        """Encode the training images, no more than `steps` will see; give their maps by position.
+        """
+        n = min(len(self.run.train_set), steps * self.recipe.batch_size,
+                self.recipe.max_maps or math.inf)
+        print0(f"\nprior: learns the codes of {n:,} images, kept in {self.run.out / 'codes'}")
+        config = self.first_stage.config
+        self.codes = code_maps(self.encode, self.run.train_set, n, config, self.parent,
+                               self.run.out / "codes", self.run.workers)    # (n, h, w)
+        self.facts |= {"K": config.K, "grid": list(self.codes.shape[1:]), "maps": n}
+        return CodeItems(self.codes, self.run.settings["seed"])
+
+    @torch.no_grad()
+    def encode(self, image):
+        """Encode uint8 (b,3,H,W) in float32, as sampling and inpainting do: codes (b,h,w)."""
+        return self.first_stage.indices(pixels(image, self.run.device, self.run.channels_last))
+
+    def autocast(self):
+        bf16 = self.run.settings["precision"] == "bf16"
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bf16)
+
+    def networks(self):
+        return [self.ddp_model]
+
+    # ---------------------------------------------------------------- one step
+
+    def batch(self, items):
+        """Bring a training loader's dict to the device."""
+        return CodeBatch(items["position"],
+                         items["indices"].to(self.run.device, non_blocking=True))
+
+    def denoise(self, z_t, t):
+        """Give the logits (B,K,h,w) of maps z_t at times t, in training."""
+        with self.autocast():
+            return self.ddp_model(z_t, t)
+
+    def step(self, batch, gan_on, scale=1.0):
+        """Add one micro-batch's gradients to .grad: one draw of the bound. [DDM Eq. 7]
+
+        Each map has one t, drawn by importance. Returns {"vlb": the bound in nats a map, as this
+        draw estimates it}, detached. gan_on: without meaning for a prior.
+        """
+        generators = image_generators(self.run.settings["seed"], "prior", batch.index)
+        t, p = self.timesteps.draw(generators)                              # (B), (B)
+        loss, terms = self.diffusion.loss(self.denoise, batch.indices, t, p, generators)
+        (loss * scale).backward()
+        self.timesteps.observe(t, terms)
+        return {"vlb": loss.detach() * batch.indices[0].numel()}
+
+    def update(self, gan_on):
+        """Move the weights by their gradients, clear these, and let the average follow."""
+        self.optimizers["generator"].step()
+        self.optimizers["generator"].zero_grad(set_to_none=True)
+        self.timesteps.update()
+        self.ema.update(self.model)
+
+    def snapshot(self):
+        """Note what `step` changes besides gradients: which losses were observed."""
+        return list(self.timesteps.observed)
+
+    def restore(self, snapshot):
+        self.timesteps.observed = snapshot
+
+    # ---------------------------------------------------------------- on held-out maps
+
+    @torch.no_grad()
+    def held_out(self, size):
+        """Encode the first held-out images: [(CodeBatch, x)]; note what two baselines cost."""
+        run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
+        ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        batches = [(CodeBatch(list(places), self.encode(image)), pixels(image, run.device))
+                   for places, (image, *_) in zip(ranges, views(run.val_set, ranges))]
+        maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
+        K = self.first_stage.config.K
+        self.facts |= {"uniform_nats": maps[0].size * math.log(K),
+                       "histogram_nats": histogram_nats(self.codes, maps, K)}
+        print0("prior: a held-out map costs {uniform_nats:.1f} nats by chance, {histogram_nats:.1f}"
+               " by how often each code occurs at each cell".format(**self.facts))
+        return batches
+
+    @torch.no_grad()
+    def validate(self, batches):
+        """Measure {"val_vlb"}: the mean bound in nats a map, the noise always the same."""
+        with self.averaged() as model:
+            nats = [held_out_bound(self.diffusion, model, batch.indices, batch.index[0])
+                    for batch, _ in batches]
+        return {"val_vlb": torch.cat(nats).mean().item()}
+
+    @torch.no_grad()
+    def pictures(self, batches, count):
+        """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
+        (batch, x), decode = batches[0], self.first_stage.decode_indices
+        codes, steps = batch.indices[:count], min(PICTURE_STEPS, self.diffusion.T)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(codes))]
+        with self.averaged() as model:
+            drawn = self.diffusion.sample(model, codes.shape, steps, generators,
+                                          device=self.run.device)           # (B, h, w)
+        return {"held out": x[:count], "its codes, decoded": decode(codes),
+                f"new codes, {steps} steps": decode(drawn)}
+
+    @contextmanager
+    def averaged(self):
+        """Give the model its averaged weights while the block runs."""
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema.weights)
+        self.model.eval()
+        try:
+            yield self.model.forward     # a compiled model would be compiled again for these shapes
+        finally:
+            self.model.load_state_dict(weights)
+            self.model.train()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self):
+        """Collect what a checkpoint holds of the stage."""
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+                "extra": self.facts | {"timesteps": self.timesteps.state_dict()}}
+
+    def load_state_dict(self, state):
+        """Continue from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.timesteps.load_state_dict(state["extra"]["timesteps"])
+        for name, optimizer in self.optimizers.items():
+            run_folder.load_optimizer(optimizer, state["optimizers"][name])
+
+
+@torch.no_grad()
+def start_from_codes(unet, codebook):
+    """Initialise embedding and last layer from the codebook (K,d): alike codes start alike.
+
+    deviation D48
+    The codes' coordinates are taken along as many of the codebook's principal axes as there are
+    columns, with variance 1 over all. The embedding is 0.1 times its random start plus the
+    coordinates. The last layer, which was zero, is 0.1 times the coordinates, so that x̂0 is still
+    nearly uniform. Without this all codes are equally far from each other, and what is learnt of
+    one says nothing of its neighbours.
+    """
+    centred = codebook - codebook.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh                # (n, d)
+    places = centred @ axes.T                                               # (K, n)
+    places = places / places.std()
+    embedding, logits = unet.embedding.weight, unet.logits.weight           # (K, C), (K, C', 1, 1)
+    into, out = (min(places.shape[1], weight.shape[1]) for weight in (embedding, logits))
+    embedding.mul_(0.1)
+    embedding[:, :into] += places[:, :into]
+    logits[:, :out, 0, 0] += 0.1 * places[:, :out]
+
+
+# ---------------------------------------------------------------- the codes of the images
+
+
+def code_maps(encode, dataset, n, config, parent, folder, workers=0):
+    """Encode the first n images in their fixed view: (n,h,w) uint16, int32 for K > 65,536.
+
+    deviation D47
+    encode: image uint8 (b,3,H,W) -> indices (b,h,w), by the first stage of `config` whose hash is
+    `parent`. folder: where the memory-mapped file is kept. It is made once for a first stage, a
+    data set and n, as a whole or not at all.
+    Every process must call this: they share the images, in whole batches, so that their number
+    changes no bit.
+    """
+    key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
+    path = Path(folder) / f"{dataset.split}-{key}.npy"
+    part, side = path.with_suffix(".part"), dataset.size // config.f
+    if on_rank0(path.exists):
+        return np.load(path, mmap_mode="r")
+    maps = None
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dtype = np.uint16 if config.K <= 2**16 else np.int32
+        maps = np.lib.format.open_memmap(part, "w+", dtype, (n, side, side))
+    starts = range(0, n, ENCODED)
+    mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
+    images, next_line = views(dataset, mine, workers), time.monotonic() + 10
+    for start in starts[::world_size()]:         # a round: one batch on each process
+        image, *_ = next(images, (None,))
+        codes = None if image is None else encode(image).cpu().numpy()      # (b, h, w)
+        for number, share in enumerate(gather_objects(codes)):
+            if maps is not None and share is not None:
+                first = start + number * ENCODED
+                maps[first:first + len(share)] = share
+        if time.monotonic() > next_line:
+            print0(f"encoding: {start:,} of {n:,} images")
+            next_line = time.monotonic() + 10
+    if maps is not None:
+        maps.flush()
+        os.replace(part, path)
+    barrier()                                    # rank 0 has renamed the file
+    return np.load(path, mmap_mode="r")
+
+
+class CodeItems:
+    """Order the maps of a run: a data set over positions 0, 1, 2, ..., as data.TrainingItems.
+
+    codes: (n,h,w), any integers. Items: indices int64 (h,w), position.
+    """
+
+    def __init__(self, codes, seed):
+        self.codes, self.order = codes, Order(len(codes), (seed, STAGE_IDS["prior"]))
+
+    def __getitem__(self, position):
+        indices = self.codes[self.order[position]].astype(np.int64)         # (h, w)
+        return {"indices": torch.from_numpy(indices), "position": position}
+
+
+class EMA:
+    """Average a model's weights: average <- d·average + (1 - d)·weights.  deviation D40
+
+    d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up: without it a run
+    of a thousand steps would, at a decay of 0.9999, still consist of nine tenths of its start. The
+    average is float32, because bf16 would round most updates away. The model has no persistent
+    buffers.
+    """
+
+    def __init__(self, model, decay):
+        self.decay, self.updates = decay, 0
+        self.weights = {name: parameter.detach().to(torch.float32, copy=True)
+                        for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model):
+        """Take the model's weights of this step into the average."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = dict(model.named_parameters())
+        # One call for all tensors: hundreds of small kernels would take longer than the arithmetic.
+        torch._foreach_lerp_(list(self.weights.values()),
+                             [current[name].float() for name in self.weights], 1 - decay)
+        self.updates += 1
+
+    def state_dict(self):
+        return {"updates": self.updates, "weights": self.weights}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Continue from `state_dict()`. Raises ValueError for the average of another model."""
+        if state["weights"].keys() != self.weights.keys():
+            raise ValueError("the average in the checkpoint is of a model with other parameters")
+        for name, average in self.weights.items():
+            average.copy_(state["weights"][name])
+        self.updates = state["updates"]
