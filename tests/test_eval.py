@@ -25,6 +25,7 @@ from tiny_runs import (
 )
 
 import eval as program
+import metrics
 import run_folder
 from convert import load_model
 from data import Signs
@@ -129,13 +130,13 @@ def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(tmp_path):
 
 def test_nothing_is_measured_in_tf32_or_with_gradients(run, monkeypatch):
     backends, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
-    original = program.decode_all
+    original = metrics.decode_all
 
     def note(*args):
         seen.append((*(backend.fp32_precision for backend in backends), torch.is_grad_enabled()))
         return original(*args)
 
-    monkeypatch.setattr(program, "decode_all", note)
+    monkeypatch.setattr("metrics.decode_all", note)
     evaluate(run, n=1)
     assert set(seen) == {("ieee", "ieee", False)}
 
@@ -211,7 +212,7 @@ def test_an_unfinished_run_is_said_to_be_one(tmp_path, capsys):
 def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(program, "image_grid", lambda columns, path: drawn.update(columns))
-    monkeypatch.setattr(program, "write_report", lambda *_: None)
+    monkeypatch.setattr(program, "write_report", lambda *_, **__: None)
     evaluate(run, n=8, batch_size=5)
     signs = Signs("val", SIZE)
     expected = [torch.tensor(signs.image(i)).permute(2, 0, 1) / 127.5 - 1 for i in range(6)]
@@ -311,7 +312,7 @@ def test_what_refit_counted_stands_before_and_after(refitted, capsys):
 def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
         refitted, monkeypatch, capsys):
     monkeypatch.setattr(program, "WORKERS", 0)
-    monkeypatch.setattr(program, "open_networks", lambda *_, **__: Networks(inception=inception))
+    monkeypatch.setattr("metrics.open_networks", lambda *_, **__: Networks(inception=inception))
     report = evaluate(refitted, table="ddm1", n=4, batch_size=3)
     stages = {name: load_model(refitted / name / "last.pt") for name in ("vqgan", "refit")}
     printed = capsys.readouterr().out
@@ -426,7 +427,7 @@ def test_flags_that_lack_or_contradict_others_are_mistakes_that_say_what_to_give
             ("--pred p --real r --table 2", "--table 2 needs --masks"),
             ("--pred p --real r --masks m --table 4", "--table 4 has a CLIP score"),
             ("run --table 6", "--table 6 is about samples: write them with sample.py"),
-            ("run --real r --table ddm1", "--table ddm1 is about a run"),
+            ("run --real r --table ddm1", "--table ddm1 is about a run alone"),
             ("--pred p --real r --refs f", "--refs needs --masks DIR")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split()])
         with pytest.raises(UserError, match=reason):
@@ -508,7 +509,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
 def test_a_folder_that_cannot_be_made_is_a_mistake_found_before_anything_is_measured(
         run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(program, "decode_all", None)
+    monkeypatch.setattr("metrics.decode_all", None)
     for out in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(UserError, match=r"--out: .*file.* cannot be made a folder"):
             evaluate(run, out=str(out), n=1)
@@ -516,7 +517,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_found_before_anything_is_meas
 
 def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monkeypatch):
     networks = Networks(inception=inception)
-    monkeypatch.setattr(program, "open_networks", lambda *_, **__: networks)
+    monkeypatch.setattr("metrics.open_networks", lambda *_, **__: networks)
     for index in range(3):
         (folders / "real" / f"{index}.png").rename(folders / "real" / f"other{index}.png")
     monkeypatch.chdir(folders)
@@ -539,7 +540,7 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(folders, monke
 
 def test_samples_are_compared_with_a_data_sets_own_pictures(folders, monkeypatch, capsys):
     networks = Networks(inception=inception)
-    monkeypatch.setattr(program, "open_networks", lambda *_, **__: networks)
+    monkeypatch.setattr("metrics.open_networks", lambda *_, **__: networks)
     monkeypatch.chdir(folders)
     _call(monkeypatch, "--pred", "pred", "--data", "signs", "--unpaired", "--table", "6")
     row, x = _rows(_saved(folders / "pred-report"))["files"], images("val", 5)
