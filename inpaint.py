@@ -64,10 +64,9 @@ def windows(unknown, grid):
         n, where = left.shape[axis], left.any(1 - axis).nonzero()[0].tolist()
         first, end, context = where[0], where[-1] + 1, length // 4
         low, high = max(0, first - context), min(n, end + context)
-        if high - low <= length:
-            starts.append([min(max(0, (first + end - length) // 2), n - length)])
-        else:
-            starts.append([*range(low, high - length, max(1, length // 2)), high - length])
+        middle = min(max(0, (first + end - length) // 2), n - length)
+        several = [*range(low, high - length, max(1, length // 2)), high - length]
+        starts.append([middle] if high - low <= length else several)
     for top, side in itertools.product(*starts):
         window = slice(top, top + grid[0]), slice(side, side + grid[1])
         if left[window].any():
@@ -260,9 +259,9 @@ def _completed(prior, dataset, places, masks, number, steps, times=1):
 
 def main():
     args = _parser().parse_args()
-    outputs, comparison = _outputs(args)
     device, start = setup(args.device), time.perf_counter()
     photo, hole = read_pair(args.photo, args.mask, args.invert_mask)
+    outputs, comparison = _outputs(args)
     if not hole.any():
         for path in outputs:
             Image.fromarray(photo).save(path)
@@ -317,22 +316,19 @@ def _planes(picture):
 
 def _outputs(args):
     """Check the flags: ([path of each sample], path of the comparison or None)."""
-    for flag, least in (("samples", 1), ("resample", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the least is {least}")
+    if min(args.samples, args.resample) < 1 or args.seed < 0:
+        raise UserError("--samples and --resample are at least 1, --seed at least 0")
     if args.no_prior and (args.prior or args.samples > 1):
         raise UserError("--no-prior draws nothing: leave out --prior and --samples")
     out = args.out or f"{Path(args.photo).stem}-inpainted.png"
     if not out.lower().endswith(".png"):
         raise UserError(f"-o {out}: give a name that ends with .png, so that no pixel changes")
-    outputs = [out]
-    if args.samples > 1:
-        outputs = [f"{out[:-4]}-{i}.png" for i in range(1, args.samples + 1)]
+    outputs = [out] if args.samples == 1 else [
+        f"{out[:-4]}-{i}.png" for i in range(1, args.samples + 1)]
     comparison = f"{out[:-4]}-compare.png" if args.compare else None
     for path in filter(os.path.exists, [*outputs, comparison or out]):
-        for source in filter(os.path.exists, (args.photo, args.mask)):
-            if os.path.samefile(path, source):
-                raise UserError(f"{path} would be written over {source}; choose another -o")
+        if os.path.samefile(path, args.photo) or os.path.samefile(path, args.mask):
+            raise UserError(f"{path} is the photo or the mask; choose another -o")
     make_folder(Path(out).parent, "-o")
     return outputs, comparison
 

@@ -617,13 +617,13 @@ MISTAKES = [
     (("text.png", "mask.png"), "text.png: cannot be decoded"),
     (("--run", "nowhere"), "nowhere: no such run folder"),
     (("--steps", "7"), "--steps: give numbers from 1 to T = 6, which this prior has"),
-    (("--samples", "0"), "--samples 0: the least is 1"),
-    (("--resample", "0"), "--resample 0: the least is 1"),
-    (("--seed", "-1"), "--seed -1: the least is 0"),
+    (("--samples", "0"), "--samples and --resample are at least 1"),
+    (("--resample", "0"), "--samples and --resample are at least 1, --seed"),
+    (("--seed", "-1"), "--samples and --resample are at least 1, --seed at least 0"),
     (("--no-prior", "--samples", "2"), "--no-prior draws nothing: leave out --prior and"),
     (("-o", "out.jpg"), "-o out.jpg: give a name that ends with .png"),
-    (("-o", "photo.png"), "photo.png would be written over photo.png; choose another -o"),
-    (("-o", "./mask.png"), "./mask.png would be written over mask.png"),
+    (("-o", "photo.png"), "photo.png is the photo or the mask; choose another -o"),
+    (("-o", "./mask.png"), "./mask.png is the photo or the mask"),
     (("-o", "text.png/out.png"), "-o: text.png cannot be made a folder"),
 ]
 
@@ -645,7 +645,7 @@ def test_a_copy_of_the_photo_under_another_name_is_not_written_over(run, here, m
     os.link("photo.png", "link-2.png")
     assert call(monkeypatch, "photo.png", "mask.png", "--run", run, "-o", "link.png",
                 "--samples", 3) == 2
-    assert "link-2.png would be written over photo.png" in capsys.readouterr().err
+    assert "link-2.png is the photo or the mask" in capsys.readouterr().err
 
 
 def test_a_first_stage_alone_or_with_a_kl_latent_says_what_is_to_be_done(here, monkeypatch, capsys):
