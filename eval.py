@@ -181,9 +181,8 @@ def open_runs(paths, device):
     (first, one), *others = runs.items()
     for name, run in others:
         if run.latents != one.latents:
-            raise UserError(f"{name} and {first} stand on different first-stage weights, so their "
-                            "decoders read different latents; evaluate them one by one, or train "
-                            f"one on the other's: train.py --vqgan {first}")
+            raise UserError(f"{name} and {first} stand on different first-stage weights; evaluate "
+                            f"them one by one, or train one on the other's: --vqgan {first}")
         for key in ("data", "size"):
             ours, theirs = run.config.get(key), one.config.get(key)
             if None not in (ours, theirs) and ours != theirs:

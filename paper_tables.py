@@ -48,51 +48,49 @@ class PaperTable:
     about:    str = ABOUT_PAPER    # what to bear in mind when comparing
 
 
-_ALL_FID, _ALL_LPIPS, _ALL_ERROR = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
+_FID, _LPIPS, _ERROR = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
 _CLIP, _IS = ("all", "clip_score"), ("all", "is_mean")
-_OURS = ("asym", "asym-nomask")
+_MODULES = ("files", "vanilla", "asym", "asym-nomask")
 
 PAPER_TABLES = {
     # [AVQ Tab. 1]
     "1": PaperTable("inpainting on Places, 30k of 512 px, LaMa's protocol",
-                    (("40-50", "fid"), ("40-50", "lpips"), _ALL_FID, _ALL_LPIPS),
+                    (("40-50", "fid"), ("40-50", "lpips"), _FID, _LPIPS),
                     ("files", "vanilla", "asym"),
                     {"LaMa": (12.0, 0.24, 2.21, 0.14), "CoModGAN": (10.4, 0.26, 1.82, 0.15),
                      "StableDiffusion": (8.26, 0.324, 2.27, 0.245),
                      "ours": (6.80, 0.244, 1.03, 0.141)}),
     # [AVQ Tab. 2]
-    "2": PaperTable("the modules, inpainting on ImageNet", (_ALL_FID, _ALL_LPIPS, _ALL_ERROR),
-                    ("files", "vanilla", *_OURS),
+    "2": PaperTable("the modules, inpainting on ImageNet", (_FID, _LPIPS, _ERROR), _MODULES,
                     {"StableDiffusion": (9.57, 0.255, 1082.8e-5),
                      "base w/ mask": (7.604, 0.137, 5.7e-5),
                      "base w/o mask": (9.48, 0.248, 1078.6e-5),
                      "large w/ mask": (7.55, 0.136, 2.6e-5),
                      "large w/o mask": (9.17, 0.243, 1047.7e-5)}),
     # [AVQ Tab. 3]
-    "3": PaperTable("ways of blending, ImageNet", (_ALL_FID, _ALL_LPIPS, _ALL_ERROR), ("asym",),
+    "3": PaperTable("ways of blending, ImageNet", (_FID, _LPIPS, _ERROR), ("asym",),
                     {"base add": (7.60, 0.137, 5.7e-5), "base concat": (7.64, 0.138, 5.3e-5),
                      "large add": (7.55, 0.136, 2.6e-5), "large concat": (7.56, 0.137, 4.4e-5)}),
     # [AVQ Tab. 4]
-    "4": PaperTable("paint by example, COCOEE", (_CLIP, _ALL_ERROR), ("files", "vanilla", "asym"),
+    "4": PaperTable("paint by example, COCOEE", (_CLIP, _ERROR), ("files", "vanilla", "asym"),
                     {"Paint-by-Example": (85.67, 588.86e-5), "ours": (86.35, 0.76e-5)}),
     # [AVQ Tab. 5]
-    "5": PaperTable("the modules, paint by example on COCOEE", (_CLIP, _ALL_ERROR),
-                    ("files", "vanilla", *_OURS),
+    "5": PaperTable("the modules, paint by example on COCOEE", (_CLIP, _ERROR), _MODULES,
                     {"Paint-by-Example": (85.67, 588.86e-5), "base": (86.24, 1.37e-5),
                      "base w/o mask": (86.15, 478.47e-5), "large": (86.35, 0.76e-5),
                      "large w/o mask": (86.32, 451.67e-5)}),
     # [AVQ Tab. 6]
     "6": PaperTable("the modules without a mask; samples of our generator, not COCO",
-                    (_ALL_FID, _IS), ("files",),
+                    (_FID, _IS), ("files",),
                     {"StableDiffusion": (19.88, 37.55), "base w/o mask": (19.92, 37.52),
                      "large w/o mask": (19.75, 37.64)}, ABOUT_SAMPLES),
     # [AVQ Tab. 9]
-    "9": PaperTable("larger decoders, ImageNet", (_ALL_FID, _ALL_LPIPS, _ALL_ERROR), ("asym",),
+    "9": PaperTable("larger decoders, ImageNet", (_FID, _LPIPS, _ERROR), ("asym",),
                     {"base": (7.60, 0.137, 5.7e-5), "large": (7.55, 0.136, 2.6e-5),
                      "large2": (7.49, 0.134, 2.1e-5)}),
     # [AVQ Tab. 10]
     "10": PaperTable("larger decoders without a mask; samples of our generator, not COCO",
-                     (_ALL_FID, _IS), ("files",),
+                     (_FID, _IS), ("files",),
                      {"base w/o mask": (19.92, 37.52), "large w/o mask": (19.75, 37.64),
                       "large2 w/o mask": (19.68, 37.74)}, ABOUT_SAMPLES),
 }
@@ -122,26 +120,18 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
     "usage_val", "perplexity_val", "rfid"}; prior: {"vlb_nats", "uniform_nats", "histogram_nats",
     "steps": a list of rows of sample.py}, in nats a map of codes.
     """
-    return {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": _commit(),
-            "device": _describe(device), "seed": seed, "n": n, "range": "[0,1]", "masks": masks,
-            "rows": rows, "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
-
-
-def _commit():
-    """The commit of this checkout, marked where files differ from it; None without git."""
+    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                                check=False)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
-
-
-def _describe(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=False).stdout.strip()
+    except OSError:                      # no git
+        commit = ""
+    return {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": commit or None,
+            "device": name, "seed": seed, "n": n, "range": "[0,1]", "masks": masks, "rows": rows,
+            "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
 
 
 # -- AVQ's tables ----------------------------------------------------------------------------------
@@ -158,7 +148,8 @@ def table(report, missing=()):
         if name == "pre_error":
             columns["in [-1,1]"] = lambda row: _written(row["pre_error"], lambda v: short(4e5 * v))
             if first is not None:
-                columns["gain"] = lambda row: _gain(first, row["pre_error"])
+                columns["gain"] = lambda row: _written(
+                    row["pre_error"], lambda v: f"{short(first / v)}x" if v else "∞")
     if any(row["images_per_s"] is not None for row in rows):
         columns["images/s"] = lambda row: _written(row["images_per_s"], short)
     return aligned([list(columns), *([write(row) for write in columns.values()] for row in rows)])
@@ -264,13 +255,6 @@ def _written(value, how):
     return "n/a" if value is None else how(value)
 
 
-def _gain(first, error):
-    """How much larger vanilla's error is."""
-    if error is None:
-        return "n/a"
-    return "∞" if error == 0 else f"{short(first / error)}x"
-
-
 def _distinct(report):
     """The rows, those that runs share only once."""
     rows = report["rows"]
@@ -303,18 +287,13 @@ HOURS_FOR = 50_000       # samples, as in DDM's Figs. 5 and 6
 
 
 def codebook_table(rows):
-    """The columns of DDM's Table 1: one row a codebook. [DDM Tab. 1]
-
-    rows: [{"name", "latent", "K", "usage_train", "usage_val", "perplexity_val", "rfid"}].
-    """
-    lines = [["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
-              "rFID"]]
-    for row in rows:
-        lines.append([row["name"], row["latent"], f"{row['K']:,}",
-                      _written(row["usage_train"], _percent), _written(row["usage_val"], _percent),
-                      _written(row["perplexity_val"], "{:,.1f}".format),
-                      _written(row["rfid"], "{:.2f}".format)])
-    return aligned(lines)
+    """The columns of DDM's Table 1: one row a codebook, as eval.codebook_row. [DDM Tab. 1]"""
+    heads = ["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
+             "rFID"]
+    return aligned([heads, *([
+        row["name"], row["latent"], f"{row['K']:,}", _written(row["usage_train"], _percent),
+        _written(row["usage_val"], _percent), _written(row["perplexity_val"], "{:,.1f}".format),
+        _written(row["rfid"], "{:.2f}".format)] for row in rows)])
 
 
 def ddm_table_1():
@@ -327,13 +306,12 @@ def ddm_table_1():
 def prior_table(prior, K):
     """What a held-out map of codes costs by report.json's "prior", beside what it costs others."""
     cells = round(prior["uniform_nats"] / math.log(K))
-    lines = [["model of the codes", "nats a map", "bits a code", "of the histogram's"]]
-    for name, nats in (("all codes alike", prior["uniform_nats"]),
-                       ("how often each occurs at each cell", prior["histogram_nats"]),
-                       ("VQ-DDM, an upper bound", prior["vlb_nats"])):
-        lines.append([name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
-                      _percent(nats / prior["histogram_nats"])])
-    return aligned(lines)
+    models = {"all codes alike": prior["uniform_nats"],
+              "how often each occurs at each cell": prior["histogram_nats"],
+              "VQ-DDM, an upper bound": prior["vlb_nats"]}
+    return aligned([["model of the codes", "nats a map", "bits a code", "of the histogram's"], *(
+        [name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
+         _percent(nats / prior["histogram_nats"])] for name, nats in models.items())])
 
 
 def steps_table(steps, batch_size):
