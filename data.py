@@ -297,8 +297,8 @@ class TrainingItems:
     """What each position 0, 1, 2, ... of the images in a run shows.
 
     An epoch is a permutation (Order); crop and mask come from (seed, stage_id, position). Items:
-    image uint8 (3,H,W), mask uint8 (1,H,W), full (bool), index, position. p_full, kind: those of
-    training_mask; masks=False: all masks full.
+    image uint8 (3,H,W), mask uint8 (1,H,W), position. p_full, kind: training_mask's; masks=False:
+    all masks full.
     """
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
@@ -308,14 +308,14 @@ class TrainingItems:
 
     def __getitem__(self, position):
         crop = numpy_generator(CROP, *self.key, position)
-        view = _view(self.dataset, self.order[position], crop)
-        mask, full = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
-        return view | {"mask": torch.from_numpy(mask)[None], "full": full, "position": position}
+        item = _view(self.dataset, self.order[position], crop)
+        mask, _ = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
+        return item | {"mask": torch.from_numpy(mask)[None], "position": position}
 
 
 def _view(dataset, index, rng=None):
     image = torch.from_numpy(dataset.image(index, rng))                             # (H, W, 3)
-    return {"image": image.permute(2, 0, 1).contiguous(), "index": index}           # (3, H, W)
+    return {"image": image.permute(2, 0, 1).contiguous()}                           # (3, H, W)
 
 
 def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0, pin=False):
@@ -333,12 +333,12 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
 
 
 def views(dataset, batches, workers=0):
-    """Load the fixed views of the pictures in each list of indices.
+    """Load the fixed views of the pictures in each list of indices: yields uint8 (b,3,H,W).
 
-    Yields (image uint8 (b,3,H,W), the indices). Raises UserError from the data set.
+    Raises UserError from the data set.
     """
     for batch in _load(partial(_view, dataset), batches, workers):
-        yield batch["image"], batch["index"]
+        yield batch["image"]
 
 
 @dataclass
@@ -358,12 +358,12 @@ def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, wor
     """
     n = min(n, len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]
-    for image, index in views(dataset, batches, workers):
+    for index, image in zip(batches, views(dataset, batches, workers)):
         mask = None
         if masks:
             mask = np.stack([evaluation_mask(dataset.size, i) for i in index])      # (B, H, W)
             mask = torch.from_numpy(mask)[:, None].to(device).float()               # (B, 1, H, W)
-        yield Batch(index, pixels(image, device), mask)
+        yield Batch(list(index), pixels(image, device), mask)
 
 
 def _load(read, positions, workers, pin=False):
@@ -405,23 +405,3 @@ def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-# -- until their callers have moved ----------------------------------------------------------------
-
-
-class BadFiles:
-    def __init__(self, total):
-        self.paths = set()
-
-    def update(self, paths):
-        return []
-
-    def check(self):
-        pass
-
-
-def validation_batches(dataset, n, batch_size, rank=0, world=1):
-    for batch in held_out(dataset, n, batch_size, "cpu", rank, world):
-        image = ((batch.x + 1) * 127.5).round().byte()
-        yield {"image": image, "mask": batch.mask.byte(), "index": batch.index, "bad": set()}

@@ -355,7 +355,7 @@ def rebuild(run, model):
         model.to(memory_format=torch.channels_last)
 
     def images(dataset, batches):
-        for image, *_ in views(dataset, batches, run.workers):
+        for image in views(dataset, batches, run.workers):
             yield pixels(image, run.device, run.channels_last)              # (b, 3, H, W)
 
     # Sample features on all processes, cluster them on one: another CPU may round differently.

@@ -139,7 +139,7 @@ class PriorStage:
         run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
         batches = [(CodeBatch(list(places), self.encode(image)), pixels(image, run.device))
-                   for places, (image, *_) in zip(ranges, views(run.val_set, ranges))]
+                   for places, image in zip(ranges, views(run.val_set, ranges))]
         maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
         K = self.first_stage.config.K
         self.facts |= {"uniform_nats": maps[0].size * math.log(K),
@@ -246,7 +246,7 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
     images, next_line = views(dataset, mine, workers), time.monotonic() + 10
     for start in starts[::world_size()]:         # a round: one batch on each process
-        image, *_ = next(images, (None,))
+        image = next(images, None)
         codes = None if image is None else encode(image).cpu().numpy()      # (b, h, w)
         for number, share in enumerate(gather_objects(codes)):
             if maps is not None and share is not None:

@@ -63,7 +63,8 @@ def half_full(size, batch_size):
     """The first training batch of signs of which half the masks are full."""
     items = TrainingItems(Signs("train", size), 0, STAGE_IDS["decoder"], masks=True)
     batches = training_batches(items, 0, 1000, batch_size)
-    return next(batch for batch in batches if sum(batch["full"]) == batch_size // 2)
+    return next(batch for batch in batches
+                if batch["mask"].flatten(1).all(1).sum() == batch_size // 2)
 
 
 def one_step(stage, batch, gan_on):
