@@ -1,10 +1,9 @@
-"""DistributedDataParallel that vanishes on one process.
+"""Run the same lines on one process or many: DistributedDataParallel that vanishes on one.
 
-`python train.py` is one process and pays nothing; `torchrun --nproc_per_node=8 train.py` is eight,
-and the same lines of train.py run. Tensors on the device travel by NCCL, host numbers by gloo, so a
-decision about stopping never waits for the device. How a program ends is here, too: a user's
-mistake, a signal, a failure that must not leave the other processes waiting. Nothing here knows
-about models or stages.
+`python train.py` is one process, `torchrun --nproc_per_node=8 train.py` is eight. Tensors on the
+device travel by NCCL, host numbers by gloo, so a decision about stopping never waits for the
+device. How a program ends is here as well: a user's mistake, a signal, a failure that must not
+leave the other processes waiting.
 """
 
 import ctypes
@@ -27,38 +26,25 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class UserError(Exception):
-    """A user's mistake: one line that names the file or flag and the mend; exit status 2."""
+    """Tell of a user's mistake in one line that names file or flag and what to do; exit status 2.
+    """
 
 
 def setup(device="auto"):
     """Join the group that torchrun made, if any, and return this process's `torch.device`.
 
     device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes; under torchrun each
-    process of a machine takes the CUDA device of its own number.
-    Raises UserError for a device this machine does not have.
+    process of a machine takes the CUDA device of its own number. Raises UserError for a device that
+    this machine does not have.
     """
-    device = _choose_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_freed_memory()
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # A process that died is noticed within this time even where the launcher is gone, too.
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return device
-
-
-def _choose_device(name):
+    name = device
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        elif device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", 0)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
@@ -66,20 +52,27 @@ def _choose_device(name):
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device mps works in one process only; start it without torchrun, "
                         "or with --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # A process that died is noticed within this time even where the launcher died with it.
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
 
 
 def keep_freed_memory():
-    """Ask glibc neither to map buffers below 32 MiB singly nor to give the heap's top back.
+    """Ask glibc to keep freed buffers of up to 32 MiB; without, a CPU step is a fifth slower.
 
     A training step allocates and frees the same buffers over and over, and what went back to the
     system in between returns page by page, each by a fault. Linux only.
     """
     if sys.platform == "linux":
-        m_trim_threshold, m_mmap_threshold = -1, -3
         libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 32 << 20)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        libc.mallopt(-3, 32 << 20)               # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
 def close():
@@ -93,7 +86,7 @@ def close():
 
 
 def rank():
-    """This process's number; torchrun's word for it before `setup` and after `close`."""
+    """Give this process's number; torchrun's word for it before `setup` and after `close`."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -102,13 +95,13 @@ def world_size():
 
 
 def print0(*args, **kwargs):
-    """print, on rank 0 only, flushed at once."""
+    """Print on rank 0 only, flushed at once."""
     if rank() == 0:
         print(*args, **kwargs, flush=True)
 
 
 def mean_over_ranks(tensor):
-    """The mean of `tensor` over all processes; the tensor itself on one. No gradient passes."""
+    """Average `tensor` over all processes; the tensor itself on one. No gradient passes."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -116,17 +109,16 @@ def mean_over_ranks(tensor):
     return total / world_size()
 
 
-def any_rank(*flags):
-    """For each flag, whether any rank has set it; agreed over gloo, so nothing waits for a GPU."""
-    if world_size() == 1:
-        return flags
-    votes = torch.tensor([float(flag) for flag in flags])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes)
+def any_rank(flag):
+    """Tell whether any rank has set the flag; agreed over gloo, so nothing waits for a GPU."""
+    vote = torch.tensor(float(bool(flag)))
+    if world_size() > 1:
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote)
 
 
 def on_rank0(function):
-    """function() on rank 0, its result, a small host value, on every rank.
+    """Run function() on rank 0 and give its result, a small host value, to every rank.
 
     A UserError there is one everywhere, so that all leave alike.
     """
@@ -145,7 +137,7 @@ def on_rank0(function):
 
 
 def gather_objects(value):
-    """[value of rank 0, value of rank 1, ...] on every rank, for small host values."""
+    """List every rank's value, rank 0's first, on every rank; for small host values."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -160,13 +152,13 @@ def barrier():
 
 
 def wait_for(device):
-    """Return when the device has done all that was asked of it; a CPU always has."""
+    """Wait until the device has done all that was asked of it; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def wrap(module, device):
-    """`module` in DistributedDataParallel; itself on one process.
+    """Put `module` in DistributedDataParallel; on one process return it as it is.
 
     Buffers are not broadcast: the only ones are the discriminator's running statistics, which
     training never reads.
@@ -183,13 +175,13 @@ def wrap(module, device):
 
 
 def no_sync(module, last):
-    """Gradients cross the ranks only in the last of a step's micro-batches."""
+    """Keep gradients on their rank in all but the last of a step's micro-batches."""
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
 
 
 @contextmanager
 def exact_float32():
-    """No TF32 while the block runs: CUDA's convolutions would round their factors to 10 bits."""
+    """Switch TF32 off for the block: CUDA's convolutions would round their factors to 10 bits."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -204,37 +196,34 @@ def exact_float32():
 def exit_on_user_error(main):
     """Run a program's `main()` and leave with its exit status.
 
-    A UserError or a full disk is one line on stderr and status 2; SIGINT is 130 and SIGTERM 143;
-    anything else keeps its traceback and is status 1.
+    A UserError, a full disk or too little device memory is one line on stderr and status 2; SIGINT
+    is 130 and SIGTERM 143; anything else keeps its traceback and is status 1.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        status = main()
+        status, complaint = main(), None
         close()
     except UserError as error:
-        status = _complain(error)
+        status, complaint = 2, error
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        status = _complain(f"{reason}; give a smaller --micro-batch, --batch-size or picture")
+        status = 2
+        complaint = f"{str(error).split('. ')[0]}; give a smaller --micro-batch or --batch-size"
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+        status, complaint = 128 + signal.SIGINT, None
     except Exception as error:
-        if getattr(error, "errno", None) not in FULL_DISK:
-            traceback.print_exc()
-            status = 1
+        status, complaint = 1, None
+        if getattr(error, "errno", None) in FULL_DISK:
+            status, complaint = 2, f"{error}; make room, then run the same command again"
         else:
-            status = _complain(f"{error}; make room, then run the same command again")
+            traceback.print_exc()
+    if complaint:
+        # Where all processes make the same mistake, rank 0 says so and its launcher ends the
+        # others within this time; where only another one does, it speaks for itself.
+        if rank():
+            time.sleep(3)
+        who = f"rank {rank()}: " if rank() else ""
+        print(f"{who}error: {complaint}", file=sys.stderr, flush=True)
     if status and world_size() > 1:
         sys.stdout.flush()
         os._exit(status)            # to leave the group in good order is to wait for the others
     sys.exit(status)
-
-
-def _complain(error):
-    # Where all processes make the same mistake, rank 0 says so and its launcher ends the others
-    # within this time; where only another one does, it speaks for itself.
-    if rank():
-        time.sleep(3)
-    who = f"rank {rank()}: " if rank() else ""
-    print(f"{who}error: {error}", file=sys.stderr, flush=True)
-    return 2

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +64,10 @@ def open_run(out, settings, may_change=frozenset()):
     on every rank, where another process writes there, where the folder holds a run with other
     settings (listing them), or where it holds something that is no run.
     """
-    out, held = Path(out), None
+    out = Path(out)
 
     def enter():
-        nonlocal held
-        held = lock(out)
-        held.__enter__()
+        held.enter_context(lock(out))
         config = out / "config.json"
         # Settings may still change until the first checkpoint exists.
         if config.exists() and any(out.glob("*/*.pt")):
@@ -88,12 +86,9 @@ def open_run(out, settings, may_change=frozenset()):
         with open(out / "command.txt", "a") as file:
             file.write(f"{launcher if world_size() > 1 else 'python'} {shlex.join(sys.argv)}\n")
 
-    try:
+    with ExitStack() as held:
         on_rank0(enter)
         yield
-    finally:
-        if held:
-            held.__exit__(None, None, None)
 
 
 def _differences(before, now, prefix=""):
@@ -210,7 +205,7 @@ def load(path):
         raise UserError(f"{path}: refused, it holds more than tensors and plain containers and "
                         "could execute code; use a checkpoint that train.py wrote") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
     if damaged:
         raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
@@ -227,19 +222,17 @@ def latest(folder):
     None means that neither file exists. Falling back prints a line that names the bad file. Raises
     UserError where files exist but none can be read: a run never starts again in silence.
     """
-    paths = [Path(folder) / name for name in ("last.pt", "previous.pt")]
     failures = []
-    for path in paths:
-        if not path.exists():
-            continue
+    for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
         try:
-            state = load(path)
+            state = load(path) if path.exists() else None
         except UserError as error:
             failures.append(str(error))
             continue
-        if failures:
-            print0(f"{failures[0]}; continuing from {path}")
-        return state
+        if state is not None:
+            if failures:
+                print0(f"{failures[0]}; continuing from {path}")
+            return state
     if failures:
         raise UserError("; ".join(failures) + "; restore one of them, or choose another --out")
     return None

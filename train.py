@@ -178,7 +178,7 @@ def train_stage(run, name, args, signals, deadline):
             done = step + 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
-            (leave,) = any_rank(bool(signals) or time.monotonic() > deadline)
+            leave = any_rank(signals or time.monotonic() > deadline)
             if done == steps or done % save_every == 0:
                 on_rank0(partial(keep, record))
             elif leave:              # launchers wait for seconds only: save, and judge later
@@ -278,14 +278,13 @@ def micro_batch_size(asked, kept, settings, name, device):
 
 def announce(run, stage, steps, disc_start, done, micro_batch):
     """Print what the stage will do, and what a reader of its results must know."""
-    name, r = stage.name, stage.recipe
+    name, r, plays = stage.name, stage.recipe, "discriminator" in stage.optimizers
     count = sum(p.numel() for g in stage.optimizers["generator"].param_groups for p in g["params"])
-    plays = "discriminator" in stage.optimizers
-    print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images"
-           + (f", from step {done}" if done else "")
-           + f"; lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps"
-           + (f", discriminator from step {disc_start}" if plays else "")
-           + f"; {micro_batch} images at a time in each process")
+    begun = f", from step {done}" if done else ""
+    game = f", discriminator from step {disc_start}" if plays else ""
+    print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images{begun}; "
+           f"lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps{game}; {micro_batch} images "
+           "at a time in each process")
     full = RECIPES[name][run.settings["recipe_names"][name]]
     full_steps = run_length(full, len(run.train_set))
     if steps * r.batch_size < full_steps * full.batch_size:
@@ -302,112 +301,100 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
 # ---------------------------------------------------------------- flags and settings
 
 
-def positive(kind):
-    """Make an argparse type: a number of that kind above 0."""
+def number(kind, low=None, below=math.inf):
+    """Make an argparse type: a number from `low` on, or above 0, and less than `below`."""
     def parse_number(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be positive")
+        if not (value < below and (value > 0 if low is None else value >= low)):
+            least = "positive" if low is None else f"at least {low}"
+            limit = f" and less than {below}" if below < math.inf else " and finite"
+            raise argparse.ArgumentTypeError(f"{text}: must be {least}{limit}")
         return value
     return parse_number
-
-
-def at_least(low, kind=int, below=math.inf):
-    """Make an argparse type: a number of that kind from `low` to less than `below`."""
-    def parse_number(text):
-        value = kind(text)
-        if not low <= value < below:
-            limit = f" and less than {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}{limit}")
-        return value
-    return parse_number
-
-
-def recipe_rows():
-    """Write one line for each recipe: the numbers that flags change."""
-    rows = ["recipes (all numbers and their sources are in recipes.py):"]
-    for stage, recipes in RECIPES.items():
-        for name, r in recipes.items():
-            length = f"{r.steps} steps" if r.steps else f"{r.epochs} epochs"
-            game = "" if stage == "prior" else (f", gan {r.gan}, lambda {r.lambda_rule}, "
-                                                f"disc-start {r.disc_start:g}")
-            rows.append(f"  {stage + ' ' + name:15} batch {r.batch_size}, lr {r.lr:.3g}, "
-                        f"{length}{game}")
-    return "\n".join(rows)
 
 
 def parse(argv=None):
     """Read the command line into an argparse.Namespace."""
+    rows = ["recipes (all numbers and their sources are in recipes.py):"]
+    for stage, recipes in RECIPES.items():
+        for name, r in recipes.items():
+            length = f"{r.steps} steps" if r.steps else f"{r.epochs} epochs"
+            game = f", {r.gan}, lambda {r.lambda_rule}, disc-start {r.disc_start:g}"
+            rows.append(f"  {stage + ' ' + name:15} batch-size {r.batch_size}, lr {r.lr:.3g}, "
+                        f"{length}{game if stage != 'prior' else ''}")
     parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py [flags]", allow_abbrev=False, epilog=recipe_rows(),
+        prog="train.py", usage="train.py [flags]", allow_abbrev=False, epilog="\n".join(rows),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=24, width=100),
         description="Train a first stage (vqgan), rebuild its codebook (refit), train the "
                     "asymmetric decoder (decoder)\nand the diffusion model of the codes (prior). "
                     "Without flags: all, on embedded images.\nThe same command again continues a "
                     "run.")
-    add = parser.add_argument_group("what to train").add_argument
 
-    def choice(flag, names, text, default=None, add=None, **more):
+    def choice(group, flag, names, text, default=None, **more):
         names = list(names)
-        (add or what)(flag, choices=names, default=default, metavar="NAME",
-                      help=f"{'|'.join(names)}: {text}", **more)
+        group.add_argument(flag, choices=names, default=default, metavar="NAME",
+                           help=f"{'|'.join(names)}{text}", **more)
 
-    what = add
-    choice("--data", ["signs", "imagenet", "folder"], "embedded; ImageNet; any photos (signs)",
-           "signs")
+    what = parser.add_argument_group("what to train")
+    add, count = what.add_argument, number(int)
+    choice(what, "--data", ["signs", "imagenet", "folder"],
+           ": embedded; ImageNet; any photos (signs)", "signs")
     add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
-    add("--size", type=positive(int), metavar="PX", help="side of the images (64 for signs, else "
-        "256)")
-    choice("--stage", ["all", *STAGE_IDS], "a KL latent has vqgan and decoder only (all)", "all")
-    choice("--first-stage", VQGAN_PRESETS, "(tiny for signs, else vq-f16)")
-    choice("--preset", ASYM_PRESETS, "the decoder's size (tiny on tiny, else base)")
-    choice("--blend", ["add", "concat"], "AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
-    add("--vqgan", metavar="PATH", help="a trained first stage: a run, our file or a public "
-        "checkpoint (train one)")
-    add("--codes", type=positive(int), metavar="K", help="size of the rebuilt codebook (128 for "
-        "tiny, else as before)")
-    add("--refit-samples", type=positive(int), metavar="P", help="features it is built from (5000 "
-        "for tiny, else 20000 or 16 a code)")
-    choice("--unet", UNET_PRESETS, "the prior's network (tiny on tiny, else paper117)")
-    add("--timesteps", type=at_least(2), metavar="T", help="steps of its diffusion (100 for tiny, "
-        "else 4000)")
-    add("--ema", type=at_least(0, float, 1), metavar="DECAY", help="of the average of its weights "
-        "(0.995 for tiny, else 0.9999)")
-    add("--overfit", type=positive(int), metavar="N", help="train and validate on the first N "
-        f"images, {OVERFIT_STEPS} steps: a health check (off)")
-    how = parser.add_argument_group("how to train (the recipe's numbers, below)").add_argument
-    how("--steps", type=positive(int), metavar="N", help="optimiser steps of each stage")
-    how("--epochs", type=positive(float), metavar="N", help="passes over the data, instead of "
-        "--steps")
-    how("--batch-size", type=positive(int), metavar="N", help="images a step, over all processes")
-    how("--lr", type=positive(float), help="peak learning rate, absolute (the recipe's, linear in "
-        "the batch size)")
-    choice("--gan", ["hinge", "log"], "log is AVQ Eq. 7", add=how)
-    choice("--lambda", ["paper", "taming"], "AVQ Eq. 9, or taming's rule", add=how,
+    add("--size", type=count, metavar="PX", help="side of the images (64 for signs, else 256)")
+    choice(what, "--stage", ["all", *STAGE_IDS],
+           ": a KL latent has vqgan and decoder only (all)", "all")
+    choice(what, "--first-stage", VQGAN_PRESETS, " (tiny for signs, else vq-f16)")
+    choice(what, "--preset", ASYM_PRESETS, ": the decoder's size (tiny on tiny, else base)")
+    choice(what, "--blend", ["add", "concat"], ": AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
+    add("--vqgan", metavar="PATH",
+        help="a trained first stage: a run, our file or a public checkpoint (train one)")
+    add("--codes", type=count, metavar="K",
+        help="size of the rebuilt codebook (128 for tiny, else as before)")
+    add("--refit-samples", type=count, metavar="P",
+        help="features it is built from (5000 for tiny, else 20000 or 16 a code)")
+    choice(what, "--unet", UNET_PRESETS, ": the prior's network (tiny on tiny, else paper117)")
+    add("--timesteps", type=number(int, 2), metavar="T",
+        help="steps of its diffusion (100 for tiny, else 4000)")
+    add("--ema", type=number(float, 0, 1), metavar="DECAY",
+        help="of the average of its weights (0.995 for tiny, else 0.9999)")
+    add("--overfit", type=count, metavar="N",
+        help=f"train and validate on the first N images, {OVERFIT_STEPS} steps: a check (off)")
+
+    how = parser.add_argument_group("how to train (the recipe's numbers, below)")
+    add = how.add_argument
+    add("--steps", type=count, metavar="N", help="optimiser steps of each stage")
+    add("--epochs", type=number(float), metavar="N", help="passes over the data, not --steps")
+    add("--batch-size", type=count, metavar="N", help="images a step, over all processes")
+    add("--lr", type=number(float),
+        help="peak learning rate, absolute (the recipe's, linear in the batch size)")
+    choice(how, "--gan", ["hinge", "log"], ": log is AVQ Eq. 7")
+    choice(how, "--lambda", ["paper", "taming"], ": AVQ Eq. 9, or taming's rule",
            dest="lambda_rule")
-    how("--disc-start", type=at_least(0, float), metavar="STEP", help="when the discriminator "
-        "starts; below 1 a fraction of the steps")
-    choice("--perceptual", ["vgg", "alex", "squeeze", "none"], "LPIPS network (none for signs, "
-           "else vgg)", add=how)
-    how("--weights", metavar="DIR", help="where LPIPS weights are kept (torch hub's cache)")
-    how("--seed", type=at_least(0), default=0, metavar="N", help="of all random numbers (0)")
-    run = parser.add_argument_group("how to run").add_argument
-    run("--out", metavar="DIR", help="run folder (runs/DATA-PRESET, then -concat, then -overfitN)")
-    run("--device", default="auto", help="cpu, cuda or mps (auto: CUDA, then MPS, then CPU)")
-    choice("--precision", ["fp32", "bf16"], "of the networks; losses are float32 (fp32)", "fp32",
-           add=run)
-    run("--micro-batch", type=positive(int), metavar="N", help="images a process takes at once "
-        "(its share; on a CPU 8 of 128 px)")
-    run("--compile", action="store_true", help="torch.compile the networks (off)")
-    run("--checkpointing", action="store_true", help="recompute decoders' activations: less memory "
-        "(off)")
-    run("--workers", type=at_least(0), metavar="N", help="data processes of each process (1 for "
-        "signs, else 4)")
-    run("--save-every", type=positive(int), metavar="STEPS", help="checkpoint, validation and "
-        "pictures (200 for tiny, else 1000)")
-    run("--max-hours", type=positive(float), metavar="H", help="save and leave after this long "
-        "(no limit)")
+    add("--disc-start", type=number(float, 0), metavar="STEP",
+        help="when the discriminator starts; below 1 a fraction of the steps")
+    choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
+           ": LPIPS network (none for signs, else vgg)")
+    add("--weights", metavar="DIR", help="where LPIPS weights are kept (torch hub's cache)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all random numbers (0)")
+
+    run = parser.add_argument_group("how to run")
+    add = run.add_argument
+    add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET, then -concat, then -overfitN)")
+    add("--device", default="auto", help="cpu, cuda or mps (auto: CUDA, then MPS, then CPU)")
+    choice(run, "--precision", ["fp32", "bf16"], ": of the networks; losses are float32 (fp32)",
+           "fp32")
+    add("--micro-batch", type=count, metavar="N",
+        help="images a process takes at once (its share; on a CPU 8 of 128 px)")
+    add("--compile", action="store_true", help="torch.compile the networks (off)")
+    add("--checkpointing", action="store_true",
+        help="recompute decoders' activations: less memory, more time (off)")
+    add("--workers", type=number(int, 0), metavar="N",
+        help="data processes of each process (1 for signs, else 4)")
+    add("--save-every", type=count, metavar="STEPS",
+        help="checkpoint, validation and pictures (200 for tiny, else 1000)")
+    add("--max-hours", type=number(float), metavar="H",
+        help="save and leave after this long (no limit)")
     return parser.parse_args(argv)
 
 

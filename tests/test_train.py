@@ -687,7 +687,8 @@ def test_a_mistake_names_the_flag_and_the_mend(words, message, monkeypatch):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("--steps 0", "--steps: 0: must be positive"), ("--lr nan", "--lr: nan: must be positive"),
-    ("--lr inf", "--lr: inf: must be positive"), ("--seed -1", "--seed: -1: must be at least 0"),
+    ("--lr inf", "--lr: inf: must be positive and finite"),
+    ("--seed -1", "--seed: -1: must be at least 0"),
     ("--disc-start -0.5", "--disc-start: -0.5: must be at least 0"),
     ("--timesteps 1", "--timesteps: 1: must be at least 2"),
     ("--ema 1", "--ema: 1: must be at least 0 and less than 1")])
