@@ -1,6 +1,7 @@
 """Every benchmark runs, at its smallest sizes, and prints a Markdown table. No time is asserted."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ SMALLEST = {
 }
 
 
-def run(name, argv, monkeypatch):
-    """benchmarks/NAME.py as a program, in this process."""
+def run(name, argv, monkeypatch, **constants):
+    """benchmarks/NAME.py as a program, in this process, with other values for its constants."""
     monkeypatch.syspath_prepend(FOLDER)                      # as Python itself does with a script
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    vars(module).update(constants)
     module.main(argv)
 
 
@@ -35,7 +37,7 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    assert sorted(SMALLEST) == sorted(path.stem for path in FOLDER.glob("*.py"))
+    assert sorted([*SMALLEST, "gpu"]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -62,3 +64,22 @@ def test_nearest_code_is_never_wrong_where_the_fields_expression_is(monkeypatch,
     ours, theirs = map(int, capsys.readouterr().out.splitlines()[-1].split("|")[-3:-1])
     assert ours == 0
     assert theirs > 0
+
+
+@pytest.mark.slow
+def test_each_part_of_the_gpu_benchmark_ends_well_at_its_smallest_size(monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run("gpu", ["--device", "cpu"], monkeypatch)
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["part"] for line in lines] == ["env", "speed", "prior", "search", "loader",
+                                                "parity", "compile", "e2e"]
+    assert [line for line in lines if not line["ok"]] == []
+
+
+def test_a_part_of_the_gpu_benchmark_that_fails_or_takes_too_long_still_has_its_line(
+        monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run("gpu", ["--device", "cpu", "--parts", "env", "search"], monkeypatch, CPU_LIMIT=0.5)
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(line["part"], line["ok"], line["end"]) for line in lines] == [
+        ("env", False, "time is up"), ("search", False, "time is up")]

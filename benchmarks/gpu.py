@@ -1,0 +1,594 @@
+"""Measure and check what only a GPU can show, in about nine minutes: one JSON line a part.
+
+    python benchmarks/gpu.py [--device cuda] [--parts speed compile]
+
+    env      rates of copies, products and convolutions        speed    training steps, memory
+    prior    the prior's step and validation                   search   nearest codes, ReFiT
+    loader   photos through worker processes                   parity   each step against the CPU's
+    compile  what torch.compile gains                          e2e      the programs themselves
+
+Weights are random and no file is needed. Each part has a process and a time limit of its own; what
+it found until then is printed. `--device cpu` runs all of it at tiny sizes.
+"""
+
+import argparse
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from nearest_code import copied, exact
+
+import distributed
+import train_autoencoder
+import train_prior
+from data import Signs, TrainingItems, open_dataset, training_batches
+from diffusion import MultinomialDiffusion, Timesteps
+from losses import TRUNKS
+from quantize import nearest_code
+from recipes import RECIPES
+from refit import rebuild_codebook
+from seeding import STAGE_IDS, image_generators, keyed_generators
+from unet import UNET_PRESETS
+from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"env": 25, "speed": 110, "prior": 45, "search": 20, "loader": 25, "parity": 75,
+          "compile": 120, "e2e": 130}                              # seconds
+CPU_LIMIT = 600
+FORMS = {"fp32 NHWC": ("fp32", True), "fp32 NCHW": ("fp32", False), "bf16 NHWC": ("bf16", True),
+         "bf16 NCHW": ("bf16", False)}
+FOUND = {}                         # what this part has measured
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--parts", nargs="+", default=list(LIMITS), choices=list(LIMITS))
+    parser.add_argument("--inside", metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.inside:
+        return run_part(args.parts[0], args.device, Path(args.inside))
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts:
+            limit = LIMITS[part] if args.device == "cuda" else CPU_LIMIT
+            line, said = watch(part, args.device, folder, limit)
+            print(json.dumps(line), flush=True)
+            if not line["ok"]:
+                failed = 1
+                print(f"== {part}\n{said[-5000:]}", file=sys.stderr, flush=True)
+    return failed
+
+
+def watch(part, device, folder, limit):
+    """Run a part in a process of its own: (its line, what it said)."""
+    start, log = time.monotonic(), Path(folder) / f"{part}.txt"
+    command = [sys.executable, __file__, "--inside", folder, "--parts", part, "--device", device]
+    with open(log, "w") as file:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                 start_new_session=True)
+        try:
+            end = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            end = "time is up"
+            os.killpg(child.pid, signal.SIGKILL)             # and the programs that it started
+            child.wait()
+    kept = Path(folder) / f"{part}.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    ok = end == 0 and not any(str(value).startswith("error") for value in found.values())
+    return {"part": part, "ok": ok, "end": end,
+            "s": rounded(time.monotonic() - start)} | found, log.read_text()
+
+
+def run_part(part, device, folder):
+    global CUDA, DEVICE, FOLDER, KEPT
+    CUDA, FOLDER, KEPT = device == "cuda", folder, folder / f"{part}.json"
+    DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+    if not CUDA:
+        torch.set_num_threads(1)
+    PARTS[part]()
+
+
+def attempt(name, measure, *args, **options):
+    """Note what measure(...) gives, or its error; the other measurements follow in any case."""
+    try:
+        FOUND[name] = measure(*args, **options)
+    except Exception as error:
+        traceback.print_exc()
+        FOUND[name] = f"error {type(error).__name__}: {str(error)[:200]}"
+    if CUDA:
+        torch.cuda.empty_cache()
+    KEPT.write_text(json.dumps(FOUND))
+
+
+def rounded(x):
+    return float(f"{x:.4g}")
+
+
+def sync():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def ms(work, n=10, warm=3):
+    """Mean time of `work` in ms, run back to back as in training."""
+    n, warm = (n, warm) if CUDA else (2, 1)
+    for _ in range(warm):
+        work()
+    sync()
+    start = time.perf_counter()
+    for _ in range(n):
+        work()
+    sync()
+    return rounded(1e3 * (time.perf_counter() - start) / n)
+
+
+def kernels_ms(work):
+    """(ms that kernels run in one call of `work`, the longest of them), by the profiler."""
+    if not CUDA:
+        return None, {}
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        work()
+        sync()
+    times = {event.key[:70]: event.self_device_time_total / 1e3 for event in record.key_averages()}
+    longest = sorted(times, key=times.get, reverse=True)[:10]
+    return rounded(sum(times.values())), {name: rounded(times[name]) for name in longest}
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+def size_of(cuda, cpu):
+    return cuda if CUDA else cpu
+
+
+def small(latent):
+    """A first stage in which everything occurs, for comparisons."""
+    return VQGANConfig(latent=latent, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,),
+                       z_channels=8, embed_dim=8, K=64, norm_groups=8, code_range=0.3)
+
+
+def lpips_weights(net):
+    """Random ones, which take the same time as the published."""
+    build, _, _, widths = TRUNKS[net]
+    weights = {f"features.{name}": value for name, value in build().state_dict().items()}
+    return weights | {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1)
+                      for k, width in enumerate(widths)}
+
+
+def stage_of(name, config, device=None, precision="fp32", channels_last=True, perceptual="none",
+             preset="base", blend="add", unet="paper117"):
+    """A stage of train.py with random weights, on a first stage with random weights."""
+    device = device or DEVICE
+    torch.manual_seed(0)
+    net = UNET_PRESETS[unet] if isinstance(unet, str) else unet
+    settings = {"seed": 0, "vqgan": "", "first_stage": asdict(config), "precision": precision,
+                "checkpointing": False, "perceptual": perceptual, "weights": None,
+                "decoder": {"preset": preset, "blend": blend},
+                "prior": {"net": asdict(net), "T": 4000, "schedule": "cosine", "form": "theta",
+                          "residual": "onehot", "ema": 0.9999}}
+    if perceptual != "none":
+        settings["weights"] = lpips_weights(perceptual)
+    run = SimpleNamespace(settings=settings, out=FOLDER, device=device, workers=0, train_set=None,
+                          val_set=None, channels_last=channels_last)
+    first = SimpleNamespace(model=VQGAN(config).eval().requires_grad_(False), parent="0",
+                            finished=True)
+    for module in (train_autoencoder, train_prior):
+        module.trained_first_stage = lambda run, name: (first, None)
+    train_autoencoder.load_first_stage = lambda path: first
+    codes = {"model": {"quantize.embedding.weight": torch.randn(config.K, config.embed_dim) * 0.3}}
+    if name == "vqgan":
+        return train_autoencoder.FirstStage(run, RECIPES["vqgan"][config.latent], None)
+    if name == "refit":
+        return train_autoencoder.Refit(run, RECIPES["refit"]["vq"], codes)
+    if name == "decoder":
+        return train_autoencoder.DecoderStage(run, RECIPES["decoder"][preset], None)
+    stage = train_prior.PriorStage(run, RECIPES["prior"]["paper117"], None)
+    with torch.no_grad():                          # it starts at zero: no gradient would be seen
+        stage.model.logits.weight.copy_(0.1 * torch.randn(stage.model.logits.weight.shape))
+    return stage
+
+
+def batch_of(stage, B, size, seed=0):
+    """A batch of noise, half of its masks full."""
+    generator = torch.Generator().manual_seed(seed)
+    position = list(range(seed, seed + B))
+    if stage.name == "prior":
+        K, side = stage.first_stage.config.K, size_of(16, 8)
+        indices = torch.randint(0, K, (B, side, side), generator=generator)
+        return stage.batch({"indices": indices, "position": position})
+    mask = torch.ones(B, 1, size, size, dtype=torch.uint8)
+    mask[::2, :, size // 4:, :size // 2] = 0
+    image = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
+    return stage.batch({"image": image, "mask": mask, "position": position})
+
+
+def trained(stage):
+    networks = [stage.model, getattr(stage, "discriminator", None)]
+    return [p for net in networks if net for p in net.parameters() if p.grad is not None]
+
+
+def one_step(stage, batch, gan_on=True, parts=1):
+    """A step of train.py with `parts` micro-batches."""
+    for _ in range(parts):
+        terms = stage.step(batch, gan_on, 1 / parts)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained(stage)])
+    torch.stack([norm, *terms.values()]).tolist()
+    stage.update(gan_on)
+
+
+def step_speed(stage, B, size, gan_on=True):
+    """Images a second of the stage's step, and its memory."""
+    batch = batch_of(stage, B, size)
+    took, peak = peak_of(lambda: one_step(stage, batch, gan_on))
+    return {"images/s": rounded(1e3 * B / took), "ms": took, "MiB_an_image": peak / B / 2**20}
+
+
+def peak_of(work):
+    """(ms of a call of `work`, the bytes that it takes for a while)."""
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    took = ms(work, n=5, warm=2)
+    return took, rounded(torch.cuda.max_memory_allocated() - before) if CUDA else 0
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def env():
+    FOUND.update(torch=torch.__version__, cpus=os.cpu_count())
+    if CUDA:
+        FOUND.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda,
+                     cudnn=torch.backends.cudnn.version(),
+                     free_GiB=rounded(torch.cuda.mem_get_info()[0] / 2**30))
+
+    def product(dtype, precision):
+        n = size_of(8192, 256)
+        torch.set_float32_matmul_precision(precision)
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+        took = ms(lambda: a @ b)
+        torch.set_float32_matmul_precision("highest")
+        return rounded(2 * n**3 / took / 1e9)
+
+    def copies():
+        a = torch.randn(size_of(1 << 30, 1 << 20), device=DEVICE)
+        b = torch.empty_like(a)
+        return rounded(8 * a.numel() / ms(lambda: b.copy_(a)) / 1e6)
+
+    def layers(dtype, layout):
+        B, C, S = size_of((16, 256, 128), (1, 16, 16))
+        x, out = (torch.randn(B, C, S, S, device=DEVICE, dtype=dtype).to(memory_format=layout)
+                  for _ in range(2))
+        w = torch.randn(C, C, 3, 3, device=DEVICE, dtype=dtype).to(memory_format=layout)
+        x.requires_grad_(), w.requires_grad_()
+        took = ms(lambda: torch.autograd.grad(F.conv2d(x, w, padding=1), (x, w), out))
+        return {"convolution_TFLOPs": rounded(3 * 2 * B * S * S * C * C * 9 / took / 1e9),
+                "group_norm_ms": ms(lambda: F.group_norm(x, 8))}
+
+    attempt("product_TFLOPs bf16", product, torch.bfloat16, "highest")
+    attempt("product_TFLOPs fp32", product, torch.float32, "highest")
+    attempt("product_TFLOPs tf32", product, torch.float32, "high")
+    attempt("copy_GBps", copies)
+    for name, (precision, channels_last) in FORMS.items():
+        attempt(name, layers, torch.float32 if precision == "fp32" else torch.bfloat16,
+                torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def speed():
+    preset, plan, f16 = size_of(("base", "kl-f8", "vq-f16"), ("tiny", "tiny", "tiny"))
+    net, size, B = size_of(("vgg", 256, 16), ("squeeze", 64, 2))
+
+    def decoder(precision, channels_last, perceptual=net, gan_on=True, profile=False):
+        stage = stage_of("decoder", VQGAN_PRESETS[plan], None, precision, channels_last, perceptual,
+                         preset)
+        found = step_speed(stage, B, size, gan_on)
+        if profile:
+            batch = batch_of(stage, B, size)
+            found["kernels_ms"], found["longest"] = kernels_ms(lambda: one_step(stage, batch))
+        return found
+
+    def vqgan(precision):
+        stage = stage_of("vqgan", VQGAN_PRESETS[f16], None, precision, True, net)
+        return step_speed(stage, B, size)
+
+    def group_norm_in_bf16(self, x):      # autocast would run it in float32
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype),
+                                self.bias.to(x.dtype), self.eps)
+
+    for name, (precision, channels_last) in FORMS.items():
+        attempt(f"decoder {preset} {name}", decoder, precision, channels_last,
+                profile=name == "bf16 NHWC")
+    attempt(f"decoder {preset} bf16 NHWC no LPIPS", decoder, "bf16", True, "none")
+    attempt(f"decoder {preset} bf16 NHWC no GAN", decoder, "bf16", True, gan_on=False)
+    for precision in ("fp32", "bf16"):
+        attempt(f"vqgan {f16} {precision} NHWC", vqgan, precision)
+    kept, nn.GroupNorm.forward = nn.GroupNorm.forward, group_norm_in_bf16
+    for name, channels_last in (("NHWC", True), ("NCHW", False)):
+        attempt(f"decoder {preset} bf16 {name} GroupNorm in bf16", decoder, "bf16", channels_last)
+    nn.GroupNorm.forward = kept
+    torch.backends.cudnn.benchmark = True
+    for name in ("fp32 NHWC", "bf16 NHWC"):
+        attempt(f"decoder {preset} {name} cudnn.benchmark", decoder, *FORMS[name])
+
+
+def prior():
+    unet, plan, B = size_of(("paper117", "vq-f16", 180), ("tiny", "tiny", 4))
+
+    def step(precision):
+        stage, seed = stage_of("prior", VQGAN_PRESETS[plan], None, precision, unet=unet), iter(
+            range(0, 10**6, B))
+
+        def work():
+            one_step(stage, batch_of(stage, B, 0, seed=next(seed)))
+
+        took = ms(work, n=15, warm=5)
+        kernels, longest = kernels_ms(work)
+        maps = batch_of(stage, size_of(64, 4), 0)
+        start = time.perf_counter()
+        stage.validate([(maps, None)])
+        return {"ms": took, "maps/s": rounded(1e3 * B / took), "kernels_ms": kernels,
+                "longest": longest, f"validate_{len(maps.indices)}_maps_s":
+                rounded(time.perf_counter() - start)}
+
+    def host():
+        """ms of a step that the CPU works alone."""
+        diffusion, timesteps = MultinomialDiffusion(1024, 4000), Timesteps(4000)
+
+        def work():
+            generators = image_generators(0, "prior", range(180))
+            t, _ = timesteps.draw(generators)
+            diffusion.q_sample(torch.zeros(180, 16, 16, dtype=torch.int64), t, generators)
+            timesteps.observe(t, torch.rand(180))
+            timesteps.update()
+
+        return ms(work)
+
+    def loss(K, B, side):
+        diffusion = MultinomialDiffusion(K, 4000, residual="onehot")
+        logits = torch.randn(B, K, side, side, device=DEVICE, requires_grad=True)
+        z = torch.randint(0, K, (B, side, side), device=DEVICE)
+        t, p = torch.randint(2, 4000, (B,)), torch.full((B,), 1 / 4000, dtype=torch.float64)
+        took, peak = peak_of(lambda: diffusion.loss(lambda z_t, t: logits, z, t, p)[0].backward())
+        return {"ms": took, "memory_by_logits": rounded(peak / (4 * logits.numel()))}
+
+    def drawing():
+        stage = stage_of("prior", VQGAN_PRESETS[plan], unet=unet)
+        n, side, steps = size_of((16, 16, 10), (2, 8, 2))
+        generators = keyed_generators((1, i) for i in range(n))
+        return ms(lambda: stage.diffusion.sample(stage.model.eval(), (n, side, side), steps,
+                                                 generators, device=DEVICE), n=2, warm=1) / steps
+
+    for precision in ("fp32", "bf16"):
+        attempt(f"{unet} {precision} B{B}", step, precision)
+    attempt("host_ms", host)
+    attempt("loss K1024 16x16 B180", loss, *size_of((1024, 180, 16), (64, 2, 8)))
+    attempt("loss K16384 32x32 B8", loss, *size_of((16384, 8, 32), (64, 2, 8)))
+    attempt("sampling_ms_a_step", drawing)
+
+
+def search():
+    def codes(K, d, N):
+        torch.manual_seed(0)
+        z, e = torch.randn(N, d, device=DEVICE) + 3, torch.rand(K, d, device=DEVICE) / K
+        true = exact(z, e)
+        forms = {"ours": lambda: nearest_code(z, e), "taming": lambda: copied(z, e),
+                 "cdist": lambda: torch.cdist(z, e).argmin(1)}
+        return {name: {"ms": ms(form, n=5), "wrong": int((form() != true).sum())}
+                for name, form in forms.items()}
+
+    def refit():
+        P, K, d = size_of((20_000, 1024, 256), (300, 20, 8))
+        start = time.perf_counter()
+        rebuild_codebook(torch.randn(P, d, device=DEVICE), K, iterations=5,
+                         generator=torch.Generator().manual_seed(0))
+        sync()
+        return rounded(time.perf_counter() - start)
+
+    for K, d in ((1024, 256), (16384, 4), (16384, 256)):
+        attempt(f"K{K} d{d}", codes, *size_of((K, d, 24576), (64, d, 500)))
+    attempt("rebuild_codebook_s, 5 moves", refit)
+
+
+def loader():
+    """Photos of ImageNet's mean size."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", size_of(300, 8)), ("val", 1)):
+        (FOLDER / "photos" / split).mkdir(parents=True)
+        for i in range(n):
+            coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+            photo = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.int16)
+            photo = (photo + rng.normal(0, 6, photo.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(photo).save(FOLDER / "photos" / split / f"{i}.jpg", quality=92)
+
+    def rate(size, workers):
+        dataset = open_dataset("folder", FOLDER / "photos", "train", size)
+        items = TrainingItems(dataset, 0, STAGE_IDS["decoder"], masks=True)
+        B, steps = size_of((80, 24), (4, 3))
+        times = []
+        for batch in training_batches(items, 0, steps, B, workers=workers, pin=CUDA):
+            batch["image"].to(DEVICE, non_blocking=True)
+            times.append(time.perf_counter())
+        return rounded(B * (len(times) - 1) / (times[-1] - times[0]))
+
+    for size in size_of((256, 512), (64,)):
+        for workers in size_of((4, 14), (0, 1)):
+            attempt(f"images/s {size} px, {workers} workers", rate, size, workers)
+
+
+def parity():
+    """Each stage's gradients against the CPU's, and how often a step waits for the device."""
+    paper117 = replace(UNET_PRESETS["paper117"], width=32, mults=(1, 2), attn_levels=(0, 1),
+                       heads=2, head_width=16, time_width=32, norm_groups=8)
+    cases = {"vqgan vq": ("vqgan", "vq", {}), "vqgan kl": ("vqgan", "kl", {}),
+             "refit": ("refit", "vq", {}), "decoder add": ("decoder", "kl", {}),
+             "decoder concat": ("decoder", "vq", {"blend": "concat"}),
+             "prior paper117": ("prior", "vq", {"unet": paper117}),
+             "prior tiny": ("prior", "vq", {"unet": "tiny"})}
+
+    def build(name, latent, more, device=None, precision="fp32", channels_last=True):
+        net = "none" if name == "prior" else "squeeze"
+        return stage_of(name, small(latent), device, precision, channels_last, net, "tiny", **more)
+
+    def gradients(stage, parts=1):
+        for _ in range(parts):
+            stage.step(batch_of(stage, 4, 64), True, 1 / parts)
+        return flat([p.grad for p in trained(stage)])
+
+    def flat(tensors):
+        return torch.cat([v.detach().cpu().double().contiguous().flatten() for v in tensors])
+
+    def error(a, b):
+        return rounded(((a - b).norm() / b.norm()).item())
+
+    def checked(difference, limit):
+        if not difference < limit:
+            raise AssertionError(f"differs by {difference}")
+        return difference
+
+    def compare(name, latent, more):
+        true, found = gradients(build(name, latent, more, torch.device("cpu"))), {}
+        for form, precision, channels_last, ieee in (
+                ("ieee", "fp32", True, True), ("ieee NCHW", "fp32", False, True),
+                ("tf32", "fp32", True, False), ("bf16", "bf16", True, False)):
+            with distributed.exact_float32() if ieee else nullcontext():
+                stage = build(name, latent, more, None, precision, channels_last)
+                found[form] = error(gradients(stage), true)
+        if CUDA:
+            one_step(stage, batch_of(stage, 4, 64), parts=2)
+            batch = batch_of(stage, 4, 64)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                one_step(stage, batch)
+                torch.cuda.set_sync_debug_mode("default")
+            found["waits"] = sum("synchronizing" in str(w.message) for w in seen)
+        checked(found["ieee"], 0.02)                         # a code that flips is less than that
+        return found
+
+    def resumed():
+        """How much the next step's movement differs in the other memory layout."""
+        stage = build("vqgan", "vq", {})
+        one_step(stage, batch_of(stage, 4, 64))
+        state, after = copy.deepcopy(stage.state_dict()), []
+        for channels_last in (True, False):
+            stage = build("vqgan", "vq", {}, channels_last=channels_last)
+            stage.load_state_dict(copy.deepcopy(state))
+            before = flat(stage.model.parameters())
+            one_step(stage, batch_of(stage, 4, 64))
+            after.append(flat(stage.model.parameters()) - before)
+        return checked(error(*after), 0.05)
+
+    def ddp():
+        """How much gradients differ under DistributedDataParallel, in one process."""
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", RANK="0", WORLD_SIZE="1")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo",
+                                             timeout=timedelta(minutes=1))
+        alone = gradients(build("decoder", "kl", {}), parts=2)
+        kept, distributed.world_size = distributed.world_size, lambda: 2    # or nothing is wrapped
+        stage = build("decoder", "kl", {})
+        distributed.world_size = kept
+        wrapped = stage.networks()
+        assert all(isinstance(net, nn.parallel.DistributedDataParallel) for net in wrapped)
+        batch = batch_of(stage, 4, 64)
+        with wrapped[0].no_sync(), wrapped[1].no_sync():
+            stage.step(batch, True, 0.5)
+        stage.step(batch, True, 0.5)
+        difference = error(flat([p.grad for p in trained(stage)]), alone)
+        torch.distributed.destroy_process_group()
+        return checked(difference, 1e-3)
+
+    for case, arguments in cases.items():
+        attempt(case, compare, *arguments)
+    attempt("resumed in another layout", resumed)
+    attempt("DistributedDataParallel", ddp)
+
+
+def compiled():
+    preset, plan, f16, unet = size_of(("base", "kl-f8", "vq-f16", "paper117"), ("tiny",) * 4)
+    net, size, backend = size_of(("vgg", 256, "inductor"), ("squeeze", 32, "aot_eager"))
+
+    def compare(name, plan, precision, B, **more):
+        stage = stage_of(name, VQGAN_PRESETS[plan], None, precision, True,
+                         "none" if name == "prior" else net, preset, **more)
+
+        def norm():
+            stage.step(batch_of(stage, B, size), True)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in stage.model.parameters()
+                                                  if p.grad is not None]).item()
+            stage.model.zero_grad(set_to_none=True)
+            return rounded(norm)
+
+        eager = norm()
+        stage.model.compile(backend=backend)
+        start = time.perf_counter()
+        found = {"gradient_norm": [eager, norm()],
+                 "compile_s": rounded(time.perf_counter() - start)}
+        return found | step_speed(stage, B, size)
+
+    B, maps = size_of((16, 180), (2, 4))
+    attempt(f"decoder {preset} bf16", compare, "decoder", plan, "bf16", B)
+    attempt(f"prior {unet} bf16", compare, "prior", f16, "bf16", maps, unet=unet)
+    attempt(f"decoder {preset} fp32", compare, "decoder", plan, "fp32", B)
+
+
+def e2e():
+    run, device = FOLDER / "run", ["--device", DEVICE.type]
+    steps = size_of(["--steps", "60", "--save-every", "30"],
+                    ["--steps", "4", "--size", "32", "--batch-size", "4", "--save-every", "2",
+                     "--refit-samples", "200", "--timesteps", "8", "--workers", "0"])
+
+    def call(*words):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+        print(done.stdout[-2000:], done.stderr[-2000:])
+        if done.returncode:
+            raise RuntimeError(f"status {done.returncode}: {done.stderr[-150:]}")
+        return rounded(time.perf_counter() - start)
+
+    Image.fromarray(Signs("val", 64).image(0)).save(FOLDER / "photo.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:44, 10:40] = 255
+    Image.fromarray(mask).save(FOLDER / "mask.png")
+    train = ["train.py", *steps, *device, "--out"]
+    part = [*train, FOLDER / "part", "--stage", "vqgan"]
+    attempt("train_s", call, *train, run)
+    attempt("again_s", call, *train, run)
+    attempt("eval_s", call, "eval.py", run, *device, "--no-fid", "-n", size_of(64, 4))
+    attempt("sample_s", call, "sample.py", "--run", run, "-n", 4, "--steps", 4, *device, "-o",
+            FOLDER / "samples.png")
+    attempt("inpaint_s", call, "inpaint.py", FOLDER / "photo.png", FOLDER / "mask.png", "--run",
+            run, *device, "--steps", 4, "-o", FOLDER / "inpainted.png")
+    attempt("stopped_s", call, *part, "--max-hours", "0.00001")
+    attempt("continued_s", call, *part)
+    if CUDA:
+        attempt("torchrun_s", call, "-m", "torch.distributed.run", "--nproc_per_node=1", *train,
+                FOLDER / "torchrun", "--stage", "vqgan", "--precision", "bf16", "--checkpointing")
+
+
+PARTS = {"env": env, "speed": speed, "prior": prior, "search": search, "loader": loader,
+         "parity": parity, "compile": compiled, "e2e": e2e}
+
+if __name__ == "__main__":
+    sys.exit(main())
