@@ -281,6 +281,9 @@ def denoiser(settings, K):
                             f"longer here; train one with {ours!r}, as train.py does")
     net = {name: tuple(value) if isinstance(value, list) else value
            for name, value in settings["net"].items()}
+    if net.pop("layout", "multinomial") == "ddpm" or net.pop("attention", "linear") == "full":
+        raise UserError("this prior's network has DDPM's layout, which is no longer here: both "
+                        "presets have the paper's; train it anew")
     T = settings["T"]
     return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
 

@@ -460,6 +460,20 @@ def test_a_prior_of_another_process_or_network_is_refused_in_one_line(
         load_prior(tmp_path)
 
 
+def test_an_earlier_prior_of_ddpms_layout_is_refused_and_one_of_the_papers_read(tmp_path):
+    _, parent = write_first_stage(tmp_path)
+    write_prior(tmp_path, parent)
+    state = run_folder.load(tmp_path / "prior" / "last.pt")
+    net = state["config"]["prior"]["net"]
+    for layout, attention in (("multinomial", "linear"), ("ddpm", "full")):
+        net |= {"layout": layout, "attention": attention}
+        run_folder.save(tmp_path / "prior" / "last.pt", state)
+        if layout == "multinomial":
+            assert load_prior(tmp_path).unet.config.width == net["width"]
+    with pytest.raises(UserError, match="has DDPM's layout, which is no longer here"):
+        load_prior(tmp_path)
+
+
 def test_a_run_without_a_prior_says_how_to_train_one(tmp_path):
     _, parent = write_first_stage(tmp_path)
     write_decoder(tmp_path, parent)

@@ -24,8 +24,8 @@ FORK.set_forkserver_preload(["train", "pytest"])
 
 SMALL = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_levels": (), "z_channels": 4,
          "embed_dim": 4, "K": 16, "norm_groups": 4}
-SMALL_UNET = {"layout": "ddpm", "width": 8, "mults": (1, 2), "num_blocks": 1, "attention": "full",
-              "attn_levels": (1,), "time_width": 8, "norm_groups": 4}
+SMALL_UNET = {"width": 8, "mults": (1, 2), "num_blocks": 1, "top_skip": True, "attn_levels": (1,),
+              "head_width": 4, "time_width": 8, "norm_groups": 4}
 ARGS = ["--size", "32", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--workers", "0",
         "--disc-start", "3", "--device", "cpu", "--refit-samples", "40", "--codes", "12",
         "--timesteps", "4"]
