@@ -36,8 +36,6 @@ from distributed import gather_objects
 from seeding import per_image, uniforms
 
 RESIDUALS = ("none", "onehot")
-SAMPLERS = ("strided", "route")
-ROUTE_NOISE = 0.5         # Gumbel noise on the route sampler's confidence: 0 repeats itself most
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
 STRATA = 4                # times t at which a held-out map's bound is looked at, and t = 1
@@ -46,18 +44,16 @@ STRATA = 4                # times t at which a held-out map's bound is looked at
 softplus = partial(F.softplus, threshold=40.0)
 
 
-def known_cells(mask, f, margin=0):
+def known_cells(mask, f):
     """The code grid's known cells: those with no pixel to be generated. [DDM Sec. 4.4]
 
     mask (B,1,H,W), anything above 0 = to be generated; f: pixels a cell -> bool (B,H/f,W/f), True =
-    the code is given. margin: cells around the hole that are not given either, as an encoder looks
-    further than its own cell. Raises ValueError where f does not divide H and W.
+    the code is given. Raises ValueError where f does not divide H and W.
     """
     if mask.shape[2] % f or mask.shape[3] % f:
         raise ValueError(f"a mask of {tuple(mask.shape[2:])} px has no grid of {f} px cells; "
                          "pad it to multiples")
-    unknown = F.max_pool2d((mask > 0).float(), f)                                   # (B, 1, h, w)
-    return F.max_pool2d(unknown, 2 * margin + 1, 1, margin)[:, 0] == 0              # (B, h, w)
+    return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
 
 
 def bits_per_dim(nats, cells):
@@ -192,11 +188,11 @@ class MultinomialDiffusion:
                              f"{self.K}: {(B, self.K, h, w)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def log_x0_hat(self, logits, z_t, temperature=1.0):
+    def log_x0_hat(self, logits, z_t):
         """log x0_hat, the network's distribution over z_0: (B,K,h,w). [DDM Eq. 23]"""
         if self.residual == "onehot":
             logits = logits.scatter_add(1, z_t[:, None], torch.ones_like(logits[:, :1]))
-        return F.log_softmax(logits / temperature, dim=1)
+        return F.log_softmax(logits, dim=1)
 
     # -- the bound ---------------------------------------------------------------------------------
 
@@ -296,26 +292,13 @@ class MultinomialDiffusion:
             raise ValueError(f"{steps} steps of a process of T = {self.T}: give 1 to {self.T}")
         return list(pairwise(self.T * n // steps for n in range(steps, -1, -1)))
 
-    def sample(self, model, shape, steps=None, generator=None, *, sampler="strided",
-               temperature=1.0, device="cpu"):
-        """Maps of codes from nothing: shape (B,h,w), on `device`.
-
-        steps: 1..T, None for T. sampler: "strided" (the paper's, with skipped steps), which is
-        `inpaint` with nothing known, bit for bit; or "route", see `_route`.
-        Raises ValueError for an unknown sampler or wrong steps.
-        """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
-        if sampler == "route":
-            return self._route(model, shape, steps, per_image(generator, shape[0]), temperature,
-                               device)
+    def sample(self, model, shape, steps=None, generator=None, *, device="cpu"):
+        """Maps of codes from nothing, (B,h,w) = shape on `device`: `inpaint` with no cell known."""
         nothing = torch.zeros(shape, dtype=torch.int64, device=device)
-        return self.inpaint(model, nothing, nothing.bool(), steps, generator=generator,
-                            temperature=temperature)
+        return self.inpaint(model, nothing, nothing.bool(), steps, generator=generator)
 
     @torch.no_grad()
-    def inpaint(self, model, indices, known, steps=None, resample=1, generator=None,
-                temperature=1.0):
+    def inpaint(self, model, indices, known, steps=None, resample=1, generator=None):
         """indices with the cells that are not known filled in: (B,h,w) int64. [DDM Sec. 4.4]
 
         indices: codes (B,h,w), any where unknown; known: bool (B,h,w); steps: 1..T, None for T.
@@ -348,37 +331,9 @@ class MultinomialDiffusion:
                     z = torch.where(known, self.forward(indices, zero, t, u[:2]),
                                     self.forward(z, s, t, u[2:]))
                 u = uniforms(generators, 5, h, w)                                   # (5, B, h, w)
-                log_x0_hat = self.log_x0_hat(self.logits(model, z, t), z, temperature)
+                log_x0_hat = self.log_x0_hat(self.logits(model, z, t), z)
                 z = torch.where(known, self.forward(indices, zero, s, u[:2]),
                                 self.draw(log_x0_hat, z, t, s, u[2:]))
-        return z
-
-    @torch.no_grad()
-    def _route(self, model, shape, steps, generators, temperature, device):
-        """Few steps, chosen cells: the route-and-denoise view of the same model (arXiv 2302.05737).
-
-        A cell of z_s is either clean, with probability alpha_bar_s, or noise. `draw` leaves that to
-        chance; here the round(alpha_bar_s h w) cells that the network is surest of are clean and
-        keep their codes, and all others are fresh noise. Surest by x of the code, which is what the
-        *other* cells say of it, plus Gumbel noise that fades with 1 - alpha_bar_s. The maps are
-        likelier than the data's and less diverse, the more so the less noise: no longer the law
-        of the model, which the strided sampler approaches with more steps.
-        """
-        B, h, w = shape
-        z = self.random_codes(uniforms(generators, 1, h, w)[0]).to(device)          # (B, h, w)
-        clean = torch.zeros(shape, dtype=torch.bool, device=device)                 # (B, h, w)
-        for now, then in self.grid(steps):
-            t, alpha_bar_s = torch.full((B,), now), self.alpha_bar_t[then].item()
-            log_x = self.log_x0_hat(self.logits(model, z, t), z, temperature)       # (B, K, h, w)
-            u = uniforms(generators, 3, h, w)                                       # (3, B, h, w)
-            codes = torch.where(clean, z, draw_codes(log_x, u[0]))                  # (B, h, w)
-            score = log_x.gather(1, codes[:, None])[:, 0]                           # (B, h, w)
-            gumbel = -torch.log(-torch.log(u[1])) * ROUTE_NOISE * (1 - alpha_bar_s)
-            score = score + gumbel.to(score.dtype).to(device)
-            order = score.flatten(1).argsort(dim=1, descending=True, stable=True)   # (B, h·w)
-            place = order.argsort(dim=1).view(shape)                                # (B, h, w)
-            clean = place < round(alpha_bar_s * h * w)
-            z = torch.where(clean, codes, self.random_codes(u[2]).to(device))
         return z
 
 
