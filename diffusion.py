@@ -56,11 +56,6 @@ def known_cells(mask, f):
     return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
 
 
-def bits_per_dim(nats, cells):
-    """Nats a map of so many cells -> bits a cell; K equally likely codes have log2 K."""
-    return nats / (cells * math.log(2))
-
-
 def draw_codes(log_x, u):
     """Codes of distribution x, one for each cell, by the inverse of its cumulative sums.
 
@@ -125,8 +120,8 @@ class MultinomialDiffusion:
     def forward(self, z_s, s, t, u):
         """z_t ~ q(z_t|z_s) from uniforms u (2,B,h,w) float64. [DDM Eq. 16]
 
-        Cat(a z_s + b) in words: keep the code with probability a, else draw one of all K, among
-        them the same again. What is rare is asked near u = 0, where numbers are finest.
+        Cat(a z_s + b): keep the code with probability a, else draw one of all K, maybe the same.
+        What is rare is asked near u = 0, where numbers are finest.
         """
         lost = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
         lost = (u[0] < lost[:, None, None]).to(z_s.device)                          # (B, h, w)
@@ -137,9 +132,9 @@ class MultinomialDiffusion:
     def log_posterior(self, z_t, z_0, t, s):
         """log q(z_s|z_t,z_0): (B,K,h,w) float64 on the CPU. [DDM Eq. 20]
 
-        Bayes: q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0). As a function of z_s the first factor is the
-        column z_t of the matrix from s to t. That is symmetric, so it is the row z_t, which looks
-        like noise put on z_t: a_st 1[k=i] + b_st. All in all log_theta with a one-hot for x0_hat.
+        Bayes: q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0). As a function of z_s the first factor is column
+        z_t of the matrix from s to t, which is symmetric: like noise put on z_t, a_st 1[k=i] +
+        b_st. So it is log_theta with a one-hot for x0_hat.
         """
         code = torch.arange(self.K).view(-1, 1, 1)                                  # (K, 1, 1)
         one_hot = (code == z_0.cpu()[:, None]).double()                             # (B, K, h, w)
@@ -164,8 +159,7 @@ class MultinomialDiffusion:
     def draw(self, log_x, z_t, t, s, u):
         """z_s ~ N[theta(z_t,x)] from uniforms u (3,B,h,w) float64: (B,h,w). [DDM Eq. 22]
 
-        deviation D30: one formula for all t, also for the last step to s = 0.
-
+        One formula for all t, also for the last step to s = 0.  deviation D30
             theta_k = 1[k=i] a_st (a_0s x_i + b_0s) + b_st (a_0s x_k + b_0s)
         and the second part sums to b_st. So with probability b_st / S the cell leaves z_t, for a
         draw from x with probability a_0s, else for one of all K codes. Cumulative sums over theta
@@ -240,10 +234,9 @@ class MultinomialDiffusion:
     def loss(self, model, z_0, t, p, generator=None):
         """One draw of the bound to descend on: (loss, terms). [DDM Eq. 7]
 
-        z_0: codes (B,h,w); t, p: (B,), one time for each image and its probability, as
-        `Timesteps.draw` gives them. loss: the mean over images of L_{t-1}/p_t + L_T in nats a cell,
-        whose expectation is the bound; ln K for a network that knows nothing. terms: L_{t-1} in
-        nats a map, (B,) without graph, for `Timesteps.observe`.
+        z_0: codes (B,h,w); t, p: (B,) of `Timesteps.draw`. loss: the mean over images of
+        L_{t-1}/p_t + L_T in nats a cell, whose expectation is the bound; ln K for a network that
+        knows nothing. terms: L_{t-1} in nats a map, (B,) without graph, for `Timesteps.observe`.
         """
         z_t = self.q_sample(z_0, t, generator)
         log_x0_hat = self.log_x0_hat(self.logits(model, z_t, t), z_t)
@@ -283,9 +276,8 @@ class MultinomialDiffusion:
     def grid(self, steps=None):
         """[(T, s), ..., (t, 0)]: so many reverse steps, evenly spread; None or T is every step.
 
-        A step from t to s < t - 1 is exact for the process: theta's numbers are those of (s, t).
-        What it costs is that all cells move independently.  deviation D36
-        Raises ValueError outside 1..T.
+        A step from t to s < t - 1 is exact for the process; what it costs is that all cells move
+        independently.  deviation D36  Raises ValueError outside 1..T.
         """
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
@@ -302,14 +294,12 @@ class MultinomialDiffusion:
         """indices with the cells that are not known filled in: (B,h,w) int64. [DDM Sec. 4.4]
 
         indices: codes (B,h,w), any where unknown; known: bool (B,h,w); steps: 1..T, None for T.
-        After each step the known cells are drawn anew from q(z_s|z_0) of the given codes, at the
-        end they are these codes.
+        After each step the known cells are drawn from q(z_s|z_0) of the given codes, at the end
+        they are these codes. Raises ValueError for shapes that differ or numbers out of range.
 
         resample: U of RePaint. In one pass (1, the paper) the unknown cells are drawn before they
-        see what the known ones become, so they follow them too loosely; U - 1 times the step is
-        undone by fresh noise from s to t and taken again, which brings the two together.
-        deviation D35
-        Raises ValueError for shapes that differ or numbers out of range.
+        see what the known ones become, so they follow them too loosely. U - 1 times the step is
+        undone by fresh noise and taken again, which brings the two together.  deviation D35
         """
         if known.shape != indices.shape or known.dtype != torch.bool:
             raise ValueError(f"known must be bool {tuple(indices.shape)}, like the indices, not "
@@ -414,8 +404,8 @@ def held_out_bound(diffusion, model, indices, first):
 def histogram_nats(codes, held_out, K):
     """Nats a map that held_out (m,h,w) costs by the frequencies of codes (n,h,w) at each cell.
 
-    The mean over the held-out maps: what a model can reach that knows where a cell is, but not its
-    neighbours. Each count begins at one (Laplace), so that no code is impossible.
+    The mean over maps: what a model can reach that knows where a cell is, but not its neighbours.
+    Each count begins at one (Laplace), so that no code is impossible.
     """
     cells = codes[0].size
     first = np.arange(cells) * K                                                    # (h·w)

@@ -23,7 +23,6 @@ from diffusion import (
     UNIFORM_SHARE,
     MultinomialDiffusion,
     Timesteps,
-    bits_per_dim,
     cosine_schedule,
     draw_codes,
     held_out_bound,
@@ -417,10 +416,6 @@ def test_a_held_out_map_has_the_same_bound_in_any_batch():
     assert not torch.allclose(held_out_bound(diffusion, model, z_0, 0), whole)
 
 
-def test_bits_per_dim_of_a_uniform_model_are_log2_k():
-    assert bits_per_dim(256 * math.log(1024), 256) == pytest.approx(10)
-
-
 def test_histogram_nats_are_those_of_counting_by_hand():
     rng = np.random.default_rng(0)
     maps, held_out = rng.integers(0, 4, (6, 2, 3)), rng.integers(0, 4, (5, 2, 3))
@@ -810,7 +805,7 @@ def test_processes_and_micro_batches_make_no_difference(monkeypatch):
     ranks = [after([slice(0, 2), slice(2, 4)]), after([slice(4, 6), slice(6, 8)])]
     whole.update()
     micro.update()
-    shares = [rank._observed for rank in ranks]
+    shares = [rank.observed for rank in ranks]
     monkeypatch.setattr(module, "gather_objects", lambda own: shares)
     for rank in ranks:
         rank.update()
