@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)    # full, or refuses
 
 
 class UserError(Exception):
@@ -212,8 +212,8 @@ def exit_on_user_error(main):
         status, complaint = 128 + signal.SIGINT, None
     except Exception as error:
         status, complaint = 1, None
-        if getattr(error, "errno", None) in FULL_DISK:
-            status, complaint = 2, f"{error}; make room, then run the same command again"
+        if getattr(error, "errno", None) in DISK:
+            status, complaint = 2, f"{error}; make room or choose another place, then run it again"
         else:
             traceback.print_exc()
     if complaint:

@@ -255,25 +255,21 @@ def micro_batch_size(asked, kept, settings, name, device):
     """Choose how many images a process takes at once; a checkpoint's number is kept.
 
     Raises UserError where the number of processes does not divide the batch, or `asked` not the
-    share of a process, naming the nearest that do.
+    share of a process.
     """
-    batch, world = settings["recipes"][name]["batch_size"], world_size()
-    if batch % world:
-        near = [str(n) for n in (batch // world * world, (batch // world + 1) * world) if n]
-        raise UserError(f"--batch-size {batch} does not divide over {world} processes; the nearest "
-                        f"that do: {' or '.join(near)}")
-    local = batch // world
-    divisors = [d for d in range(1, local + 1) if local % d == 0]
+    local, rest = divmod(settings["recipes"][name]["batch_size"], world_size())
+    if rest:
+        raise UserError(f"{name}: --batch-size {local * world_size() + rest} does not divide over "
+                        f"{world_size()} processes; give a multiple of {world_size()}")
     if asked and local % asked:
-        near = sorted(sorted(divisors, key=lambda d: abs(d - asked))[:2])
-        raise UserError(f"--micro-batch {asked} does not divide the {local} images of a process; "
-                        f"the nearest that do: {' or '.join(map(str, near))}")
+        raise UserError(f"{name}: --micro-batch {asked} does not divide the {local} images of a "
+                        "process; give a number that does")
     if asked or (kept and local % kept == 0):
         return asked or kept
+    most = local
     if device.type == "cpu" and name != "prior":
         most = max(1, 8 * (128 / settings["size"])**2)       # what a laptop's memory holds
-        return max(d for d in divisors if d <= most)
-    return local
+    return max(d for d in range(1, local + 1) if local % d == 0 and d <= most)
 
 
 def announce(run, stage, steps, disc_start, done, micro_batch):
