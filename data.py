@@ -353,8 +353,8 @@ class Batch:
 def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
     """Load the first `n` pictures with their evaluation masks: yields Batches.
 
-    Rank r of `world` gets every world-th of them, from the r-th on. masks: False leaves these out.
-    Raises UserError from the data set.
+    Rank r of `world` gets every world-th batch, from the r-th on. masks: False leaves the masks
+    out. Raises UserError from the data set.
     """
     n = min(n, len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]

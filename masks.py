@@ -6,8 +6,6 @@ Evaluation uses the same generator with masks of at most half the picture. Every
 function of its arguments: who draws it, and in which order, changes nothing.
 
     (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
-
-Not here: masks in the network (pconv.py, asym_decoder.py), and masks that a user draws.
 """
 
 from collections import namedtuple

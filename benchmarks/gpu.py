@@ -41,12 +41,12 @@ import distributed
 import train_autoencoder
 import train_prior
 from data import Signs, TrainingItems, open_dataset, training_batches
-from diffusion import MultinomialDiffusion, Timesteps
+from diffusion import MultinomialDiffusion
 from losses import TRUNKS
 from quantize import nearest_code
 from recipes import RECIPES
 from refit import rebuild_codebook
-from seeding import STAGE_IDS, image_generators, keyed_generators
+from seeding import STAGE_IDS, keyed_generators
 from unet import UNET_PRESETS
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
@@ -125,8 +125,7 @@ def rounded(x):
 
 
 def sync():
-    if CUDA:
-        torch.cuda.synchronize()
+    distributed.wait_for(DEVICE)
 
 
 def ms(work, n=10, warm=3):
@@ -352,19 +351,6 @@ def prior():
                 "longest": longest, f"validate_{len(maps.indices)}_maps_s":
                 rounded(time.perf_counter() - start)}
 
-    def host():
-        """ms of a step that the CPU works alone."""
-        diffusion, timesteps = MultinomialDiffusion(1024, 4000), Timesteps(4000)
-
-        def work():
-            generators = image_generators(0, "prior", range(180))
-            t, _ = timesteps.draw(generators)
-            diffusion.q_sample(torch.zeros(180, 16, 16, dtype=torch.int64), t, generators)
-            timesteps.observe(t, torch.rand(180))
-            timesteps.update()
-
-        return ms(work)
-
     def loss(K, B, side):
         diffusion = MultinomialDiffusion(K, 4000, residual="onehot")
         logits = torch.randn(B, K, side, side, device=DEVICE, requires_grad=True)
@@ -382,7 +368,6 @@ def prior():
 
     for precision in ("fp32", "bf16"):
         attempt(f"{unet} {precision} B{B}", step, precision)
-    attempt("host_ms", host)
     attempt("loss K1024 16x16 B180", loss, *size_of((1024, 180, 16), (64, 2, 8)))
     attempt("loss K16384 32x32 B8", loss, *size_of((16384, 8, 32), (64, 2, 8)))
     attempt("sampling_ms_a_step", drawing)
@@ -418,9 +403,8 @@ def loader():
         (FOLDER / "photos" / split).mkdir(parents=True)
         for i in range(n):
             coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
-            photo = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.int16)
-            photo = (photo + rng.normal(0, 6, photo.shape)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(photo).save(FOLDER / "photos" / split / f"{i}.jpg", quality=92)
+            photo = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+            photo.effect_spread(6).save(FOLDER / "photos" / split / f"{i}.jpg", quality=92)
 
     def rate(size, workers):
         dataset = open_dataset("folder", FOLDER / "photos", "train", size)
