@@ -20,8 +20,7 @@ from torch import nn
 from distributed import UserError
 from weight_files import read_pickle, read_safetensors
 
-# Of the red, green and blue of CLIP's training pictures in [0,1].
-MEAN = (0.48145466, 0.4578275, 0.40821073)
+MEAN = (0.48145466, 0.4578275, 0.40821073)          # of CLIP's training pictures in [0,1], R, G, B
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 # What config.json leaves out where it is transformers' default.
@@ -33,16 +32,13 @@ ACTIVATIONS = {"quick_gelu": lambda h: h * torch.sigmoid(1.702 * h), "gelu": F.g
 
 @torch.no_grad()
 def clip_score(encoder, image, reference, mask):
-    """100 x cosine between edited region and reference, one value per image.
+    """Compute 100 x cosine of edited region and reference: (B,). [AVQ Tab. 4] [AVQ Tab. 5]
 
-    [AVQ Tab. 4] [AVQ Tab. 5]  deviation D28
-
-    encoder: a CLIPImageEncoder; image (B,3,H,W) in [-1,1], clamped; reference: a list of B tensors
-    (3,h,w) of any sizes, or one (B,3,h,w), in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated ->
-    (B,) float64 on the CPU. The edited region is the smallest box around the mask; it and the whole
-    reference are stretched to the tower's size (resized).
-    An image with nothing generated gives NaN, which the caller leaves out of means. ValueError:
-    shapes that do not belong together.
+    image: (B,3,H,W) in [-1,1], clamped. reference: B tensors (3,h,w) of any sizes in [-1,1]. mask:
+    (B,1,H,W) in {0,1}, 1 = generated. The values are float64, on the CPU; an image with nothing
+    generated gives NaN, which the caller leaves out of means. The edited region is the smallest box
+    around the mask; `resized` stretches it and the whole reference.  deviation D28
+    Raises ValueError for shapes that do not belong together.
     """
     B, _, H, W = image.shape
     if image.shape[1] != 3 or mask.shape != (B, 1, H, W) or len(reference) != B:
@@ -60,30 +56,28 @@ def clip_score(encoder, image, reference, mask):
 
 
 def bounding_box(mask):
-    """(rows, columns), two slices: the smallest box around the ones of a mask (H,W), not empty."""
+    """Find the smallest box around the ones of a mask (H,W), not empty: slices (rows, columns)."""
     return tuple(slice(where.min().item(), where.max().item() + 1)
                  for where in (mask.any(1).nonzero(), mask.any(0).nonzero()))
 
 
 def resized(images, size):
-    """(B,3,H,W) in [-1,1] -> (B,3,size,size): bicubic with antialiasing, as CLIP's preprocessing.
+    """Stretch (B,3,H,W) in [-1,1] to (B,3,size,size): bicubic, antialiased, as CLIP's programs.
 
-    That one works on 8-bit pictures, which cannot leave their range; so these are clamped. Pictures
-    that are not square are stretched, as in the paper; those of this size stay as they are.
+    They work on 8-bit pictures, which cannot leave their range; so these are clamped. Pictures of
+    this size stay as they are.
     """
     return F.interpolate(images.float().clamp(-1, 1), size=(size, size), mode="bicubic",
                          antialias=True).clamp(-1, 1)                       # (B, 3, size, size)
 
 
 class CLIPImageEncoder(nn.Module):
-    """images (B,3,H,W) in [-1,1], of any size -> embeddings (B,D), float32.
+    """Embed images (B,3,H,W) in [-1,1], of any size: (B,D) float32, of which the angle has meaning.
 
     folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, of a whole CLIP,
     whose text tower is left out, or of its image tower. Reading them runs no code.
-
-    Embeddings have the length that the network gives them; only their angle has a meaning. Frozen,
-    and in float32 also under autocast. Raises UserError for files that are missing, unreadable or
-    do not belong together.
+    Frozen, and in float32 also under autocast. Raises UserError for files that are missing,
+    unreadable or do not belong together.
     """
 
     def __init__(self, folder):
@@ -131,7 +125,7 @@ class CLIPImageEncoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of the transformer: attention, then two linear maps, each added to its input."""
+    """Add attention, then two linear maps, to the tokens: one layer of the transformer."""
 
     def __init__(self, config):
         super().__init__()
@@ -156,7 +150,7 @@ class Layer(nn.Module):
 
 
 def _read(folder):
-    """(config, {name: float32 tensor}) of the image tower in `folder`; errors of many kinds."""
+    """Read (config, {name: float32 tensor}) of the image tower; raises errors of many kinds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # A whole CLIP has a table for each tower, and the projection's width above both.
     tower = DEFAULTS | config.get("vision_config", config)

@@ -16,9 +16,8 @@ from weight_files import read_weights
 
 # ---------------------------------------------------------------- reconstruction, Eq. 5-6
 
-
 def pixel_loss(x_hat, x):
-    """Mean absolute error over all pixels and channels of the batch, a 0-d tensor [AVQ App. A].
+    """Average the absolute error over all pixels and channels: a 0-d tensor. [AVQ App. A]
 
     Neither Eq. 2's squared error nor the released code's sum over each image.  deviation D4
     """
@@ -26,11 +25,11 @@ def pixel_loss(x_hat, x):
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance: `LPIPS(net)(a, b)`, both (B,3,H,W) in [-1,1] -> (B,) [AVQ Eq. 5].
+    """Measure the perceptual distance of a and b, both (B,3,H,W) in [-1,1]: (B,). [AVQ Eq. 5]
 
-    net: "vgg" as in the paper, "alex" or "squeeze".
-    weights: the folder of the published files (default: torch hub's cache; see `find_weights`), or
-    a float32 state dict with the keys of both files, `features.*` and `lin{k}.model.1.weight`.
+    net: "vgg" as in the paper, "alex" or "squeeze". weights: the folder of the published files
+    (default: torch hub's cache; see `find_weights`), or a float32 state dict with the keys of both
+    files, `features.*` and `lin{k}.model.1.weight`.
 
     Eq. 5 prints no normalisation of the features; phi^k here has unit length over its channels, as
     in the LPIPS that the paper cites and measures with [42].  deviation D5
@@ -40,29 +39,26 @@ class LPIPS(nn.Module):
 
     def __init__(self, net="vgg", weights=None):
         super().__init__()
-        if net not in TRUNKS:
-            raise ValueError(f"LPIPS net {net!r}: expected one of {', '.join(TRUNKS)}")
-        self.net = net
-        build, file, self.taps, widths = TRUNKS[net]
+        _check(net, "LPIPS net", TRUNKS)
+        build, trunk_file, self.taps, widths = TRUNKS[net]
         with torch.device("meta"):  # all numbers come from the files; none is drawn at random
             self.features = build()
             for k, width in enumerate(widths):
-                self.add_module(f"lin{k}", _Head(width))
+                # f^k of Eq. 5; the dropout at 0 was used only to fit it.
+                fitted = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
+                self.add_module(f"lin{k}", nn.ModuleDict({"model": fitted}))
         if not isinstance(weights, dict):
-            weights = self._read(file, weights)
+            folder, wanted = weights, self.state_dict()
+            trunk = {key: value for key, value in wanted.items() if key.startswith("features.")}
+            heads = {key: value for key, value in wanted.items() if key.startswith("lin")}
+            weights = (read_weights(trunk_file, trunk, folder, ignore="classifier.")
+                       | read_weights(f"{net}.pth", heads, folder))
         self.load_state_dict(weights, assign=True)
         # ImageNet's mean and deviation, moved from [0,1] to [-1,1], rounded as LPIPS was fitted.
         shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-
-    def _read(self, trunk_file, folder):
-        wanted = self.state_dict()
-        trunk = {key: value for key, value in wanted.items() if key.startswith("features.")}
-        heads = {key: value for key, value in wanted.items() if key.startswith("lin")}
-        return (read_weights(trunk_file, trunk, folder, ignore="classifier.")
-                | read_weights(f"{self.net}.pth", heads, folder))
 
     def train(self, mode=True):
         """Stays in eval mode: a parent's `.train()` must not reach a frozen measure."""
@@ -72,8 +68,8 @@ class LPIPS(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             distance = 0
             for k, (phi_a, phi_b) in enumerate(zip(self._phi(a), self._phi(b))):
-                head = getattr(self, f"lin{k}")                                # f^k of Eq. 5
-                distance = distance + head((phi_a - phi_b) ** 2).mean((1, 2, 3))  # (B,)
+                f = getattr(self, f"lin{k}").model
+                distance = distance + f((phi_a - phi_b) ** 2).mean((1, 2, 3))  # (B,)
             return distance
 
     def _phi(self, image):
@@ -88,7 +84,7 @@ class LPIPS(nn.Module):
 
 
 def _unit_length(features):
-    """`features` (B,C,H,W) divided by their Euclidean length over C; zero vectors stay zero."""
+    """Divide `features` (B,C,H,W) by their Euclidean length over C; zero vectors stay zero."""
     square = features.square().sum(1, keepdim=True)                            # (B, 1, H, W)
     # sqrt has an infinite slope at 0, and infinity times the zero features would be a NaN gradient;
     # a zero vector may be divided by anything.
@@ -96,19 +92,7 @@ def _unit_length(features):
     return features / (length + 1e-10)
 
 
-class _Head(nn.Module):
-    """f^k of Eq. 5: a 1x1 convolution to one channel, after a dropout used only to fit it."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-    def forward(self, difference):
-        return self.model(difference)                                          # (B, 1, H^k, W^k)
-
-
 # The three trunks as torchvision numbers their layers, up to the last one that LPIPS reads.
-
 
 def _conv(channels, width, kernel, stride=1, padding=0):
     return [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU(inplace=True)]
@@ -163,12 +147,10 @@ TRUNKS = {
                 (64, 128, 256, 384, 384, 512, 512)),
 }
 
-
 # ---------------------------------------------------------------- the two players, Eq. 7
 
-
 class PatchDiscriminator(nn.Module):
-    """D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> one logit for each patch (B,1,h,w).
+    """Judge patches, D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> logits (B,1,h,w).
 
     Layout, key names (`main.N.*`) and initialisation are taming-transformers'. n_layers strides of
     2; ndf channels after the first, doubled up to eightfold. In training mode real and generated
@@ -195,29 +177,30 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(logits_real, logits_fake, gan="hinge"):
-    """What the discriminator minimises, a 0-d tensor [AVQ Eq. 7].
+    """Compute what the discriminator minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": taming's and the authors' code, with their factor 0.5: 1.0 for a discriminator that
     answers 0, and 0 for one that is right by a margin of 1 everywhere. The default.  deviation D6
-    "log": Eq. 7 with its sign turned, D = sigmoid(logit), no factor: 2 log 2 = 1.386 for one that
-    answers 0. (taming halves this one, too; Adam does not see a constant factor.)
+    "log": Eq. 7 with its sign turned, D = sigmoid(logit): 2 log 2 = 1.386 for one that answers 0.
+    taming halves it; Adam does not see a constant factor.
     """
-    if _check(gan, "gan", ("hinge", "log")) == "log":
+    _check(gan, "gan", ("hinge", "log"))
+    if gan == "log":
         # -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l): neither overflows
         return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
 
 
 def generator_gan_loss(logits_fake, gan="hinge"):
-    """What the decoder minimises, a 0-d tensor [AVQ Eq. 7].
+    """Compute what the decoder minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": -mean(logit).
-    "log": mean log(1 - D(x_hat)), literally the decoder's term of Eq. 7, not the usual substitute
-    -log D(x_hat). Its gradient fades where the discriminator wins, which lambda (Eq. 9) undoes: it
-    divides by that gradient's norm, until the norm comes down to delta = 1e-4. From there on the
-    term fades out instead of blowing up.
+    "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual substitute
+    -log D(x_hat). Its gradient fades where the discriminator wins. Lambda (Eq. 9) divides by that
+    gradient's norm and so undoes it, until the norm comes down to delta = 1e-4.
     """
-    if _check(gan, "gan", ("hinge", "log")) == "log":
+    _check(gan, "gan", ("hinge", "log"))
+    if gan == "log":
         return -F.softplus(logits_fake).mean()
     return -logits_fake.mean()
 
@@ -234,7 +217,6 @@ def frozen(network):
 
 # ---------------------------------------------------------------- the balance, Eq. 9
 
-
 def adaptive_weight(rec, gan, last_layer, rule="paper"):
     """Weigh the GAN loss by the ratio of gradient norms: lambda, a 0-d tensor. [AVQ Eq. 9]
 
@@ -242,19 +224,15 @@ def adaptive_weight(rec, gan, last_layer, rule="paper"):
     last_layer: the decoder's last weight. Eq. 9 divides gradients; their norms are meant.
     rule: "paper", the ratio as printed, with the pixel loss for rec. "taming": clamped to [0, 1e4]
     and times 0.8, as taming and the authors' code, with pixel + perceptual for rec.  deviation D7
-
-    On several processes the norms are those of the mean gradients, so that every process has the
-    whole batch's lambda.
+    On several processes the norms are those of the mean gradients: lambda is the whole batch's.
     """
+    _check(rule, "lambda", ("paper", "taming"))
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, gan)]
     rec_grad, gan_grad = mean_over_ranks(torch.stack(gradients))            # (3, C, 3, 3) each
     weight = rec_grad.norm() / (gan_grad.norm() + 1e-4)
-    if _check(rule, "lambda", ("paper", "taming")) == "taming":
-        weight = 0.8 * weight.clamp(0, 1e4)
-    return weight
+    return 0.8 * weight.clamp(0, 1e4) if rule == "taming" else weight
 
 
 def _check(value, flag, allowed):
     if value not in allowed:
         raise ValueError(f"{flag} {value!r}: expected one of {', '.join(allowed)}")
-    return value

@@ -1,9 +1,9 @@
-"""Masks: 1 = to be generated, 0 = known (AVQ Sec. 3.2).
+"""Draw masks: 1 = to be generated, 0 = known (AVQ Sec. 3.2).
 
 The decoder is trained on the random masks of LaMa (strokes of a thick brush, or boxes) and, for
 half of the samples, on the full mask, which teaches it to decode with no picture at hand.
 Evaluation uses the same generator with masks of at most half the picture. Every mask is a pure
-function of its arguments: who draws it, and in which order, changes nothing.
+function of its arguments.
 
     (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
 """
@@ -33,7 +33,7 @@ BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 
 
 def random_mask(kind, size, seed, index):
-    """LaMa's random mask: uint8 (size,size), 1 = to be generated.
+    """Draw LaMa's random mask: uint8 (size,size), 1 = to be generated.
 
     kind: "thin", "medium" or "thick". Below 512 px LaMa's 256 table is drawn at size/256, from 512
     on its 512 table at size/512. seed: an int or a tuple of ints, none negative. ValueError:
@@ -73,20 +73,14 @@ def _draw_strokes(draw, rng, strokes, side, scale):
             start = x * scale, y * scale
             x = min(max(int(x + length * sin(angle)), 0), side)
             y = min(max(int(y + length * cos(angle)), 0), side)
-            _draw_segment(draw, start, (x * scale, y * scale), width * scale)
-
-
-def _draw_segment(draw, start, end, width):
-    """A line with round ends; without them the mean area of thick masks falls from 0.40 to 0.33.
-
-    LaMa's lines are OpenCV's.  deviation D18
-    """
-    width = max(1, round(width))
-    draw.line((start, end), fill=1, width=width)
-    if width > 2:
-        radius = width / 2
-        for x, y in (start, end):
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+            end, width = (x * scale, y * scale), max(1, round(width * scale))
+            draw.line((start, end), fill=1, width=width)
+            # Round the ends, as OpenCV's lines have them in LaMa: without them the mean area of
+            # thick masks falls from 0.40 to 0.33.  deviation D18
+            if width > 2:
+                r = width / 2
+                for u, v in (start, end):
+                    draw.ellipse((u - r, v - r, u + r, v + r), fill=1)
 
 
 def _draw_boxes(draw, rng, boxes, side, scale):
@@ -100,8 +94,7 @@ def _draw_boxes(draw, rng, boxes, side, scale):
 
 
 def box_mask(size, top, left, height, width):
-    """One box to be generated: uint8 (size,size). ValueError if it is empty or leaves the
-    picture."""
+    """Mark one box: uint8 (size,size). ValueError if it is empty or leaves the picture."""
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > size:
         raise ValueError(f"box top={top} left={left} height={height} width={width} "
                          f"does not fit into {size} x {size} px")
@@ -111,11 +104,10 @@ def box_mask(size, top, left, height, width):
 
 
 def training_mask(size, seed, index, kind="thick", p_full=0.5):
-    """The schedule: with probability `p_full` the full mask, else a random one. [AVQ Sec. 3.2]
+    """Draw the full mask with probability `p_full`, else a random one. [AVQ Sec. 3.2]
 
     The paper alternates; a coin for each sample does not depend on batches.  deviation D8
-    Returns (mask uint8 (size,size), full): `full` says that all is to be generated, so the branch
-    has nothing to see.
+    Returns (mask uint8 (size,size), full): `full` says that all is to be generated.
     """
     if _generator(MASK_FULL, seed, index).random() < p_full:
         return np.ones((size, size), np.uint8), True                                # (size,size)
@@ -126,7 +118,7 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 def evaluation_mask(size, index, kind="thick", seed=0):
     """Draw the mask of image `index` in every table: uint8 (size,size).
 
-    One that is empty or over half the picture is dropped, and drawn with the next index.
+    One that is empty or over half the picture is drawn with the next index instead.
     """
     while not 0 < (mask := random_mask(kind, size, seed, index)).mean() <= 0.5:
         index += 1
@@ -134,11 +126,9 @@ def evaluation_mask(size, index, kind="thick", seed=0):
 
 
 def area_bucket(mask):
-    """LaMa's ten bins of the share to be generated, "0-10" .. "90-100", lower end included.
+    """Name the bin of the share to be generated: "0-10" .. "90-100", lower end included.
 
-    [AVQ Tab. 1]
-
-    mask: any array or CPU tensor of zeros and ones.
+    LaMa's ten bins. [AVQ Tab. 1]  mask: any array or CPU tensor of zeros and ones.
     """
     mask = np.asarray(mask)
     tenth = min(9, 10 * int(mask.sum()) // mask.size)  # in integers: 40 % is never 39.999 %

@@ -1,11 +1,11 @@
-"""Draw pictures for people: images beside each other under captions, and the curves of a run.
+"""Draw pictures for people: images under captions, and the curves of a run.
 
     image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> a column each, a row an image   report.png
     image_rows   [(caption, [(3,H,W), ...]), ...] -> groups one below the other         samples.png
     curves       log.jsonl -> a panel a term, training and validation together          curves.png
 
-Small images are enlarged by whole numbers, pixel by pixel: whether a word survived a decoder is
-judged on its pixels, and a smooth enlargement would hide the very strokes that matter.
+Small images are enlarged by whole numbers: whether a word survived a decoder is judged on its
+pixels, and a smooth enlargement would hide the strokes that matter.
 """
 
 import json
@@ -39,7 +39,7 @@ BLUE, RED, POINTS, SMOOTH_POINTS = "#3b6ea8", "#d1495b", 400, 40     # at most s
 
 
 def show_masked(x, mask):
-    """The picture with its hole in mid-grey, as the condition branch sees it. [AVQ Fig. 3]
+    """Paint the hole mid-grey, as the condition branch sees the picture. [AVQ Fig. 3]
 
     x: (...,3,H,W) in [-1,1]; mask: (...,1,H,W), 1 = to be generated.
     """
@@ -49,8 +49,8 @@ def show_masked(x, mask):
 def image_grid(columns, path):
     """Write a PNG with one column for each caption; row i shows every column's image i.
 
-    columns: {caption: list of (3,H,W) in [-1,1]}; images become about 256 px wide. Raises
-    ValueError for lists of several lengths, and as `_draw`.
+    columns: {caption: list of (3,H,W) in [-1,1]}, drawn about 256 px wide. Raises ValueError for
+    lists of several lengths, and as `_draw`.
     """
     lengths = {len(images) for images in columns.values()}
     if len(lengths) != 1:
@@ -61,8 +61,8 @@ def image_grid(columns, path):
 def image_rows(groups, path, across=None):
     """Write a PNG of groups of images, one below the other, each under its caption.
 
-    groups: [(caption, list of (3,H,W) in [-1,1])]; across: images in a row (default: a group is one
-    row). Images become about 128 px wide. Raises ValueError as `_draw`.
+    groups: [(caption, list of (3,H,W) in [-1,1])], drawn about 128 px wide. across: images in a
+    row (default: all of a group). Raises ValueError as `_draw`.
     """
     lines = []
     for caption, images in groups:
@@ -105,7 +105,7 @@ def _draw(lines, path, side):
 
 
 def _wrapped(caption, font, room):
-    """The caption broken into lines of at most `room` px, between words where that is possible."""
+    """Break the caption into lines of at most `room` px, between words where that is possible."""
     for letters in range(max(1, len(caption)), 0, -1):
         lines = [line for part in caption.split("\n")
                  for line in textwrap.wrap(part, letters) or [""]]
@@ -132,12 +132,10 @@ def curves(log_path, png_path):
     names = [name for name in known if name in series or f"val_{name}" in series]
     if not names:
         return
-    across = min(3, len(names))
-    down = math.ceil(len(names) / across)
+    across, down = min(3, len(names)), math.ceil(len(names) / 3)
     last = max(1, *(points[-1][0] for points in series.values()))
     width, height = 4.2 * across, 2.6 * down         # inches, as the margins below
-    figure = Figure(figsize=(width, height))
-    # A constrained layout measures the labels, which takes 1.5 times as long.
+    figure = Figure(figsize=(width, height))         # a constrained layout would be slower
     figure.subplots_adjust(left=0.55 / width, right=1 - 0.1 / width, bottom=0.5 / height,
                            top=1 - 0.3 / height, wspace=0.17, hspace=0.3)
     for position, name in enumerate(names, 1):
@@ -167,6 +165,6 @@ def curves(log_path, png_path):
 
 
 def _means(points, count):
-    """(steps, values) of at most `count` points: means over equal numbers of neighbours."""
+    """Average equal numbers of neighbours: (steps, values) of at most `count` points."""
     parts = np.array_split(np.array(points, float), min(len(points), count))      # of (n,2)
     return np.array([part.mean(0) for part in parts]).T                             # (2,count)
