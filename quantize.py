@@ -1,12 +1,11 @@
 """The two latents of the first stage: a vector quantiser and a diagonal Gaussian.
 
-AVQ Sec. 3.1 quantises each encoder vector to its nearest codebook entry (Eq. 1) and trains codebook
-and encoder by Eq. 2; Appendix B keeps the vectors continuous and pulls them towards N(0, 1) instead
-(Eq. 10).
+AVQ Sec. 3.1 quantises each encoder vector to its nearest code (Eq. 1) and trains codebook and
+encoder by Eq. 2. Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
 
     z_e (B,d,h,w) --nearest_code--> indices (B,h,w) --embedding--> z_q (B,d,h,w)   VectorQuantizer
     moments (B,2d,h,w) --> mean, logvar --> z (B,d,h,w)                            DiagonalGaussian
-    indices of a split --count_codes--> counts (K) --> usage, perplexity           code_statistics
+    counts (K) of a split's indices --> usage, perplexity                          code_statistics
 """
 
 from contextlib import contextmanager
@@ -58,8 +57,7 @@ class VectorQuantizer(nn.Module):
     """Nearest-neighbour quantisation with a straight-through gradient. [AVQ Eq. 1] [AVQ Eq. 2]
 
     K: codebook size; d: width of a code; beta: commitment weight, on the encoder's term.
-    legacy_beta: taming-transformers' order, beta on the codebook's term instead; the public weights
-    were trained with it. The gradients differ.  deviation D3
+    legacy_beta: beta on the codebook's term, as the public weights were trained.  deviation D3
     code_range: codes start uniform in ±code_range; None is taming's 1/K, which a short run leaves
     with a few codes only.  deviation D26
     """
@@ -108,11 +106,10 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator=None):
-        """mean + std · noise, (B,d,h,w).
+        """mean + std · noise, (B,d,h,w). Raises ValueError for a list of another length.
 
-        generator: None, one CPU torch.Generator, or a list with one for each image. The noise is
-        drawn on the CPU, so it does not depend on the device, and with a list, neither on the
-        batch. Raises ValueError for a list of another length.
+        generator: None, one CPU torch.Generator, or a list with one for each image. The noise then
+        depends neither on the device nor, with a list, on the batch.
         """
         noise = _noise(self.mean.shape, generator).to(self.mean.device)     # (B, d, h, w)
         return self.mean + (0.5 * self.logvar).exp() * noise
@@ -135,20 +132,8 @@ def _noise(shape, generator):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
 
 
-def count_codes(batches, K):
-    """How often each of K codes occurs in `batches` of indices, of any shape: (K,) int64.
-
-    batches: an iterable, such as (model.indices(x) for x in ...), so a whole split need not be held
-    at once. Processes that count a share each add up their counts.
-    """
-    counts = torch.zeros(K, dtype=torch.int64)
-    for indices in batches:
-        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
-    return counts
-
-
 def code_statistics(counts):
-    """{"K", "usage", "perplexity"} of count_codes' result over a whole split. [DDM Tab. 1]
+    """{"K", "usage", "perplexity"} of the counts (K,) of a whole split. [DDM Tab. 1]
 
     usage: the fraction of codes that occur at all. perplexity: exp(entropy in nats) of their
     frequencies, from 1 (one code only) to K (all alike).  deviation D44

@@ -29,7 +29,7 @@ from losses import (
     pixel_loss,
 )
 from metrics import pre_error
-from quantize import code_statistics, count_codes, nearest_code
+from quantize import code_statistics, nearest_code
 from recipes import adam
 from refit import install_codebook, rebuild_codebook, sample_features
 from seeding import STAGE_IDS, image_generators, stage_seed
@@ -376,7 +376,7 @@ def rebuild(run, model):
     for x in images(run.val_set, batches):
         z_e = model.moments(x).permute(0, 2, 3, 1).flatten(0, 2)            # (b·h·w, d)
         for when, book in books.items():
-            counts[when] += count_codes([nearest_code(z_e, book)], len(book))
+            counts[when] += nearest_code(z_e, book).cpu().bincount(minlength=len(book))
     before, after = (code_statistics(sum(gather_objects(counts[when]))) for when in books)
     print0(f"refit: inertia {inertia[0]:.5g} at the seeds, {inertia[-1]:.5g} after "
            f"{len(inertia) - 1} moves; held out, {100 * before['usage']:.1f} % of {before['K']:,} "
