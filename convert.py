@@ -10,8 +10,8 @@
     python convert.py CHECKPOINT --to-diffusers DIR    makes a folder that from_pretrained opens
 
 A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
-`--vqgan` named, and must still be the very weights that the decoder was trained on: the latents of
-others mean nothing to it. Loading is strict: no weight is missing, none is left over.
+`--vqgan` named, and must still be the very weights that the decoder was trained on. Loading is
+strict: no weight is missing, none is left over.
 """
 
 import argparse
@@ -23,18 +23,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import public_names
 import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
-from public_names import (
-    asym_decoder_size,
-    diffusers_config,
-    diffusers_names,
-    first_stage_config,
-    taming_names,
-    tidy,
-)
 from unet import UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
 from weight_files import diffusers_folder, read_public, write_safetensors
@@ -62,87 +55,77 @@ class Loaded:
 # -- from files to models --------------------------------------------------------------------------
 
 
-def load_model(path, device="cpu"):
-    """The VQGAN or AsymVQGAN at `path`, in eval mode, without gradients.
+def load(path, device="cpu", stages=STAGES):
+    """Load the VQGAN or AsymVQGAN at `path`, with what the file says about it: a Loaded.
 
-    path: a run folder (its decoder, where it has one; else its first stage), one of our files, or a
-    public checkpoint: a file, or a folder of diffusers. An asymmetric one of these comes with a
-    first stage that has no decoder of its own. Raises UserError: nothing there, nothing that can be
-    built here, or a decoder whose first stage is missing or has changed.
-    """
-    return load(path, device).model
-
-
-def load(path, device="cpu"):
-    """As load_model, together with what the file says: a Loaded."""
-    path = Path(path)
-    loaded = _public(path) if _is_public(path) else _ours(*_read(path, STAGES))
-    loaded.model.to(device)
-    return loaded
-
-
-def load_first_stage(path):
-    """The first stage at `path`, which may be what load_model takes: a Loaded, its model a VQGAN.
-
-    In eval mode, without gradients, on the CPU. A finished refit goes before the vqgan that it came
-    from. Raises UserError as load_model does, and for a file with an asymmetric decoder.
+    path: a run folder (of the first of `stages` that it has; a refit must be finished), one of our
+    files, or a public checkpoint: a file, or a folder of diffusers. A public asymmetric one has a
+    first stage without a decoder of its own. Raises UserError: nothing of `stages` there, nothing
+    that can be built here, or a decoder whose first stage is missing or has changed.
     """
     path = Path(path)
     if _is_public(path):
         loaded = _public(path)
-        if loaded.stage != "decoder":
-            return loaded
+        _check_stage(path, loaded.stage, stages)
     else:
-        state, source = _read(path, FIRST_STAGES)
-        if state["stage"] != "decoder":
-            return _ours(state, source)
-    raise UserError(f"{path} is a decoder, not a first stage; give the run or the file that has "
-                    "the first stage's own decoder, such as Stable Diffusion's")
+        state, first_stage = _read(path, stages), None
+        config = VQGANConfig(**_tuples(state["config"]["first_stage"]))
+        size = state["config"]["decoder"] if state["stage"] == "decoder" else None
+        if size and all(name.startswith("decoder.") for name in state["model"]):
+            first_stage = first_stage_of(state, path).model      # -o writes it into the same file
+            config = first_stage.config
+        loaded = _loaded(_network(path, state["model"], config, size, first_stage), state)
+    loaded.model.to(device)
+    return loaded
+
+
+def load_model(path, device="cpu"):
+    """Load the VQGAN or AsymVQGAN at `path`, in eval mode, without gradients; as `load`."""
+    return load(path, device).model
+
+
+def load_first_stage(path):
+    """Load the first stage at `path`, as `load` does; a decoder's file is refused by UserError."""
+    return load(path, stages=FIRST_STAGES)
 
 
 def _read(path, stages):
-    """(contents, Path) of a stage file, or of the first of `stages` that a run folder has."""
+    """The contents of a stage file, or of the first of `stages` that a run folder has."""
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint")
     if path.is_file():
         state = run_folder.load(path)
-        if state["stage"] not in STAGES:
-            raise UserError(f"{path}: a {state['stage']} file makes no pictures; "
-                            "give a vqgan or decoder file")
-        return state, path
+        _check_stage(path, state["stage"], stages)
+        return state
     for stage in stages:
         state = run_folder.latest(path / stage)
         if state is not None and (stage != "refit" or state["extra"].get("finished")):
-            return state, path
-    names = ", ".join(f"{stage}/last.pt" for stage in stages)
-    raise UserError(f"{path}: none of {names} is in it; give a folder that train.py wrote to, or "
-                    "one of diffusers")
+            return state
+    names = " or ".join(f"{stage}/last.pt" for stage in stages)
+    raise UserError(f"{path}: {names} is not in it; give a folder that has one, or run train.py "
+                    f"with --stage {stages[-1]} as this run was made")
 
 
-def _ours(state, source):
-    """The Loaded of a stage file's contents."""
-    size = state["config"]["decoder"] if state["stage"] == "decoder" else None
-    if size and all(name.startswith("decoder.") for name in state["model"]):
-        first_stage = first_stage_of(state, source)
-        weights = {name.removeprefix("decoder."): value for name, value in state["model"].items()}
-        decoder = _filled(source, weights, lambda: AsymDecoder(
-            first_stage.model.config, size["ch"], size["num_res_blocks"], size["blend"]))
-        return _loaded(AsymVQGAN(first_stage.model, decoder), state, first_stage)
-    fields = state["config"]["first_stage"].items()
-    config = VQGANConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields})
-    return _loaded(_network(source, state["model"], config, size), state)
+def _check_stage(path, stage, stages):
+    if stage not in stages:
+        raise UserError(f"{path} is a {stage}, not a {' or '.join(stages)}; give such a file, or a "
+                        "run folder that has one")
+
+
+def _tuples(fields):
+    """Settings that JSON or a checkpoint keeps as lists."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
 def first_stage_of(state, source):
-    """The Loaded first stage that a decoder's or prior's file, `state`, was trained on.
+    """Load the first stage that a decoder or prior, `state`, was trained on: a Loaded.
 
-    source: that file, or its run folder. Raises UserError where it is missing or has changed.
+    source: its file or run folder. Raises UserError where the first stage is missing or changed.
     """
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
         raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
-                        f"there; bring it back, or start from the folder where the {stage} was "
-                        "trained")
+                        "there; bring it back, or start from the folder of the training")
     first_stage = load_first_stage(where)
     if first_stage.parent != state["parent"]:
         raise UserError(f"the {stage} in {source} was trained on other first-stage weights than "
@@ -173,20 +156,17 @@ def _is_public(path):
 
 
 def _public(path):
-    """The Loaded of a public checkpoint."""
     public = read_public(path)
     stated = public.config or {}
     try:
-        weights, notes = tidy(taming_names(public.state))
-        config = first_stage_config(weights, stated.get("norm_num_groups") or 32)
-        size = asym_decoder_size(weights, config)
+        weights, notes = public_names.tidy(public_names.taming_names(public.state))
+        groups = stated.get("norm_num_groups") or 32
+        config = public_names.first_stage_config(weights, groups)
+        size = public_names.asym_decoder_size(weights, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{public.path}: no autoencoder of this kind "
                         f"({type(error).__name__}: {error})") from None
     model = _network(public.path, weights, config, size)
-    if public.dropped:
-        counts = ", ".join(f"{family} ({count})" for family, count in public.dropped.items())
-        notes.insert(0, f"keys that are no first stage's, left out: {counts}")
     settings = {"first_stage": asdict(config), "decoder": size}
     if stated.get("scaling_factor"):
         settings["scaling_factor"] = stated["scaling_factor"]
@@ -195,45 +175,45 @@ def _public(path):
     return _loaded(model, state, notes=public.notes + notes)
 
 
-def _loaded(model, state, first_stage=None, notes=()):
-    """first_stage: its Loaded, where there is one, whose hashes are known."""
+def _loaded(model, state, notes=()):
+    """The Loaded of a model and its stage file's `state`."""
     model.eval().requires_grad_(False)
-    if first_stage is None:
-        weights = model.first_stage.state_dict()
-        parent, latents = run_folder.weights_hash(weights), run_folder.weights_hash(
-            {name: value for name, value in weights.items()
-             if name.startswith(("encoder.", "quant_conv.", "quantize."))})
-    else:
-        parent, latents = first_stage.parent, first_stage.latents
+    weights = model.first_stage.state_dict()
+    encodes = {name: value for name, value in weights.items()
+               if name.startswith(("encoder.", "quant_conv.", "quantize."))}
     return Loaded(model, state["stage"], state["config"], state["step"],
-                  bool(state["extra"].get("finished")), parent, latents, list(notes))
+                  bool(state["extra"].get("finished")), run_folder.weights_hash(weights),
+                  run_folder.weights_hash(encodes), list(notes))
 
 
-def _network(source, weights, config, size):
-    """A VQGAN; with an asymmetric decoder's size, an AsymVQGAN that has no other decoder.
+def _network(source, weights, config, size, first_stage=None):
+    """A VQGAN, or with an asymmetric decoder's size an AsymVQGAN; no random number is drawn.
 
-    weights: with the authors' names, as in _file_names.
+    weights: all of them, with the names of _file_names; with a VQGAN as `first_stage` only the
+    decoder's, which stands on it.
     """
-    if size is None:
-        return _filled(source, weights, lambda: VQGAN(config))
-    inner = {name if name.startswith("decoder.") else f"first_stage.{name}": value
-             for name, value in weights.items()}
-    return _filled(source, inner, lambda: AsymVQGAN(
-        VQGAN(config, own_decoder=False),
-        AsymDecoder(config, size["ch"], size["num_res_blocks"], size["blend"])))
-
-
-def _filled(source, weights, build):
-    """`build()`'s module with `weights` in it, strictly; no random number is drawn on the way."""
+    if size:
+        weights = {name if name.startswith("decoder.") else f"first_stage.{name}": value
+                   for name, value in weights.items()}
+    if first_stage:
+        inner = first_stage.state_dict()
+        weights |= {f"first_stage.{name}": value for name, value in inner.items()}
     try:
         with torch.device("meta"):
-            module = build()
-        module.load_state_dict(weights, assign=True)
+            model = VQGAN(config, own_decoder=size is None or first_stage is not None)
+            if size:
+                model = AsymVQGAN(model, AsymDecoder(config, size["ch"], size["num_res_blocks"],
+                                                     size["blend"]))
+        model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{source}: its weights do not fit the network of its sizes; it is damaged "
-                        f"or of another kind ({reason})") from None
-    return module
+        raise _misfit(source, error) from None
+    return model
+
+
+def _misfit(source, error):
+    reason = " ".join(str(error).split())[:400]
+    return UserError(f"{source}: its weights do not fit the network of its sizes; it is damaged or "
+                     f"of another version: get it or train it again ({reason})")
 
 
 def _file_names(model):
@@ -270,17 +250,15 @@ class Prior:
 
 
 def denoiser(settings, K):
-    """The network and the process that a run's settings["prior"] name, for K codes.
+    """Build a run's settings["prior"] for K codes: a UNet, at random, and its MultinomialDiffusion.
 
-    -> (UNet with random weights, MultinomialDiffusion). Raises UserError for a process that is not
-    the papers'.
+    Raises UserError for a process that is not the papers'.
     """
     for name, ours in (("schedule", "cosine"), ("form", "theta")):
         if settings.get(name, ours) != ours:
             raise UserError(f"this prior was trained with {name} {settings[name]!r}, which is no "
                             f"longer here; train one with {ours!r}, as train.py does")
-    net = {name: tuple(value) if isinstance(value, list) else value
-           for name, value in settings["net"].items()}
+    net = _tuples(settings["net"])
     if net.pop("layout", "multinomial") == "ddpm" or net.pop("attention", "linear") == "full":
         raise UserError("this prior's network has DDPM's layout, which is no longer here: both "
                         "presets have the paper's; train it anew")
@@ -289,31 +267,19 @@ def denoiser(settings, K):
 
 
 def load_prior(path, device="cpu"):
-    """The Prior at `path`, a run folder or a prior's file.
+    """Load the Prior at `path`, a run folder or a prior's file, with its first stage.
 
-    Codes mean nothing without the first stage that they are of, so it comes along. Raises
-    UserError: nothing there, a file of another stage, or a prior whose first stage is missing or
-    has changed.
+    Raises UserError: no prior there, or one whose first stage is missing or has changed.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run folder or checkpoint")
-    state = run_folder.load(path) if path.is_file() else run_folder.latest(path / "prior")
-    if state is None:
-        raise UserError(f"{path}: prior/last.pt is not in it; train one: "
-                        f"train.py --stage prior --vqgan {path} --out NEW_RUN, or with the command "
-                        "that made this run")
-    if state["stage"] != "prior":
-        raise UserError(f"{path}: a {state['stage']} file, not a prior's; give its run folder")
+    state = _read(path, ("prior",))
     config, extra = state["config"], state["extra"]
     first_stage = first_stage_of(state, path)
     try:
         unet, diffusion = denoiser(config["prior"], extra["K"])
         unet.load_state_dict(state["ema"]["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{path}: the prior's weights do not fit its network; another version made "
-                        f"it, train it again ({reason})") from None
+        raise _misfit(path, error) from None
     return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
                  first_stage.model.to(device), tuple(extra["grid"]), config, state["step"],
                  bool(extra.get("finished")), state["parent"], extra)
@@ -330,17 +296,17 @@ def chosen_steps(asked, T, most=STEPS):
 
 
 def save_model(loaded, path):
-    """Write all of a Loaded's model into one file of ours, which load and load_model read.
+    """Write all of a Loaded's model into one file of ours, which `load` reads.
 
-    Of a run with a decoder, the first stage's own decoder is left behind: the names of the two are
-    the same. Raises UserError where `path` exists already, and where the disk refuses.
+    Of two decoders, which have the same names, the first stage's is left out. Raises UserError
+    where `path` exists already, and where the disk refuses.
     """
     _check_new(path)
     state = {"format": run_folder.FORMAT, "stage": loaded.stage,
              "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),
              "ema": None, "optimizers": {}, "images": 0, "step": loaded.step, "parent": None,
              "extra": {"finished": loaded.finished}}
-    run_folder.save(path, state, keep_previous=False)
+    run_folder.save(path, state)
 
 
 def _check_new(path):
@@ -360,15 +326,15 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
     """
     folder, weights = Path(folder), _file_names(model)
     try:
-        fields = diffusers_config(model.config, asym_decoder_size(weights, model.config),
-                                  scaling_factor, sample_size)
+        size = public_names.asym_decoder_size(weights, model.config)
+        fields = public_names.diffusers_config(model.config, size, scaling_factor, sample_size)
     except ValueError as error:
         raise UserError(f"--to-diffusers: {error}") from None
     _check_new(folder)
     made = [folder / "diffusion_pytorch_model.safetensors", folder / "config.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(made[0], diffusers_names(weights))
+        write_safetensors(made[0], public_names.diffusers_names(weights))
         run_folder.write_text(made[1], json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; make room or choose "
@@ -377,29 +343,6 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
 
 
 # -- the program -----------------------------------------------------------------------------------
-
-
-def describe(loaded):
-    """What a Loaded is, in lines of text."""
-    model, first_stage = loaded.model, loaded.model.first_stage
-    config = model.config
-    kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
-    levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""
-    absent = ", without a decoder of its own" if first_stage.decoder is None else ""
-    lines = [("first stage", f"{kind}, d {config.embed_dim}, f {config.f}, ch {config.ch}, ch_mult "
-              f"{config.ch_mult}, num_res_blocks {config.num_res_blocks}{levels}; "
-              f"{_parameters(first_stage)}{absent}")]
-    if model is not first_stage:
-        size = asym_decoder_size(_file_names(model), config)
-        lines.append(("decoder", f"{size['preset']}, {size['blend']}: ch {size['ch']}, "
-                      f"num_res_blocks {size['num_res_blocks']}; {_parameters(model.decoder)}"))
-    lines.append(("latents", f"{loaded.latents[:16]}, equal wherever they are the same"))
-    lines += [("note", note) for note in loaded.notes]
-    return "\n".join(f"  {title:12} {text}" for title, text in lines)
-
-
-def _parameters(module):
-    return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
 
 def main():
@@ -415,20 +358,38 @@ def main():
     parser.add_argument("--to-diffusers", metavar="DIR",
                         help="write a folder that diffusers' from_pretrained opens")
     args = parser.parse_args()
+
+    # Say what it is.
     loaded, made = load(args.checkpoint), []
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
     print0(f"{args.checkpoint}: {loaded.stage}, {trained if loaded.step else 'public weights'}")
-    print0(describe(loaded))
+    model, config, first_stage = loaded.model, loaded.model.config, loaded.model.first_stage
+    kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
+    levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""
+    absent = ", without a decoder of its own" if first_stage.decoder is None else ""
+    print0(f"  first stage  {kind}, d {config.embed_dim}, f {config.f}, ch {config.ch}, ch_mult "
+           f"{config.ch_mult}, num_res_blocks {config.num_res_blocks}{levels}; "
+           f"{sum(p.numel() for p in first_stage.parameters()):,} parameters{absent}")
+    if model is not first_stage:
+        size = public_names.asym_decoder_size(_file_names(model), config)
+        print0(f"  decoder      {size['preset']}, {size['blend']}: ch {size['ch']}, num_res_blocks "
+               f"{size['num_res_blocks']}; {sum(p.numel() for p in model.decoder.parameters()):,} "
+               "parameters")
+    print0(f"  latents      {loaded.latents[:16]}, equal wherever they are the same")
+    for note in loaded.notes:
+        print0(f"  note         {note}")
+
+    # Write what is asked for, or nothing.
     if args.output:
-        _check_new(args.output)          # before anything is written
+        _check_new(args.output)
     if args.to_diffusers:
-        made += to_diffusers(loaded.model, args.to_diffusers,
+        made += to_diffusers(model, args.to_diffusers,
                              loaded.config.get("scaling_factor", SCALING_FACTOR),
                              loaded.config.get("size") or 256)
     if args.output:
         save_model(loaded, args.output)
         made.append(args.output)
-    if made and loaded.stage == "decoder" and loaded.model.first_stage.decoder is not None:
+    if made and loaded.stage == "decoder" and first_stage.decoder is not None:
         print0("  left out     the first stage's own decoder, as only one has these names")
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))

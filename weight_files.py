@@ -15,15 +15,12 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
 
 from distributed import UserError, print0
-
-# -- pickles ---------------------------------------------------------------------------------------
 
 
 class StandIn:
@@ -37,8 +34,7 @@ class StandIn:
 
 
 # What a file may name besides tensors and what torch's own reader knows: containers, packages whose
-# classes trainers leave in checkpoints, and single classes. No name is looked up in its package,
-# installed or not.
+# classes trainers leave in checkpoints, and single classes. No name is looked up in its package.
 CONTAINERS = {f"builtins.{kind.__name__}": kind for kind in (
     bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)}
 CONTAINERS |= {"collections.defaultdict": lambda *args: {}, "collections.deque": lambda *args: []}
@@ -50,10 +46,10 @@ CLASSES = {"argparse.Namespace", "typing.Any", "torch.torch_version.TorchVersion
 
 
 def read_pickle(path):
-    """What torch.save wrote into the file `path`: containers, and tensors on the CPU, mapped.
+    """Read what torch.save wrote into `path`: containers, and tensors on the CPU, mapped.
 
     Nothing that the file names is imported or called, but for torch's own weights-only list. An
-    object of PACKAGES or CLASSES is a StandIn. Raises UserError, one line: any other name; a file
+    object of PACKAGES or CLASSES is a StandIn. Raises UserError for any other name, and for a file
     that is missing, damaged, a TorchScript archive, or from before PyTorch 1.6.
     """
     path, known = Path(path), {}
@@ -74,12 +70,12 @@ def read_pickle(path):
     except UserError:
         raise
     except Exception as error:               # a damaged pickle can raise anything at all
-        raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
 
 
-def _damaged(path, error):
+def _unreadable(path, error, remedy="get the file again"):
     reason = _one_line(f"{type(error).__name__}: {error}")
-    return UserError(f"{path}: truncated or no checkpoint ({reason})")
+    return UserError(f"{path}: truncated or no checkpoint ({reason}); {remedy}")
 
 
 def _one_line(text):
@@ -87,23 +83,21 @@ def _one_line(text):
     return text[:200].encode("unicode_escape").decode()
 
 
-# -- the .safetensors format: length of the header, header, numbers --------------------------------
-
+# The .safetensors format: length of the header, header, numbers.
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
          "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """{name: tensor} of the file `path`, on the CPU, mapped. Raises UserError."""
-    path = Path(path)
+    """Read {name: tensor} from the file `path`, on the CPU, mapped. Raises UserError."""
+    path, tensors = Path(path), {}
     try:
         # Mapped privately: what is written into a tensor does not reach the file.
         data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         entries = json.loads(data[8:start].numpy().tobytes())
         entries.pop("__metadata__", None)
-        tensors = {}
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
             if not 0 <= first <= last <= len(data) - start:
@@ -114,7 +108,7 @@ def read_safetensors(path):
             tensors[name] = numbers.view(dtype).view(entry["shape"])
         return tensors
     except Exception as error:               # a damaged header can ask for anything
-        raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
 
 
 def write_safetensors(path, weights):
@@ -135,52 +129,59 @@ def write_safetensors(path, weights):
     os.replace(part, path)
 
 
-# -- the first stage in a public checkpoint --------------------------------------------------------
-
 PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder. may stand behind
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"        # diffusers' name, then .safetensors or .bin
 
 
 @dataclass
 class Public:
     """The first stage in a public checkpoint, by the names it has there."""
 
-    path:    Path          # of the file of weights
-    state:   dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
-    config:  dict | None   # diffusers' config.json beside it
-    dropped: dict          # {"model": 686, ...}: how many keys of other parts were left out
-    notes:   list          # what else the user should know, one line each
+    path:   Path          # of the file of weights
+    state:  dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
+    config: dict | None   # diffusers' config.json beside it
+    notes:  list          # what was left out or cast, a line each
 
 
 def read_public(path):
-    """The first stage at `path`, a file or a folder of diffusers: a Public.
+    """Read the first stage at `path`, a file or a folder of diffusers: a Public.
 
     Left out are the other parts of a larger model, and taming's loss, model_ema and colorize.
     Raises UserError: nothing there, a file that cannot be read, no first stage in it, or two.
     """
-    path = Path(path)
-    if path.is_file():
-        file, config = path, _config_in(path.parent)
-    elif folder := diffusers_folder(path):
-        file, config = _weights_in(folder), _config_in(folder)
-    else:
+    # Find the file, and diffusers' config.json beside it.
+    file, folder, notes = Path(path), diffusers_folder(Path(path)), []
+    if folder:
+        for ending in ("safetensors", "bin", "*.safetensors", "*.bin"):  # * of a variant: fp16
+            files = sorted(folder.glob(f"diffusion_pytorch_model.{ending}"))
+            if files:
+                break
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none is there"
+            raise UserError(f"{folder}: needs one diffusion_pytorch_model.safetensors or .bin "
+                            f"beside its config.json ({names}); download it, or give one by name")
+        file, = files
+        if "*" in ending:
+            notes.append(f"read a variant, {file.name}")
+    elif not file.is_file():
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+
     for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-            break
-    if not isinstance(weights, dict) or not all(
-            isinstance(key, str) and key.isprintable() for key in weights):
-        raise UserError(f"{file}: holds no state dict; save the model's state_dict()")
-    # At the start of a key only: decoder.encoder. is the condition branch, and text encoders have
-    # an encoder. inside.
-    found = [prefix for prefix in PREFIXES
-             if any(key.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for key in weights)]
-    if len(found) != 1:
-        names = ", ".join(f"{prefix}decoder." for prefix in found) or ", ".join(list(weights)[:3])
-        raise UserError(f"{file}: holds {'more than one' if found else 'no'} first stage, whose "
-                        f"keys start with encoder. or decoder. ({names or 'it is empty'})")
+
+    # Find the first stage by the start of its keys: decoder.encoder. is the condition branch, and
+    # text encoders have an encoder. inside.
+    keys = list(weights) if isinstance(weights, dict) else []
+    found = [p for p in PREFIXES
+             if any(str(key).startswith((f"{p}encoder.", f"{p}decoder.")) for key in keys)]
+    if len(found) != 1 or not all(isinstance(key, str) and key.isprintable() for key in keys):
+        names = [f"{prefix}decoder." for prefix in found] if len(found) > 1 else keys[:3]
+        names = _one_line(", ".join(map(str, names))) or "no keys"
+        raise UserError(f"{file}: needs one first stage, whose keys start with encoder. or "
+                        f"decoder.; it holds {names}: save that model's state_dict()")
+
+    # Keep it, in float32.
     prefix, state, dropped, dtypes = found[0], {}, Counter(), set()
     for key, value in weights.items():
         name = key.removeprefix(prefix)
@@ -189,17 +190,17 @@ def read_public(path):
             dropped[key.split(".")[0] if "." in key else "single buffers"] += 1
             continue
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{file}: {name} in its state dict is no tensor")
+            raise UserError(f"{file}: {name} is no tensor; save the model's state_dict()")
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         if dtype != value.dtype:
             dtypes.add(str(value.dtype).removeprefix("torch."))
-        # A copy, which needs the mapped file no more.
-        state[name] = value.detach().to(dtype, copy=True,
-                                        memory_format=torch.contiguous_format)
-    variant = file.stem.startswith(f"{DIFFUSERS_WEIGHTS}.")
-    notes = [f"read a variant, {file.name}"] if variant else []
+        # A copy needs the mapped file no more.
+        state[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if dropped:
+        counts = ", ".join(f"{family} ({count})" for family, count in dropped.items())
+        notes.append(f"keys that are no first stage's, left out: {counts}")
     notes += [f"{dtype} weights are read as float32" for dtype in sorted(dtypes)]
-    return Public(file, state, config, dict(dropped), notes)
+    return Public(file, state, _config_in(file.parent), notes)
 
 
 def diffusers_folder(path):
@@ -210,28 +211,15 @@ def diffusers_folder(path):
 
 def _config_in(folder):
     """The contents of `folder`'s config.json where diffusers wrote it, else None."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return None
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not a JSON file ({error})") from None
+        raise _unreadable(path, error) from None
     return config if isinstance(config, dict) and "_class_name" in config else None
 
-
-def _weights_in(folder):
-    for ending in ("safetensors", "bin", "*.safetensors", "*.bin"):      # * of a variant: fp16
-        files = sorted(folder.glob(f"{DIFFUSERS_WEIGHTS}.{ending}"))
-        if len(files) > 1:
-            raise UserError(f"{folder}: give one of its variants: "
-                            f"{', '.join(file.name for file in files)}")
-        if files:
-            return files[0]
-    raise UserError(f"{folder}: no {DIFFUSERS_WEIGHTS}.safetensors or .bin beside its config.json; "
-                    "download the weights as well")
-
-
-# -- published files -------------------------------------------------------------------------------
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
@@ -248,15 +236,15 @@ PUBLISHED_FILES = {
                     "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
     "pt_inception-2015-12-05-6726825d.pth": (_PYTORCH_FID, "6726825d"),
 }
+_told = set()             # paths of files whose hash was compared
 
 
 def find_weights(name, folder=None):
-    """The path of the published file `name` (a row of PUBLISHED_FILES), downloaded if missing.
+    """Find the published file `name` (a row of PUBLISHED_FILES), or download it: its path.
 
     folder: where it is or shall be; default torch hub's cache, which torchvision shares. On each
     machine only local rank 0 downloads, and the others wait for the file. A file with another hash
-    is the user's choice: used, and said. Raises UserError that names file, address and folder when
-    there is no file and no way to get it.
+    is the user's choice: used, and said. Raises UserError where there is no way to get it.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     address, sha256 = PUBLISHED_FILES[name]
@@ -273,40 +261,34 @@ def find_weights(name, folder=None):
                             "there") from None
     while not path.exists():                 # where local rank 0 fails, torchrun ends the others
         time.sleep(0.5)
-    _tell_if_changed(path, sha256)
+    if path not in _told:                    # once, however often the file is read
+        _told.add(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(sha256):
+            print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}): "
+                   "using it as it is")
     return path
 
 
-@cache  # said once, however often the file is read
-def _tell_if_changed(path, sha256):
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(sha256):
-        print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}): "
-               "using it as it is")
-
-
 def read_weights(name, wanted, folder=None, ignore=None):
-    """The state dict in the published file `name`, with float tensors in float32, on the CPU.
+    """Read the published file `name`: its state dict on the CPU, floats in float32.
 
-    wanted: a state dict with exactly the keys and shapes that the file must have; keys that start
-    with `ignore` are dropped first. Raises UserError as `find_weights`, and for a file that is
-    damaged or holds other keys or shapes.
+    wanted: a state dict with exactly the keys and shapes that the file must have, but for keys that
+    start with `ignore`. Raises UserError as `find_weights`, and for a file that does not fit.
     """
-    path = find_weights(name, folder)
-    mend = f"put {PUBLISHED_FILES[name][0]}{name} there"
+    path, remedy = find_weights(name, folder), f"put {PUBLISHED_FILES[name][0]}{name} there"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {key: tuple(value.shape) for key, value in state.items()
                   if not (ignore and key.startswith(ignore))}
-    except Exception as error:  # torch.load has no error of its own for a file that it cannot read
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise UserError(f"{path}: not a file of weights ({reason}); {mend}") from None
+    except Exception as error:               # whatever torch.load raises for what it cannot read
+        raise _unreadable(path, error, remedy) from None
     wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
     wrong += [f"no key {key}" for key in wanted if key not in shapes]
     wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" for key, value in wanted.items()
               if key in shapes and shapes[key] != tuple(value.shape)]
     if wrong:
-        raise UserError(f"{path}: {wrong[0]}; {mend}")
+        raise UserError(f"{path}: {wrong[0]}; {remedy}")
     return {key: state[key].float() if state[key].is_floating_point() else state[key]
             for key in wanted}

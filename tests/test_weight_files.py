@@ -66,7 +66,10 @@ def evil(monkeypatch, tmp_path):
         module = types.ModuleType(name)
         module.Evil = Evil
         monkeypatch.setitem(sys.modules, name, module)
-    return marker
+    copyreg.add_extension("subprocess", "getoutput", 240)
+    yield marker
+    copyreg.remove_extension("subprocess", "getoutput", 240)
+    copyreg._extension_cache.pop(240, None)
 
 
 def text(string):
@@ -134,6 +137,7 @@ def attacks(marker, package="omegaconf_evil"):
             b"\x80\x02" + by_name("taming", "Evil") + by_name("posix", "system") + text(touch)
             + b"\x85R\x85R.", "posix.system"),
         # Opcodes that torch's reader does not know, so that no name is looked at.
+        "EXT": (b"\x80\x02\x82\xf0" + embedded((touch,)) + b"R.", "Unsupported operand"),
         "protocol 0": (f"cos\nsystem\n(S'{touch}'\ntR.".encode(), "Unsupported operand"),
         "INST": (f"(S'{touch}'\nios\nsystem\n.".encode(), "Unsupported operand"),
         "OBJ": (f"(cos\nsystem\nS'{touch}'\no.".encode(), "Unsupported operand"),
@@ -177,26 +181,11 @@ def test_an_attack_is_refused_by_file_and_name_and_nothing_runs(tmp_path, attack
 def test_a_real_class_behind_a_stand_ins_name_is_never_touched(tmp_path, opcode, evil):
     payload, _ = attacks(evil, package="taming.modules")[opcode]
     (tmp_path / "a.ckpt").write_bytes(archived(payload))
-    try:
+    if opcode in ("SETITEM", "APPENDS"):                       # filled like a dict, which it is not
+        with pytest.raises(UserError, match="truncated or no checkpoint"):
+            read_pickle(tmp_path / "a.ckpt")
+    else:
         assert type(read_pickle(tmp_path / "a.ckpt")) is StandIn
-    except UserError:                                          # filled like a dict, which it is not
-        assert opcode in ("SETITEM", "APPENDS")
-    assert not evil.exists()
-
-
-def test_the_extension_registry_is_not_asked(tmp_path, evil):
-    copyreg.add_extension("posix", "system", 240)
-    try:
-        payload = b"\x80\x02\x82\xf0" + embedded((f"touch {evil}",)) + b"R."
-        pickle.loads(payload)                          # works, and warms the registry's cache
-        assert evil.exists()
-        evil.unlink()
-        (tmp_path / "model.ckpt").write_bytes(archived(payload))
-        with pytest.raises(UserError, match="Unsupported operand"):
-            read_pickle(tmp_path / "model.ckpt")
-    finally:
-        copyreg.remove_extension("posix", "system", 240)
-        copyreg._extension_cache.pop(240, None)
     assert not evil.exists()
 
 
@@ -346,15 +335,6 @@ def saved(contents, **how):
     return file.getvalue()
 
 
-def test_a_file_cut_anywhere_is_one_line(tmp_path):
-    whole, path = saved({"a": torch.randn(50)}), tmp_path / "a.pt"
-    for cut in [*range(2, len(whole), 31), len(whole) - 1]:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"a\.pt: truncated or no checkpoint") as caught:
-            read_pickle(path)
-        assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(("data", "reason"), [
     (b"", "no checkpoint of PyTorch 1.6"), (b"<!DOCTYPE html><html>", "no checkpoint of"),
     (saved({}, _use_new_zipfile_serialization=False), r"torch\.load\('a\.pt', weights_only=True"),
@@ -362,7 +342,9 @@ def test_a_file_cut_anywhere_is_one_line(tmp_path):
     (b"PK\x03\x04", "truncated or no"), (archived(b""), "truncated or no"),
     (archived(b"\x80\x02\x1b]2;title\x07."), "truncated or no"),
     (archived(pickle.dumps({}, 2), **{"constants.pkl": b""}), "torchscript"),
-])
+    *((saved({"a": torch.ones(50)})[:cut], "truncated or no")
+      for cut in [*range(2, 1100, 31), -1]),
+], ids=lambda value: value[:20] if isinstance(value, str) else len(value))
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, data, reason):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.pt: .*{reason}") as caught:
@@ -407,7 +389,8 @@ def stable_diffusion(weights, prefix="first_stage_model."):
             **{prefix + name: value for name, value in weights.items()}}
 
 
-DROPPED = {"model": 2, "model_ema": 2, "single buffers": 2, "conditioner": 1, "cond_stage_model": 1}
+DROPPED = ("keys that are no first stage's, left out: model (2), model_ema ({}), "
+           "single buffers (2), cond_stage_model (1), conditioner (1)")
 
 
 def same(state, expected):
@@ -435,7 +418,7 @@ def test_a_pickled_first_stage_comes_as_it_is_named_and_needs_the_file_no_more(t
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     same(found.state, weights)
-    assert (found.path, found.config, found.dropped, found.notes) == (path, None, {}, [])
+    assert (found.path, found.config, found.notes) == (path, None, [])
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
@@ -450,11 +433,14 @@ def test_of_a_whole_stable_diffusion_checkpoint_only_the_first_stage_is_kept(
         torch.save({"state_dict": whole | {"model_ema.num_updates": 7}}, path)
     found = read_public(path)
     same(found.state, weights)
-    assert found.dropped == DROPPED | {"model_ema": 2 if ending == "safetensors" else 3}
+    assert found.notes == [DROPPED.format(2 if ending == "safetensors" else 3)]
 
 
-@pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
-def test_what_only_training_needed_is_left_out_and_the_unexpected_is_not(tmp_path, prefix):
+@pytest.mark.parametrize(("prefix", "left_out"), [
+    ("first_stage_model.", "first_stage_model (4)"),
+    ("", "loss (2), model_ema (1), single buffers (1)")])
+def test_what_only_training_needed_is_left_out_and_the_unexpected_is_not(
+        tmp_path, prefix, left_out):
     weights = first_stage() | {"quantize.used": torch.ones(2), "lossless.weight": torch.ones(2)}
     training = {"loss.logvar": torch.ones(1), "loss.discriminator.main.0.bias": torch.ones(3),
                 "model_ema.decay": torch.ones(1), "colorize": torch.ones(1)}
@@ -462,18 +448,19 @@ def test_what_only_training_needed_is_left_out_and_the_unexpected_is_not(tmp_pat
                tmp_path / "a.ckpt")
     found = read_public(tmp_path / "a.ckpt")
     same(found.state, weights)
-    assert sum(found.dropped.values()) == 4
+    assert found.notes == [f"keys that are no first stage's, left out: {left_out}"]
 
 
 @pytest.mark.parametrize(("contents", "reason"), [
     (stable_diffusion(first_stage()) | first_stage(),
-     r"more than one first stage.*\(first_stage_model\.decoder\., decoder\.\)"),
+     r"needs one first stage.*holds first_stage_model\.decoder\., decoder\.:"),
     ({"model.diffusion_model.out.0.bias": torch.ones(1), "betas": torch.ones(1)},
-     r"no first stage.*\(model\.diffusion_model\.out\.0\.bias, betas\)"),
-    ({}, "it is empty"), ({"state_dict": {}}, "it is empty"), ([torch.ones(1)], "no state dict"),
-    (torch.ones(1), "no state dict"), ({3: torch.ones(1)}, "no state dict"),
-    ({"encoder.\x1b[2J": 1}, "no state dict"),
-    ({"encoder.a": torch.ones(1), "decoder.c": "text"}, r"decoder\.c in its state dict is no"),
+     r"needs one first stage.*holds model\.diffusion_model\.out\.0\.bias, betas:"),
+    ({"encoder.\x1b[2J": 1}, r"needs one first stage.*holds encoder\.\\x1b\[2J:"),
+    ({3: torch.ones(1)}, "needs one first stage.*holds 3:"),
+    *((nothing, "needs one first stage.*holds no keys:")
+      for nothing in ({}, {"state_dict": {}}, [torch.ones(1)], torch.ones(1))),
+    ({"encoder.a": torch.ones(1), "decoder.c": "text"}, r"decoder\.c is no tensor"),
     ({"state_dict": first_stage(), "callback": print}, r"refused: it asks for builtins\.print"),
 ])
 def test_what_holds_not_one_first_stage_is_one_line(tmp_path, contents, reason):
@@ -524,7 +511,7 @@ def test_the_only_variant_in_a_folder_is_read_and_told(tmp_path):
     torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.fp16.bin")
     assert read_public(tmp_path).notes == ["read a variant, diffusion_pytorch_model.fp16.bin"]
     torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.non_ema.bin")
-    with pytest.raises(UserError, match=r"give one of its variants: .*fp16\.bin, .*non_ema\.bin"):
+    with pytest.raises(UserError, match=r"needs one .*fp16\.bin, .*non_ema\.bin.*by name"):
         read_public(tmp_path)
     torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.bin")
     assert read_public(tmp_path).path.name == "diffusion_pytorch_model.bin"
@@ -532,8 +519,8 @@ def test_the_only_variant_in_a_folder_is_read_and_told(tmp_path):
 
 @pytest.mark.parametrize(("files", "reason"), [
     ({}, "no folder of diffusers"), ({"config.json": '{"model_type": "clip"}'}, "no folder of"),
-    ({"config.json": "{"}, r"config\.json: not a JSON file"),
-    ({"config.json": '{"_class_name": "VQModel"}'}, "no diffusion_pytorch_model.safetensors or"),
+    ({"config.json": "{"}, r"config\.json: truncated"),
+    ({"config.json": '{"_class_name": "VQModel"}'}, r"needs one .*\(none is there\); download it"),
 ])
 def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, reason):
     for name, content in files.items():
@@ -586,18 +573,20 @@ def test_a_header_that_lies_is_one_line_that_names_the_file(tmp_path, header):
     with pytest.raises(UserError, match="truncated or no checkpoint") as caught:
         read_safetensors(path)
     assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
-def test_a_file_cut_short_a_web_page_and_a_missing_one_are_named(tmp_path):
-    write_safetensors(tmp_path / "cut.safetensors", {"x": torch.ones(400)})
-    whole = (tmp_path / "cut.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
-    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html><html></html>")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    for name in ("cut", "page", "empty", "gone"):
-        with pytest.raises(UserError, match=rf"{name}\.safetensors: truncated or no checkpoint"):
-            read_safetensors(tmp_path / f"{name}.safetensors")
+@pytest.mark.parametrize("what", ["cut", "page", "empty", "gone"])
+def test_a_file_cut_short_a_web_page_and_a_missing_one_are_named(tmp_path, what):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"x": torch.ones(400)})
+    if what == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-1], "page": b"<!DOCTYPE html><html></html>",
+                          "empty": b""}[what])
+    with pytest.raises(UserError, match=r"x\.safetensors: truncated or no checkpoint"):
+        read_safetensors(path)
 
 
 def test_the_package_reads_and_writes_the_same(tmp_path):
@@ -647,8 +636,7 @@ def published(tmp_path, monkeypatch):
 def test_a_missing_file_is_downloaded_once_where_it_belongs(published, capsys):
     name, folder, _ = published
     path = find_weights(name, folder)
-    assert path == folder / name
-    assert path.read_bytes() == b"weights"
+    assert (path, path.read_bytes()) == (folder / name, b"weights")
     assert [p.name for p in folder.iterdir()] == [name]
     assert "downloading file://" in capsys.readouterr().out
     assert find_weights(name, folder) == path
@@ -667,13 +655,12 @@ def test_the_users_own_file_with_another_hash_is_used_and_said_once(published, c
     name, folder, digest = published
     folder.mkdir(parents=True)
     (folder / name).write_bytes(b"mine")
-    assert find_weights(name, folder).read_bytes() == b"mine"
+    for _ in range(2):
+        assert find_weights(name, folder).read_bytes() == b"mine"
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert str(folder / name) in said
     assert digest[:8] in said
-    find_weights(name, folder)
-    assert capsys.readouterr().out == ""
 
 
 def test_only_local_rank_0_downloads_and_the_others_wait(published, monkeypatch, offline):
