@@ -51,10 +51,9 @@ def fill_with_mean(x, mask):
 def windows(unknown, grid):
     """List where maps of `grid` (h,w) cells are to be completed: [(rows, columns)], slices.
 
-    unknown: bool (H,W), at least as large as the grid. One window with the hole in its middle,
-    where a quarter of a window of context fits around it. Else windows half a window apart, line by
-    line from the context's top left; each sees what is known and what was drawn before it. Windows
-    without anything left to draw are left out.
+    unknown: bool (H,W), at least as large as the grid. One window, the hole in its middle, where a
+    quarter of a window of context fits around it. Else those that have anything left to draw, half
+    a window apart, line by line from the context's top left.
     """
     left, chosen = unknown.cpu().numpy().copy(), []                                 # (H, W)
     if not left.any():
@@ -78,9 +77,8 @@ def windows(unknown, grid):
 def complete(prior, indices, known, generators, steps=None, resample=1, places=None):
     """Draw the codes of all cells that are not known, by the prior: (B,h,w). [DDM Sec. 4.4]
 
-    prior: a convert.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w). Maps of
-    the prior's own grid are drawn at once, larger ones window by window. generators, steps,
-    resample: see MultinomialDiffusion.inpaint. places: the windows, where the caller has them.
+    prior: a convert.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w).
+    generators, steps, resample: see MultinomialDiffusion.inpaint. places: the windows, if known.
     """
     indices, known = indices.clone(), known.clone()
     for rows, columns in places or windows(~known.all(0), prior.grid):
@@ -98,24 +96,23 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
 
     [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
 
-    Arguments as inpaint_photo's. decoders: those that draw each sample. show: say where the prior
-    draws, and show progress. Sample i is a function of (seed, i), not of how many there are.
+    Arguments as inpaint_photo's. decoders: those that draw each sample, which is a function of
+    (seed, its number). show: say where the prior draws, and show progress.
     """
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
     for name in decoders:
         if name not in CAPTIONS:
             raise ValueError(f"decoder {name!r}: choose from {', '.join(CAPTIONS)}")
         if model is first_stage if name == "asym" else first_stage.decoder is None:
-            raise UserError(f"the model has no decoder {name}: choose another --decoder; ours is "
-                            "made by train.py --stage decoder --vqgan RUN --out NEW_RUN")
+            raise UserError(f"the model has no decoder {name}: choose another --decoder, or train "
+                            "one by train.py --stage decoder")
     if prior and (first_stage.config.latent != "vq" or not torch.equal(
             first_stage.quantize.embedding.weight, prior.first_stage.quantize.embedding.weight)):
-        raise UserError("the prior is of other codes than the model's: train one on its first "
-                        "stage, train.py --stage prior --vqgan RUN --out NEW_RUN, and name it by "
-                        "--prior NEW_RUN")
+        raise UserError("the prior is of other codes than the model's: train one by train.py "
+                        "--stage prior --vqgan RUN --out NEW_RUN, and give --prior NEW_RUN")
 
-    # Continue photo and hole as in a mirror, to multiples of f and to the prior's grid at least.
-    # The mirror image of a hole is a hole: nothing that it hides comes back as known.
+    # Mirror photo and hole outwards, to multiples of f and to the prior's grid at least. The mirror
+    # image of a hole is a hole: nothing that it hides comes back as known.
     grid, (H, W) = prior.grid if prior else (1, 1), hole.shape
     ends = [(0, max(cells, math.ceil(side / f)) * f - side) for side, cells in zip((H, W), grid)]
 
@@ -124,7 +121,6 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         return torch.from_numpy(array).permute(2, 0, 1)[None]
 
     x, mask = pixels(padded(photo), device), padded(hole[..., None]).to(device).float()
-
     if prior is None:
         latents = [model.encode(fill_with_mean(x, mask))]
     else:
@@ -132,15 +128,14 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         places = windows(~known[0], grid)
         scale = max(cells * f / side for cells, side in zip(grid, (H, W)))
         if len(places) > 1 and scale < 1:
-            # Draw in a smaller copy, whose short side is the grid's: a prior knows how much of a
-            # picture one map shows. Then enlarge, and encode the whole. Under the box filter,
-            # pixels outside the small hole have nothing of what the hole hides.
+            # Draw in a copy whose short side is the grid's, as a prior knows how much of a picture
+            # one map shows; enlarge it, and encode the whole. By the box filter, no pixel outside
+            # the small hole has anything of what the hole hides.
             size = [round(W * scale), round(H * scale)]
             small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
                                  for array in (photo, hole.astype(np.float32)))
             if show:
-                print0(f"the hole needs several windows of the prior: drawn in a copy of {size[0]} "
-                       f"x {size[1]} px and enlarged")
+                print0(f"the hole is large: drawn in a copy of {size[0]} x {size[1]} px, enlarged")
             own = "vanilla" if model is first_stage else "asym"
             drawn = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
                                 samples=samples, steps=steps, resample=resample, show=show)
@@ -151,7 +146,17 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         else:
             if show:
                 calls = samples * len(places) * (steps + (steps - 1) * (resample - 1))
-                prior = _with_progress(prior, Progress("denoising", 0, calls, samples / calls))
+                progress = Progress("denoising", 0, calls, samples / calls)
+                count, denoise = itertools.count(1), prior.unet
+
+                def unet(z_t, t):                # counts its calls on the progress line
+                    logits, done = denoise(z_t, t), next(count)
+                    progress.show(done, {})
+                    if done == calls:
+                        progress.close()
+                    return logits
+
+                prior = replace(prior, unet=unet)
             indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
             codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
                               steps, resample, places) for i in range(samples))
@@ -168,72 +173,46 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         yield pictures
 
 
-def _with_progress(prior, progress):
-    """Let the prior's network count its calls on a progress line."""
-    count, denoise = itertools.count(1), prior.unet
-
-    def unet(z_t, t):
-        logits, done = denoise(z_t, t), next(count)
-        progress.show(done, {})
-        if done == progress.steps:
-            progress.close()
-        return logits
-
-    return replace(prior, unet=unet)
-
-
 def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
     """Fill the hole of a photo: uint8 (H,W,3).
 
-    model: an AsymVQGAN, or a VQGAN for the decoder "vanilla", the first stage's own. "asym" is
-    given the known pixels. photo: uint8 (H,W,3), any size; mask: (H,W), other than 0 = to be
-    generated. prior: what load_prior gives; None keeps the codes of the photo with its hole in one
-    colour. options: seed, steps (None for chosen_steps' default), resample; composite puts the
-    photo's known pixels over the decoder's own, bit for bit.
+    model: an AsymVQGAN, or a VQGAN for the decoder "vanilla", the first stage's own. photo: uint8
+    (H,W,3), any size; mask: (H,W), other than 0 = to be generated. prior: what load_prior gives;
+    None keeps the codes of the photo with its hole in one colour. options: seed, steps (None for
+    chosen_steps' default), resample; composite puts the photo's known pixels over the decoder's.
     A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks, a
     prior of other codes and steps that it lacks; ValueError for shapes that differ.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
-        raise ValueError(f"a photo of shape {photo.shape} needs a mask of {photo.shape[:2]}, not "
-                         f"{hole.shape}")
+        raise ValueError(f"photo of {photo.shape} and mask of {hole.shape}: sizes differ")
     if not hole.any():
         return photo.copy()
     (pictures,) = inpaintings(model, photo, hole, prior, decoders=(decoder,), **options)
     return pictures[decoder]
 
 
-# -- held-out images, for reports ------------------------------------------------------------------
-
-
 def completion_rows(prior, dataset, steps):
-    """Complete images under the paper's three masks: groups for image_rows. [DDM Fig. 8]
-
-    dataset: held-out images of the prior's size; each mask has its own.
-    """
-    size, groups = dataset.size, []
-    half, quarter = size // 2, size // 4
+    """Complete held-out images under three masks each: groups for image_rows. [DDM Fig. 8]"""
+    size, half, quarter, groups = dataset.size, dataset.size // 2, dataset.size // 4, []
     hidden = {"the upper 62.5 % hidden": box_mask(size, 0, 0, 5 * size // 8, size),
               "all but the lower right quarter hidden":
                   1 - box_mask(size, half, half, size - half, size - half),
               "all but the centre quarter hidden": 1 - box_mask(size, quarter, quarter, half, half)}
     for number, (caption, mask) in enumerate(hidden.items()):
-        places = range(number * PICTURES, (number + 1) * PICTURES)
+        places = range(number * PICTURES, (number + 1) * PICTURES)      # each mask has its own
         x, m, codes = _completed(prior, dataset, places, [mask] * PICTURES, number, steps,
                                  COMPLETIONS)
-        completed = prior.first_stage.decode_indices(codes).split(COMPLETIONS)
+        completed, images = prior.first_stage.decode_indices(codes).split(COMPLETIONS), []
+        for i in range(PICTURES):
+            images += [x[i], show_masked(x[i], m[i]), *completed[i]]
         groups.append((f"{caption}: original, masked, {COMPLETIONS} completions ({steps} steps, "
-                       f"resample {RESAMPLE})",
-                       [image for i in range(PICTURES)
-                        for image in (x[i], show_masked(x[i], m[i]), *completed[i])]))
+                       f"resample {RESAMPLE})", images))
     return groups
 
 
 def inpainting_columns(prior, model, dataset, steps):
-    """Inpaint images under their evaluation masks: columns for image_grid.
-
-    model: an AsymVQGAN on the prior's first stage; dataset: as for completion_rows.
-    """
+    """Inpaint held-out images by an AsymVQGAN on the prior's codes: columns for image_grid."""
     places = range(0, 10 * ROWS, 10)         # neighbours often have the same evaluation mask
     masks = [evaluation_mask(dataset.size, i) for i in places]
     x, mask, codes = _completed(prior, dataset, places, masks, 3, steps)
@@ -245,8 +224,7 @@ def inpainting_columns(prior, model, dataset, steps):
 
 def _completed(prior, dataset, places, masks, number, steps, times=1):
     """x (B,3,H,W), mask (B,1,H,W), codes (B·times,h,w); noise i is a function of (number, i)."""
-    images = np.stack([dataset.image(i % len(dataset)) for i in places])            # (B, H, W, 3)
-    x = pixels(torch.from_numpy(images).permute(0, 3, 1, 2), prior.device)          # (B, 3, H, W)
+    x = _x([dataset.image(i % len(dataset)) for i in places], prior.device)         # (B, 3, H, W)
     mask = torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
     indices = prior.first_stage.indices(fill_with_mean(x, mask)).repeat_interleave(times, 0)
     known = known_cells(mask, prior.first_stage.config.f).repeat_interleave(times, 0)
@@ -254,14 +232,50 @@ def _completed(prior, dataset, places, masks, number, steps, times=1):
     return x, mask, complete(prior, indices, known, generators, steps, RESAMPLE)
 
 
-# -- the program -----------------------------------------------------------------------------------
+def _x(pictures, device):
+    """B pictures, uint8 (H,W,3) -> x (B,3,H,W)."""
+    return pixels(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), device)
 
 
 def main():
-    args = _parser().parse_args()
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Fill the hole that a mask leaves in a photo.")
+    add = parser.add_argument
+    add("photo", metavar="PHOTO", help="the photo, of any size")
+    add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
+    add("--run", required=True, metavar="RUN", help="a run folder, or what convert.py reads")
+    add("-o", "--out", metavar="FILE", help="a PNG (default: PHOTO's name with -inpainted.png)")
+    add("--samples", type=int, default=1, metavar="N", help="FILE-1.png, ... (default: 1, FILE)")
+    add("--steps", type=int, metavar="N", help=f"of the prior (default: {STEPS}, or all if fewer)")
+    add("--resample", type=int, default=1, metavar="U",
+        help="take each step U times, to tie the hole closer to what is known (default: 1)")
+    add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
+    add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
+    add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
+    add("--decoder", choices=CAPTIONS, default="asym", help="vanilla: the first stage's own")
+    add("--composite", action="store_true", help="put the photo's known pixels over the decoder's")
+    add("--compare", action="store_true", help="write FILE-compare.png: all decoders side by side")
+    add("--invert-mask", action="store_true", help="the mask is black where to be generated")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    args = parser.parse_args()
+
+    # Check the flags and read the photo.
     device, start = setup(args.device), time.perf_counter()
+    if min(args.samples, args.resample) < 1 or args.seed < 0:
+        raise UserError("--samples and --resample are at least 1, --seed at least 0")
+    if args.no_prior and (args.prior or args.samples > 1):
+        raise UserError("--no-prior draws nothing: leave out --prior and --samples")
+    out = args.out or f"{Path(args.photo).stem}-inpainted.png"
+    if not out.lower().endswith(".png"):
+        raise UserError(f"-o {out}: give a name that ends with .png, so that no pixel changes")
     photo, hole = read_pair(args.photo, args.mask, args.invert_mask)
-    outputs, comparison = _outputs(args)
+    outputs, comparison = [out], f"{out[:-4]}-compare.png"
+    if args.samples > 1:
+        outputs = [f"{out[:-4]}-{i}.png" for i in range(1, args.samples + 1)]
+    for path in filter(os.path.exists, [*outputs, comparison] if args.compare else outputs):
+        if os.path.samefile(path, args.photo) or os.path.samefile(path, args.mask):
+            raise UserError(f"{path} is the photo or the mask; choose another -o")
+    make_folder(Path(out).parent, "-o")
     if not hole.any():
         for path in outputs:
             Image.fromarray(photo).save(path)
@@ -270,96 +284,41 @@ def main():
 
     # Open what the flags name, and say what is going to happen.
     loaded, prior, where = load(args.run, device), None, args.prior or args.run
-    opened, model = {args.run: loaded}, loaded.model
+    model, how = loaded.model, "no prior: the hole in one colour"
     if not args.no_prior:
         if model.config.latent != "vq":
-            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: fill "
-                            "the hole by Stable Diffusion (README), or see --no-prior")
-        prior = opened[f"the prior in {where}"] = load_prior(where, device)
-    for name, each in opened.items():
-        if not each.finished:
-            print0(f"warning: {name} is not trained to its end (step {each.step})")
-    how = "no prior: the hole in one colour"
-    if prior:
-        steps = chosen_steps(args.steps, prior.diffusion.T)
-        how = (f"codes by the prior in {where}, {steps} of {prior.diffusion.T:,} steps, resample "
-               f"{args.resample}, seed {args.seed}")
+            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: give "
+                            "--no-prior, or fill the hole by Stable Diffusion (README)")
+        prior = load_prior(where, device)
+        how = (f"codes by the prior in {where}, {chosen_steps(args.steps, prior.diffusion.T)} of "
+               f"{prior.diffusion.T:,} steps, resample {args.resample}, seed {args.seed}")
+    for name, opened in ((args.run, loaded), (f"the prior in {where}", prior)):
+        if opened and not opened.finished:
+            print0(f"warning: {name} is not trained to its end (step {opened.step})")
+    pasted = ", photo pasted" if args.composite else ""
     H, W = hole.shape
     print0(f"{args.photo}: {W} x {H} px, {hole.mean():.1%} to be generated; {how}; pixels by "
-           f"{args.run}, decoder {args.decoder}{', photo pasted' if args.composite else ''}")
+           f"{args.run}, decoder {args.decoder}{pasted}")
 
     # Draw and write each sample.
     decoders, made = [args.decoder], []
-    if comparison and args.decoder == "asym" and model.first_stage.decoder is not None:
+    if args.compare and args.decoder == "asym" and model.first_stage.decoder is not None:
         decoders = ["vanilla", "asym"]
+    drawn = inpaintings(model, photo, hole, prior, decoders=decoders, composite=args.composite,
+                        samples=args.samples, seed=args.seed, steps=args.steps,
+                        resample=args.resample, show=True)
     with exact_float32(), torch.inference_mode():
-        for path, pictures in zip(outputs, inpaintings(
-                model, photo, hole, prior, decoders=decoders, composite=args.composite,
-                samples=len(outputs), seed=args.seed, steps=args.steps, resample=args.resample,
-                show=True)):
+        for path, pictures in zip(outputs, drawn):
             Image.fromarray(pictures[args.decoder]).save(path)
             made.append(pictures)
-    if comparison:
-        pasted = ", photo pasted" if args.composite else ""
-        x, mask = _planes(photo), torch.from_numpy(hole)[None].float()
-        image_grid({"original": [x] * len(made), "masked": [show_masked(x, mask)] * len(made),
-                    **{CAPTIONS[name] + pasted: [_planes(pictures[name]) for pictures in made]
-                       for name in decoders}}, comparison)
+    if args.compare:
+        x = _x([photo] * len(made), "cpu")                                          # (n, 3, H, W)
+        columns = {"original": x, "masked": show_masked(x, torch.from_numpy(hole).float())}
+        for name in decoders:
+            columns[CAPTIONS[name] + pasted] = _x([pictures[name] for pictures in made], "cpu")
+        image_grid(columns, comparison)
         outputs.append(comparison)
     print0(f"wrote {', '.join(outputs)} ({duration(time.perf_counter() - start)})")
-
-
-def _planes(picture):
-    """uint8 (H,W,3) -> (3,H,W) in [-1,1]."""
-    return pixels(torch.from_numpy(picture).permute(2, 0, 1)[None], "cpu")[0]
-
-
-def _outputs(args):
-    """Check the flags: ([path of each sample], path of the comparison or None)."""
-    if min(args.samples, args.resample) < 1 or args.seed < 0:
-        raise UserError("--samples and --resample are at least 1, --seed at least 0")
-    if args.no_prior and (args.prior or args.samples > 1):
-        raise UserError("--no-prior draws nothing: leave out --prior and --samples")
-    out = args.out or f"{Path(args.photo).stem}-inpainted.png"
-    if not out.lower().endswith(".png"):
-        raise UserError(f"-o {out}: give a name that ends with .png, so that no pixel changes")
-    outputs = [out] if args.samples == 1 else [
-        f"{out[:-4]}-{i}.png" for i in range(1, args.samples + 1)]
-    comparison = f"{out[:-4]}-compare.png" if args.compare else None
-    for path in filter(os.path.exists, [*outputs, comparison or out]):
-        if os.path.samefile(path, args.photo) or os.path.samefile(path, args.mask):
-            raise UserError(f"{path} is the photo or the mask; choose another -o")
-    make_folder(Path(out).parent, "-o")
-    return outputs, comparison
-
-
-def _parser():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Fill the hole that a mask leaves in a photo: codes by a "
-        "run's prior, pixels by its asymmetric decoder.")
-    add = parser.add_argument
-    add("photo", metavar="PHOTO", help="the photo, of any size")
-    add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
-    add("--run", required=True, metavar="RUN",
-        help="a run folder of train.py; with --no-prior anything that convert.py reads")
-    add("-o", "--out", metavar="FILE", help="a PNG (default: PHOTO's name with -inpainted.png)")
-    add("--samples", type=int, default=1, metavar="N",
-        help="completions, FILE-1.png to FILE-N.png (default: 1, FILE itself)")
-    add("--steps", type=int, metavar="N",
-        help=f"steps of the prior (default: {STEPS}, or all where it has fewer)")
-    add("--resample", type=int, default=1, metavar="U",
-        help="take each step U times, which ties the hole closer to what is known (default: 1)")
-    add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
-    add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
-    add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
-    add("--decoder", choices=CAPTIONS, default="asym",
-        help="asym, given the known pixels; vanilla, the first stage's own (default: asym)")
-    add("--composite", action="store_true", help="put the photo's known pixels over the decoder's")
-    add("--compare", action="store_true",
-        help="write FILE-compare.png: original, masked, vanilla decoder, ours, side by side")
-    add("--invert-mask", action="store_true", help="the mask is black where to be generated")
-    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    return parser
 
 
 if __name__ == "__main__":

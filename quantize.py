@@ -39,9 +39,9 @@ def nearest_code(z, codebook):
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
 
-    |z - e|² = |z|² - 2 z·e + |e|², and |z|² is the same for every code: left out, it cannot eat the
-    mantissa; codes are centred for the same reason, by their median, which a few far codes do not
-    move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
+    |z - e|² = |z|² - 2 z·e + |e|², where |z|² is the same for every code: left out, it cannot eat
+    the mantissa. Codes are centred for the same reason, by their median, which a few far ones do
+    not move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with _plain_float32(z.device.type):
@@ -66,8 +66,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.K, self.d, self.beta, self.legacy_beta = K, d, beta, legacy_beta
         self.embedding = nn.Embedding(K, d)
-        code_range = code_range or 1 / K
-        nn.init.uniform_(self.embedding.weight, -code_range, code_range)
+        nn.init.uniform_(self.embedding.weight, -(code_range or 1 / K), code_range or 1 / K)
 
     def forward(self, z_e):
         """z_e (B,d,h,w) -> z_q (B,d,h,w), indices (B,h,w), loss (scalar, mean over all elements).
@@ -105,14 +104,21 @@ class DiagonalGaussian:
         self.mean, logvar = moments.float().chunk(2, dim=1)                 # (B, d, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
 
+    @torch.compiler.disable          # a generator's state has no place in a graph
     def sample(self, generator=None):
-        """mean + std · noise, (B,d,h,w). Raises ValueError for a list of another length.
+        """Draw mean + std · noise, (B,d,h,w); the noise on the CPU, whatever the device.
 
-        generator: None, one CPU torch.Generator, or a list with one for each image. The noise then
-        depends neither on the device nor, with a list, on the batch.
+        generator: None, one CPU torch.Generator, or a list with one for each image, whose noise
+        then does not depend on the batch. Raises ValueError for a list of another length.
         """
-        noise = _noise(self.mean.shape, generator).to(self.mean.device)     # (B, d, h, w)
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        B, *shape = self.mean.shape
+        if not isinstance(generator, list):
+            noise = torch.randn(B, *shape, generator=generator)             # (B, d, h, w)
+        elif len(generator) != B:
+            raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
+        else:
+            noise = torch.stack([torch.randn(shape, generator=each) for each in generator])
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
 
     def mode(self):
         """The mean, (B,d,h,w): what evaluation uses."""
@@ -123,20 +129,11 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - self.logvar - 1).sum((1, 2, 3))
 
 
-@torch.compiler.disable          # a generator's state has no place in a graph
-def _noise(shape, generator):
-    if not isinstance(generator, list):
-        return torch.randn(shape, generator=generator)                      # (B, d, h, w)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} images; give one for each")
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
-
-
 def code_statistics(counts):
     """{"K", "usage", "perplexity"} of the counts (K,) of a whole split. [DDM Tab. 1]
 
-    usage: the fraction of codes that occur at all. perplexity: exp(entropy in nats) of their
-    frequencies, from 1 (one code only) to K (all alike).  deviation D44
+    usage: fraction of codes that occur. perplexity: exp(entropy in nats) of their frequencies,
+    from 1 (one code only) to K (all alike).  deviation D44
     """
     frequency = counts.double() / counts.sum()                              # (K)
     return {"K": len(counts), "usage": (counts > 0).double().mean().item(),

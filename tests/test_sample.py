@@ -146,14 +146,14 @@ def test_a_folder_gets_one_rounded_png_a_sample(run, tmp_path, monkeypatch, deco
     assert written.shape == (SIZE, SIZE, 3)
     exact = ((x_hat[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(written - exact).max() < 0.5 + 1e-2    # rounded, not cut off
-    with pytest.raises(UserError, match="is not empty; choose another folder"):
+    with pytest.raises(UserError, match="give an empty folder"):
         _call(monkeypatch, "--run", run, "-o", folder)
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
     ("-n 0", "-n and --batch-size are at least 1"), ("--seed -1", "--seed at least 0"),
     ("--steps 0", "from 1 to T = 6"), ("--steps 2,7", "from 1 to T = 6"),
-    ("--steps two", "from 1 to T = 6"), ("--steps 1,2 -o new/", "the samples of one --steps"),
+    ("--steps two", "from 1 to T = 6"), ("--steps 1,2 -o new/", "an empty folder and one --steps"),
     ("-o s.jpg", "-o s.jpg: give a .png, or a folder"),
     ("-o file/s.png", "-o: file cannot be made a folder"), ("--decoder asym", "run has none")])
 def test_a_mistake_names_the_flag(flags, reason, run, monkeypatch, tmp_path):
