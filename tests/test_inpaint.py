@@ -561,7 +561,7 @@ def test_the_prior_may_come_from_another_run_on_the_same_first_stage(run, here, 
     assert call(monkeypatch, *common[:3], run, "-o", "one.png") == 0
     assert np.array_equal(pixels("one.png"), pixels("two.png"))
     assert call(monkeypatch, *common) == 2
-    assert "train.py --stage prior --vqgan" in capsys.readouterr().err
+    assert "prior/last.pt is not in it" in capsys.readouterr().err
 
 
 def test_with_nothing_to_generate_the_program_needs_no_models(here, monkeypatch, capsys):
