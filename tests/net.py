@@ -23,7 +23,7 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-COMMIT, VERSION = "fa3eb67", 1
+COMMIT, VERSION = "fa3eb67", 2
 TOLERANCE = 1e-5
 FLOAT32_TERMS = 2e-3           # 20 steps of Adam in float32 amplify rounding
 STAGES = ("vqgan", "refit", "decoder", "prior")
@@ -32,6 +32,9 @@ COMMON = ["--size", "32", "--batch-size", "8", "--micro-batch", "8", "--save-eve
 SIGNS = ["--data", "signs", "--codes", "24", "--refit-samples", "400", "--timesteps", "6"]
 FIRST_STAGE = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "attn_levels": (),
                "z_channels": 8, "embed_dim": 8, "K": 64, "code_range": 0.3, "norm_groups": 4}
+
+UNET = {"width": 32, "mults": (1, 2), "attn_levels": (0, 1), "heads": 2, "head_width": 16,
+        "time_width": 32, "norm_groups": 8}              # of the layout that has stayed
 
 
 def main():
@@ -120,8 +123,10 @@ def driver(part, reference, out):
     import torch
     torch.set_num_threads(1)
     import data
+    import unet
     import vqgan
     vqgan.VQGAN_PRESETS["tiny"] = vqgan.VQGANConfig(**FIRST_STAGE)
+    unet.UNET_PRESETS["tiny"] = unet.UNetConfig(**UNET)
     if hasattr(data, "SIGNS_LENGTH"):
         data.SIGNS_LENGTH["val"] = 64
     if part == "float64":
