@@ -8,7 +8,7 @@ SHAPES = [(3, 1, 1), (4, 2, 1), (3, 2, 0), (1, 1, 0)]      # kernel, stride, pad
 
 
 def slow(layer, x, valid):
-    """Window by window, in float64, with Python's own sums."""
+    """Convolve window by window, in float64."""
     k, s, p = layer.kernel_size[0], layer.stride[0], layer.padding[0]
     x = nn.functional.pad(x.double(), (p, p, p, p))
     valid = nn.functional.pad(valid.double(), (p, p, p, p))
@@ -30,7 +30,7 @@ def slow(layer, x, valid):
 
 
 def published(layer, x, valid):
-    """The published layer for a mask that is given for every channel."""
+    """Compute the published layer's output for a mask that is given for every channel."""
     valid = valid.expand_as(x)
     kernel = torch.ones(layer.out_channels, layer.in_channels, *layer.kernel_size)
     count = nn.functional.conv2d(valid, kernel, None, layer.stride, layer.padding)
@@ -69,21 +69,18 @@ def test_a_mask_equal_in_all_channels_gives_the_published_numbers(shape):
     torch.testing.assert_close(y, y_published, rtol=1e-5, atol=2e-6)
 
 
-def test_away_from_the_border_an_all_valid_input_gives_the_plain_convolution():
+def test_the_padding_is_missing_where_all_is_valid_so_a_corner_window_of_4_counts_9_fourths():
     layer = PartialConv2d(3, 5, 3, padding=1)
+    plain = nn.Conv2d(3, 5, 3)
+    plain.load_state_dict(layer.state_dict(), strict=True)
     x, _ = example()
     y, valid_out = layer(x, torch.ones_like(x[:, :1]))
-    plain = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
-    torch.testing.assert_close(y[..., 1:-1, 1:-1], plain[..., 1:-1, 1:-1])
-    assert not torch.allclose(y[..., 0, :], plain[..., 0, :], atol=1e-3)
+    torch.testing.assert_close(y[..., 1:-1, 1:-1], plain(x))
     assert valid_out.all()
-
-
-def test_the_padding_is_missing_so_a_corner_window_of_4_counts_9_fourths():
     layer = PartialConv2d(1, 1, 3, padding=1, bias=False)
     nn.init.ones_(layer.weight)
     y, _ = layer(torch.ones(1, 1, 5, 5), torch.ones(1, 1, 5, 5))
-    torch.testing.assert_close(y, torch.full_like(y, 9))    # 4 * 9/4 in the corner, too
+    torch.testing.assert_close(y, torch.full_like(y, 9))    # 4 * 9/4 in the corner
 
 
 def test_a_window_without_a_valid_pixel_gives_exactly_zero_and_no_bias():
@@ -107,7 +104,6 @@ def test_a_call_leaves_no_trace_in_the_next_one():
     first = layer(x, valid)[0]
     layer(x, torch.ones_like(valid))
     assert torch.equal(layer(x, valid)[0], first)
-    assert set(layer.state_dict()) == {"weight", "bias"}
 
 
 def test_valid_regions_grow_layer_by_layer_and_stay_binary():
@@ -117,36 +113,30 @@ def test_valid_regions_grow_layer_by_layer_and_stay_binary():
     x = torch.ones(1, 1, 9, 9)
     for radius in (1, 2, 3):
         x, valid = layer(x, valid)
-        expected = torch.zeros(9, 9)
-        expected[4 - radius:5 + radius, 4 - radius:5 + radius] = 1
-        assert torch.equal(valid[0, 0], expected)
+        expected = torch.zeros(1, 1, 9, 9)
+        expected[..., 4 - radius:5 + radius, 4 - radius:5 + radius] = 1
+        assert torch.equal(valid, expected)
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 2, 1)])
+@pytest.mark.parametrize("shape", SHAPES[:2])
 def test_bf16_counts_exactly_and_rounds_like_a_plain_bf16_convolution(shape):
     layer = PartialConv2d(3, 5, *shape)
     x, valid = example(size=32)
     exact, exact_valid = layer(x, valid)
     with torch.autocast("cpu", torch.bfloat16):
         y, valid_out = layer(x.bfloat16(), valid)
-        assert y.dtype == torch.bfloat16
+    assert y.dtype == torch.bfloat16
     assert torch.equal(valid_out, exact_valid)
     assert (y.float() - exact).abs().max() < 0.02 * exact.abs().max()
     assert not y[valid_out.expand_as(y) == 0].any()
-
-
-@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 2, 1)])
-def test_ratios_in_bf16_are_those_of_whole_counts(shape):
     layer = PartialConv2d(1, 1, *shape, bias=False).bfloat16()
     nn.init.ones_(layer.weight)
-    _, valid = example(size=32)
     y, valid_out = layer(torch.ones_like(valid).bfloat16(), valid)
-    window = shape[0] ** 2                                  # count * window / count, whole again
-    expected = window * valid_out
+    expected = shape[0] ** 2 * valid_out                    # count * window / count, whole again
     assert ((y.float() - expected).abs() <= expected * 2 ** -8).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 2, 1)])
+@pytest.mark.parametrize("shape", SHAPES[:2])
 def test_gradients_are_those_of_the_explicit_loop_and_of_finite_differences(shape):
     layer = PartialConv2d(2, 3, *shape).double()
     x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
@@ -162,20 +152,10 @@ def test_gradients_are_those_of_the_explicit_loop_and_of_finite_differences(shap
     assert torch.autograd.gradcheck(lambda *_: layer(x, valid)[0], inputs)
 
 
-def test_weights_of_a_plain_convolution_load_strictly():
-    plain = nn.Conv2d(3, 5, 3)
-    layer = PartialConv2d(3, 5, 3)
-    layer.load_state_dict(plain.state_dict(), strict=True)
-    assert torch.equal(layer.weight, plain.weight)
-
-
-@pytest.mark.parametrize("channels", [2, 3])
-def test_a_valid_of_another_shape_is_refused(channels):
-    x, valid = example()
+@pytest.mark.parametrize("shape", [(2, 2, 9, 11), (2, 3, 9, 11), (2, 1, 9, 10)])
+def test_a_valid_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"valid is .* needs"):
-        PartialConv2d(3, 5, 3)(x, valid.expand(2, channels, -1, -1))
-    with pytest.raises(ValueError, match=r"valid is .* needs"):
-        PartialConv2d(3, 5, 3)(x, valid[..., :-1])
+        PartialConv2d(3, 5, 3)(example()[0], torch.ones(shape))
 
 
 def test_it_compiles_without_a_graph_break_and_keeps_its_numbers():
