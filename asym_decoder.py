@@ -180,8 +180,23 @@ class AsymVQGAN(nn.Module):
         Raises ValueError for one without the other, for shapes that do not fit z, and for a mask
         that is not binary (not checked in train mode or compiled: it would wait for the device).
         """
-        self._check(z, image, mask)
-        if mask is not None:
+        B, f = len(z), self.config.f
+        if z.ndim != 4 or z.shape[1] != self.config.embed_dim:
+            raise ValueError(f"a latent is (B,{self.config.embed_dim},h,w), not {tuple(z.shape)}")
+        if (image is None) != (mask is None):
+            raise ValueError("image and mask go together: give both, or neither")
+        if image is not None:
+            check_image(image, f)
+            if image.shape != (B, 3, z.shape[2] * f, z.shape[3] * f):
+                raise ValueError(f"image {tuple(image.shape)} does not fit latent {tuple(z.shape)} "
+                                 f"at f={f}")
+            if mask.shape != (B, 1, *image.shape[2:]):
+                raise ValueError(f"mask {tuple(mask.shape)} must be {(B, 1, *image.shape[2:])}, "
+                                 "one channel as large as the image")
+            watched = not (self.training or torch.compiler.is_compiling())
+            if watched and not ((mask == 0) | (mask == 1)).all():
+                raise ValueError("mask has values other than 0 and 1; threshold it: "
+                                 "mask = (mask > 0.5).float()")
             mask = mask.to(image.dtype)
         return self.decoder(self.first_stage.post_quant_conv(z), image, mask).float()
 
@@ -195,25 +210,3 @@ class AsymVQGAN(nn.Module):
             z = self.encode(x, sample=True, generator=generator)            # (B, d, h, w)
             z = self.first_stage.post_quant_conv(z)                         # (B, z, h, w)
         return self.decoder.last_features(z, x, mask)                       # (B, ch, H, W)
-
-    def _check(self, z, image, mask):
-        d, f = self.config.embed_dim, self.config.f
-        if z.ndim != 4 or z.shape[1] != d:
-            raise ValueError(f"a latent is (B,{d},h,w), not {tuple(z.shape)}")
-        if (image is None) != (mask is None):
-            raise ValueError("image and mask go together: give both, or neither")
-        if image is None:
-            return
-        check_image(image, f)
-        B, _, h, w = z.shape
-        if image.shape != (B, 3, h * f, w * f):
-            raise ValueError(f"image {tuple(image.shape)} does not fit latent {tuple(z.shape)} "
-                             f"at f={f}")
-        if mask.shape != (B, 1, *image.shape[2:]):
-            raise ValueError(f"mask {tuple(mask.shape)} must be {(B, 1, *image.shape[2:])}, "
-                             "one channel as large as the image")
-        if self.training or torch.compiler.is_compiling():
-            return
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("mask has values other than 0 and 1; threshold it: "
-                             "mask = (mask > 0.5).float()")

@@ -15,6 +15,8 @@ How many images there are belongs to every such number: the distance falls as n 
 bias, not quality, and below D = 2048 images it is large.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -76,8 +78,8 @@ class InceptionV3(nn.Module):
         """Images are taken as they are: clamped, and rounded to 8 bits where that is wanted.
 
         The resize is bilinear without antialiasing, as pytorch-fid's. The logits lack `fc.bias`:
-        inception scores are computed from these "unbiased" logits in the original program and in
-        torch-fidelity and torchmetrics; `logits + fc.bias` are the network's own.
+        inception scores are computed from these in the original program, torch-fidelity and
+        torchmetrics; `logits + fc.bias` are the network's own.
         """
         with torch.autocast(images.device.type, enabled=False):
             h = F.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear",
@@ -109,14 +111,9 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(h)), inplace=True)
 
 
-def average_pool(h):
-    """Mean of each 3x3 window, at the border of those pixels that exist."""
-    return F.avg_pool2d(h, 3, 1, 1, count_include_pad=False)
-
-
-def maximum_pool(h):
-    """Maximum of each 3x3 window."""
-    return F.max_pool2d(h, 3, 1, 1)
+# Of each 3x3 window; at the border the mean is that of the pixels that exist.
+average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
 class BlockA(nn.Module):
@@ -135,8 +132,7 @@ class BlockA(nn.Module):
     def forward(self, h):
         one = self.branch1x1(h)                                                # (B, 64, 35, 35)
         five = self.branch5x5_2(self.branch5x5_1(h))                           # (B, 64, 35, 35)
-        three = self.branch3x3dbl_2(self.branch3x3dbl_1(h))                    # (B, 96, 35, 35)
-        three = self.branch3x3dbl_3(three)
+        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(h)))   # (B, 96, ...)
         pool = self.branch_pool(average_pool(h))                               # (B, 32|64, 35, 35)
         return torch.cat((one, five, three, pool), 1)                          # (B, 256|288, ...)
 
@@ -152,8 +148,7 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
 
     def forward(self, h):
-        three = self.branch3x3dbl_2(self.branch3x3dbl_1(h))                    # (B, 96, 35, 35)
-        three = self.branch3x3dbl_3(three)                                     # (B, 96, 17, 17)
+        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(h)))   # (B, 96, 17, 17)
         return torch.cat((self.branch3x3(h), three, F.max_pool2d(h, 3, 2)), 1)  # (B, 768, 17, 17)
 
 
@@ -245,10 +240,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     mu (D,), sigma (D,D) symmetric and positive semi-definite. With R = sigma1^(1/2), the symmetric
     R sigma2 R has the eigenvalues of sigma1 sigma2, and the last trace is the sum of their roots.
-    A singular sigma (n <= D images) has eigenvalues that are zero but for rounding: the negative
-    ones are set to 0, the roots of the others make the distance too small, by about 1e-7 of the
-    traces. Source: Heusel et al., arXiv 1706.08500. Raises ValueError for other shapes and for
-    values that are not finite.
+    Where a sigma is singular (n <= D images), rounding makes the distance too small, by about 1e-7
+    of the traces. Source: Heusel et al., arXiv 1706.08500. Raises ValueError for other shapes and
+    for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
@@ -266,9 +260,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 class FeatureStatistics:
     """Number, mean and covariance of feature vectors (D = `dim`) that come in any batches.
 
-    n: how many. mu: (D,), sigma: (D,D) unbiased (divided by n - 1); numpy, float64. Any order and
-    size of batches and any order of `merge` give the same to rounding, also where the mean is large
-    beside the deviation. Each call costs some D^2, however few vectors it adds. On the CPU.
+    n: how many. mu: (D,), sigma: (D,D) unbiased (divided by n - 1); numpy, float64, on the CPU. Any
+    batches and any order of `merge` give the same to rounding, also where the mean is large beside
+    the deviation. Each call costs some D^2, however few vectors it adds.
     """
 
     def __init__(self, dim):
@@ -297,10 +291,7 @@ class FeatureStatistics:
             self._join(other.n, other._mean)
 
     def _join(self, n, mean):
-        """Add what lies between two groups, each centred on its own mean (Chan et al. 1979).
-
-        No sum of squares is ever taken from the origin, where a large mean would eat the digits.
-        """
+        """Add what lies between two groups, each centred on its own mean (Chan et al. 1979)."""
         total = self.n + n
         delta = mean - self._mean                                              # (D,)
         self._scatter.addr_(delta, delta, alpha=self.n * n / total)
@@ -326,9 +317,6 @@ class FeatureStatistics:
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
 
 
-# -- the inception score ---------------------------------------------------------------------------
-
-
 def inception_score(logits, splits=10):
     """Inception score of logits (N,classes): (mean, std) over `splits` runs of consecutive images.
 
@@ -337,11 +325,10 @@ def inception_score(logits, splits=10):
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
     Split s has the images s N // splits to (s + 1) N // splits; fewer images than splits are a
-    split each. The standard deviation is divided by the number of splits. A split of m images
-    scores at most m. Source: Salimans et al., arXiv 1606.03498, and their program, whose logits
-    lack the bias as well. The field's tools differ: torch-fidelity does the same after one shuffle
-    (seed 2020) unless told otherwise; torchmetrics shuffles at random, rounds the splits' size up
-    and divides by their number less one. Raises ValueError for no images or logits not finite.
+    split each. A split of m images scores at most m. The deviation is divided by the number of
+    splits. Source: Salimans et al., arXiv 1606.03498, and their program. torch-fidelity shuffles
+    once before (seed 2020); torchmetrics shuffles at random, rounds the splits' size up and divides
+    by their number less one. Raises ValueError for no images or logits not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

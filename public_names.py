@@ -16,8 +16,6 @@ import torch
 from asym_decoder import ASYM_PRESETS
 from vqgan import VQGANConfig
 
-# -- names -----------------------------------------------------------------------------------------
-
 TAMING, DIFFUSERS = 0, 1                        # columns of the two tables
 
 # Inside encoder and decoder; both columns are read. `up` counts levels from the highest resolution,
@@ -103,8 +101,6 @@ def _rename(name, source, target, levels):
     return name
 
 
-# -- what is in a file -----------------------------------------------------------------------------
-
 UNUSED = {                                       # parts of names that no forward pass looks at
     "decoder.up_layers.":    "which the authors' decoder never uses",
     ".cluster_size":         "a running mean of the codebook's training",
@@ -116,15 +112,12 @@ def tidy(state):
     """A public state dict with taming's names -> (the weights to use, notes on the others).
 
     Weights that no forward pass uses are dropped. Where the 1x1 convolutions around the latent are
-    missing, as in diffusers' newer autoencoders, identities stand for them, which is exact. Raises
-    KeyError where it is no autoencoder.
+    missing, as in diffusers' newer files, identities stand for them. KeyError: no autoencoder.
     """
     kept, notes = dict(state), []
     for part, reason in UNUSED.items():
-        names = [name for name in state if part in name]
-        for name in names:
-            del kept[name]
-        if names:
+        if names := [name for name in state if part in name]:
+            kept = {name: value for name, value in kept.items() if part not in name}
             notes.append(f"keys dropped: {len(names)} with {part.strip('.')}, {reason}")
     outer = {"quant_conv": len(state["encoder.conv_out.weight"]),
              "post_quant_conv": state["decoder.conv_in.weight"].shape[1]}
@@ -163,13 +156,11 @@ def first_stage_config(state, norm_groups=32):
 
 def _blocks(state, where):
     """[ResBlocks of level 0, of level 1, ...] of encoder.down or decoder.up."""
-    levels = _length(state, f"{where}.{{}}.block.0.conv1.weight")
-    return [_length(state, f"{where}.{i}.block.{{}}.conv1.weight") for i in range(levels)]
-
-
-def _length(state, name):
-    """How many of `name` there are, from number 0 on."""
-    return next(n for n in count() if name.format(n) not in state)
+    blocks = []
+    while f"{where}.{len(blocks)}.block.0.conv1.weight" in state:
+        level = f"{where}.{len(blocks)}.block"
+        blocks.append(next(n for n in count() if f"{level}.{n}.conv1.weight" not in state))
+    return blocks
 
 
 def asym_decoder_size(state, config):
@@ -185,9 +176,6 @@ def asym_decoder_size(state, config):
     preset = next((name for name, (factor, num_res_blocks) in ASYM_PRESETS.items()
                    if (round(factor * config.ch), num_res_blocks) == (ch, blocks)), "own")
     return {"preset": preset, "ch": ch, "num_res_blocks": blocks, "blend": blend}
-
-
-# -- out to diffusers ------------------------------------------------------------------------------
 
 
 def diffusers_config(config, size=None, scaling_factor=0.18215, sample_size=256):

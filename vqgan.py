@@ -119,35 +119,38 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
 
 
-def _level(in_channels, out_channels, num_blocks, attention, norm_groups):
-    """`block` and `attn` lists of one resolution; `attn` is empty where the level has none."""
-    level = nn.Module()
-    widths = [in_channels] + [out_channels] * num_blocks
-    level.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
-    level.attn = nn.ModuleList()
-    if attention:
-        level.attn.extend(AttnBlock(out_channels, norm_groups) for _ in range(num_blocks))
-    return level
+class Level(nn.Module):
+    """All blocks of one resolution, then the step to the next one where there is one."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, attention, norm_groups):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList()
+        if attention:
+            self.attn.extend(AttnBlock(out_channels, norm_groups) for _ in range(num_blocks))
+
+    def forward(self, h):
+        for j, block in enumerate(self.block):
+            h = block(h)                                                    # (B, out, H, W)
+            if len(self.attn):
+                h = self.attn[j](h)
+        if hasattr(self, "downsample"):
+            return self.downsample(h)                                       # (B, out, H/2, W/2)
+        return self.upsample(h) if hasattr(self, "upsample") else h         # (B, out, 2H, 2W)
 
 
-def _run_blocks(level, h):
-    for j, block in enumerate(level.block):
-        h = block(h)                                                        # (B, out, H, W)
-        if len(level.attn):
-            h = level.attn[j](h)
-    return h
+class Middle(nn.Module):
+    """The blocks of the lowest resolution: residual, attention, residual."""
 
+    def __init__(self, channels, norm_groups):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, norm_groups)
+        self.attn_1 = AttnBlock(channels, norm_groups)
+        self.block_2 = ResBlock(channels, channels, norm_groups)
 
-def _middle(channels, norm_groups):
-    mid = nn.Module()
-    mid.block_1 = ResBlock(channels, channels, norm_groups)
-    mid.attn_1 = AttnBlock(channels, norm_groups)
-    mid.block_2 = ResBlock(channels, channels, norm_groups)
-    return mid
-
-
-def _run_middle(mid, h):
-    return mid.block_2(mid.attn_1(mid.block_1(h)))
+    def forward(self, h):
+        return self.block_2(self.attn_1(self.block_1(h)))
 
 
 class Encoder(nn.Module):
@@ -160,22 +163,19 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (a, b) in enumerate(zip([config.ch, *widths], widths)):
-            level = _level(a, b, config.num_res_blocks, i in config.attn_levels, groups)
+            level = Level(a, b, config.num_res_blocks, i in config.attn_levels, groups)
             if i < len(widths) - 1:
                 level.downsample = Downsample(b)
             self.down.append(level)
-        self.mid = _middle(widths[-1], groups)
+        self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)                                                 # (B, ch, H, W)
         for level in self.down:
-            h = _run_blocks(level, h)                                       # (B, C, h, w)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)                                     # (B, C, h/2, w/2)
-        h = _run_middle(self.mid, h)
-        return self.conv_out(F.silu(self.norm_out(h)))                      # (B, z|2z, H/f, W/f)
+            h = level(h)                                                    # (B, C, h/2, w/2)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))            # (B, z|2z, H/f, W/f)
 
 
 class Decoder(nn.Module):
@@ -196,10 +196,10 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.in_widths = [*widths[1:], widths[-1]]     # input width of level i
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = _middle(widths[-1], groups)
+        self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(zip(self.in_widths, widths)):
-            level = _level(a, b, num_res_blocks + 1, i in config.attn_levels, groups)
+            level = Level(a, b, num_res_blocks + 1, i in config.attn_levels, groups)
             if i > 0:
                 level.upsample = Upsample(b)
             self.up.append(level)
@@ -208,17 +208,13 @@ class Decoder(nn.Module):
 
     def bottom(self, z):
         """What enters the lowest level: z (B,z,h,w) -> (B,C,h,w)."""
-        return _run_middle(self.mid, self.conv_in(z))                       # (B, C, h, w)
+        return self.mid(self.conv_in(z))                                    # (B, C, h, w)
 
     def run_level(self, i, h):
         """Level i, its upsampling included: (B,C,h,w) -> (B,C',2h,2w); at level 0 (B,C',h,w)."""
         if self.checkpointing:
-            return checkpoint(self._level_forward, i, h, use_reentrant=False)
-        return self._level_forward(i, h)
-
-    def _level_forward(self, i, h):
-        h = _run_blocks(self.up[i], h)                                      # (B, C', h, w)
-        return self.up[i].upsample(h) if i > 0 else h                       # (B, C', 2h, 2w)
+            return checkpoint(self.up[i], h, use_reentrant=False)
+        return self.up[i](h)
 
     def last_features(self, z):
         """What enters the last layer G_L of [AVQ Eq. 9]: (B,ch,H,W)."""
@@ -234,8 +230,8 @@ class Decoder(nn.Module):
 class VQGAN(nn.Module):
     """Encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]
 
-    own_decoder: False for the first stage in an asymmetric model's file, which holds that model's
-    decoder only; `decoder` is None then, and whatever decodes raises ValueError.
+    own_decoder: False for the first stage in an asymmetric model's file, which has another decoder;
+    `decoder` is None then, and whatever decodes raises ValueError.
     """
 
     def __init__(self, config, own_decoder=True):
@@ -255,7 +251,7 @@ class VQGAN(nn.Module):
 
     @property
     def first_stage(self):
-        """The model itself, so that `model.first_stage` is right for an AsymVQGAN and for this."""
+        """The model itself, as an AsymVQGAN has its own."""
         return self
 
     def moments(self, x):
@@ -296,8 +292,7 @@ class VQGAN(nn.Module):
         """Pass training images up to the last layer: x (B,3,H,W) -> (B,ch,H,W), latent loss.
 
         The image is `decoder.conv_out` of the first. The latent loss is a scalar: Eq. 2's last two
-        terms of a VQ latent, the mean over images of Eq. 10 of a KL latent. A KL latent is sampled;
-        generator: see DiagonalGaussian.sample.
+        terms for a VQ latent, the mean of Eq. 10 over images for a KL latent, which is sampled.
         """
         self._needs_decoder()
         latent = self.moments(x)
