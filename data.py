@@ -3,9 +3,8 @@
     position in the run -> epoch, permuted index -> picture -> crop, mask -> batches     training
     index 0, 1, 2, ...                           -> picture -> centre square -> x, mask  evaluation
 
-`Signs` draws its pictures (signs.py), `ImageFiles` reads ImageNet or any folder of photos. What a
-position of the run shows is a function of the seed, the stage and that position: no worker, process
-or batch size changes it.
+What a position of the run shows is a function of the seed, the stage and that position: no worker,
+process or batch size changes it.
 """
 
 import atexit
@@ -32,33 +31,27 @@ from signs import draw_scene
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 BAD_IN_A_ROW = 100                  # so many files that cannot be decoded stop the run
-WARNED = set()                      # the bad files that this process has told the user of
-
-
-# -- data sets -------------------------------------------------------------------------------------
 
 
 class Signs:
     """Street scenes with signs: picture i is a pure function of (split, seed, i, size).
 
-    split: "train" (50,000 pictures) or "val" (1,000, with pairs of words that train never shows);
-    limit: the first N.
+    split: "train", or "val" with pairs of words that train never shows; limit: the first N.
     """
 
     def __init__(self, split, size, seed=0, limit=None):
         if size < 32:
             raise UserError(f"--size {size}: signs need at least 32 px for a word")
         self.split, self.size, self.seed = split, size, seed
-        self._length = min(limit or SIGNS_LENGTH[split], SIGNS_LENGTH[split])
+        self.length = min(limit or SIGNS_LENGTH[split], SIGNS_LENGTH[split])
 
     def __len__(self):
-        return self._length
+        return self.length
 
     def image(self, index, rng=None):
         """Draw picture `index`: uint8 (size,size,3). It is its own crop, so `rng` is not used."""
-        held_out = self.split == "val"
-        generator = numpy_generator(SIGNS, self.seed, int(held_out), index)
-        return draw_scene(generator, self.size, held_out)
+        val = self.split == "val"
+        return draw_scene(numpy_generator(SIGNS, self.seed, int(val), index), self.size, val)
 
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
@@ -73,25 +66,22 @@ class ImageFiles:
 
     layout "imagenet": root/train/... and root/val/..., flat or by class. layout "folder": the same
     where both exist, else all files, every 20th held out as val; a single one is both. limit: the
-    first N. Raises UserError for a folder that is not there or has no pictures.
+    first N. Raises UserError for a folder that is missing or empty.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
         self.split, self.size, self.layout = split, size, layout
-        root = Path(root).expanduser()
-        if layout == "imagenet" and not (root / split).is_dir():
-            raise UserError(f"--data imagenet: {root / split} is no folder; give the one that has "
-                            "train/<class>/* and val/* with --root or $IMAGENET")
-        if not root.is_dir():
-            raise UserError(f"--root {root}: no such folder")
+        root, self.warned = Path(root).expanduser(), set()
         is_split = layout == "imagenet" or ((root / "train").is_dir() and (root / "val").is_dir())
         self.folder = root / split if is_split else root
-        names = list_images(self.folder)
+        names = list_images(self.folder) if self.folder.is_dir() else []
         if not names:
-            raise UserError(f"{self.folder}: no pictures ({' '.join(EXTENSIONS)}); check --root")
+            wanted = "train/<class>/* and val/*" if layout == "imagenet" else " ".join(EXTENSIONS)
+            raise UserError(f"--root {root}: {self.folder} is no folder with pictures; give one "
+                            f"that has {wanted}")
         if not is_split and len(names) > 1:
-            held_out = names[::20]
-            names = held_out if split == "val" else [n for i, n in enumerate(names) if i % 20]
+            val = names[::20]
+            names = val if split == "val" else [name for i, name in enumerate(names) if i % 20]
         # An array is one block of memory; of a million strings every worker would get its own copy.
         self.names = np.array([os.fsencode(name) for name in names[:limit]])        # (n,)
 
@@ -105,7 +95,7 @@ class ImageFiles:
         """Read picture `index`: uint8 (size,size,3), a random crop with `rng`, else the centre.
 
         The next file stands in for one that cannot be decoded, which is said once. Raises UserError
-        where BAD_IN_A_ROW of them, or all, cannot be decoded.
+        after BAD_IN_A_ROW of them, or all.
         """
         tried = min(BAD_IN_A_ROW, len(self))
         for step in range(tried):
@@ -113,9 +103,9 @@ class ImageFiles:
             try:
                 return square_crop(decoded(path, load_image, 2 * self.size), self.size, rng)
             except UserError as error:
-                if path not in WARNED:
+                if path not in self.warned:
                     print(f"warning: {error}; the next file stands in", file=sys.stderr, flush=True)
-                WARNED.add(path)
+                self.warned.add(path)
         raise UserError(f"{self.folder}: {tried} of its {len(self):,} files in a row cannot be "
                         f"decoded, for example {path!r}")
 
@@ -124,7 +114,6 @@ class ImageFiles:
         return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
 
     def identity(self):
-        """A text that data sets with other pictures do not share."""
         names = hashlib.sha256(b"".join(self.names)).hexdigest()
         return f"{self.describe()}, {self.size} px, names {names}"
 
@@ -135,15 +124,12 @@ def default_root(name):
 
 
 def open_dataset(name, root, split, size, seed=0, limit=None):
-    """Open the data set of `--data name --root root`, or only its first `limit` pictures.
-
-    name: "signs", "folder" or "imagenet". Raises UserError, which names the flag.
-    """
+    """Open the data set of `--data name --root root`, or its first `limit` pictures."""
     if name == "signs":
         return Signs(split, size, seed, limit)
-    root = root or default_root(name)
     if name not in ("imagenet", "folder"):
         raise UserError(f"--data {name}: choose signs, folder or imagenet")
+    root = root or default_root(name)
     if not root:
         raise UserError("--data folder: say where the pictures are with --root DIR")
     return ImageFiles(root, split, size, layout=name, limit=limit)
@@ -171,28 +157,22 @@ def list_images(folder):
     return sorted(names, key=lambda name: (os.path.basename(name), name))
 
 
-# -- decoding --------------------------------------------------------------------------------------
-
-
 def load_image(path, min_side=None, ground="white"):
     """Read the picture in `path`: an upright Pillow RGB image, on `ground` where it is transparent.
 
-    min_side: the decoder may shrink JPEGs by 2, 4 or 8 while the short side stays at least this
-    long. Raises what Pillow raises: mostly OSError; DecompressionBombError beyond 178 million
-    pixels.
+    min_side: JPEGs may be decoded 2, 4 or 8 times smaller, the short side at least this long.
+    Raises what Pillow raises: mostly OSError; DecompressionBombError beyond 178 million pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged EXIF, and 90 to 178 million pixels: both are read
         with Image.open(path) as image:
-            if min_side:
-                # draft() keeps each side at least as long as asked for.
+            if min_side:                     # draft() keeps each side as long as asked for
                 image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
             image.load()
             with suppress(Exception):    # a damaged EXIF block does not spoil the picture
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):   # 16 bits: Pillow's own conversion would cut at 255
-                grey = np.asarray(image).clip(0, 65535) // 257
-                image = Image.fromarray(grey.astype(np.uint8))
+                image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
@@ -211,8 +191,8 @@ def decoded(path, decode, *args):
 def read_mask(path, invert=False):
     """Read a mask: (bool (H,W), True = to be generated; a list of warnings, one line each).
 
-    White, from 128 on, is to be generated; black is with `invert`. Transparent parts count as
-    black. Raises UserError for a file that cannot be decoded.
+    White, from 128 on, is to be generated; black is with `invert`. Transparent parts are black.
+    Raises UserError for a file that cannot be decoded.
     """
     grey = np.array(decoded(path, load_image, None, "black").convert("L"))          # (H, W)
     mask, remarks = (grey >= 128) ^ invert, []
@@ -221,8 +201,7 @@ def read_mask(path, invert=False):
                        "white begins at 128")
     if not mask.any() or mask.mean() > 0.95:
         share = f"{mask.mean():.0%} of it" if mask.any() else "nothing in it"
-        remarks.append(f"{path}: {share} is to be generated (its values are {grey.min()} to "
-                       f"{grey.max()} of 255); white means to be generated, black does with "
+        remarks.append(f"{path}: {share} is to be generated; white means so, or black with "
                        "--invert-mask")
     return mask, remarks
 
@@ -230,12 +209,8 @@ def read_mask(path, invert=False):
 def read_pair(photo, mask, invert=False):
     """Read a photo and its mask: (uint8 (H,W,3), bool (H,W), True = to be generated).
 
-    A mask of another size is resized to the photo's, to the nearest pixel, which is said. Raises
-    UserError for a file that is not there or cannot be decoded.
+    A mask of another size is resized to the photo's, which is said. Raises as read_mask.
     """
-    for path in (photo, mask):
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
     picture = np.array(decoded(photo, load_image))                                  # (H, W, 3)
     hole, remarks = read_mask(mask, invert)                                         # (h, w)
     (H, W), (h, w) = picture.shape[:2], hole.shape
@@ -253,16 +228,14 @@ def square_crop(image, size, rng=None):
     With `rng` its side is 0.5 to 1 times the short side and its place random, as in the authors'
     code; else it is the centre square. Smaller pictures are enlarged.
     """
-    width, height = image.size
-    side = min(width, height)
+    (width, height), side = image.size, min(image.size)
     left, top = (width - side) // 2, (height - side) // 2
     if rng is not None:
         side = max(1, round(side * rng.uniform(0.5, 1.0)))
         left, top = rng.integers((width - side + 1, height - side + 1)).tolist()
     # Hamming follows the authors' exact area filter throughout; Box jumps below 2.  deviation D23
     kind = Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC
-    square = image.resize((size, size), kind, box=(left, top, left + side, top + side))
-    return np.array(square)                                                         # (size,size,3)
+    return np.array(image.resize((size, size), kind, (left, top, left + side, top + side)))
 
 
 def pixels(image, device, channels_last=False):
@@ -272,9 +245,6 @@ def pixels(image, device, channels_last=False):
     return image.float() / 127.5 - 1                                                # (B, 3, H, W)
 
 
-# -- batches ---------------------------------------------------------------------------------------
-
-
 class Order:
     """Position of the image in the run -> its index; each epoch is a permutation of all `length`.
 
@@ -282,23 +252,21 @@ class Order:
     """
 
     def __init__(self, length, key):
-        self.length, self.key = length, key
-        self._epoch, self._order = None, None
+        self.length, self.key, self.epoch, self.order = length, key, None, None
 
     def __getitem__(self, position):
         epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            permutation = numpy_generator(ORDER, *self.key, epoch).permutation(self.length)
-            self._epoch, self._order = epoch, permutation
-        return int(self._order[place])
+        if epoch != self.epoch:
+            self.order = numpy_generator(ORDER, *self.key, epoch).permutation(self.length)
+            self.epoch = epoch
+        return int(self.order[place])
 
 
 class TrainingItems:
     """What each position 0, 1, 2, ... of the images in a run shows.
 
-    An epoch is a permutation (Order); crop and mask come from (seed, stage_id, position). Items:
-    image uint8 (3,H,W), mask uint8 (1,H,W), position. p_full, kind: training_mask's; masks=False:
-    all masks full.
+    Items: image uint8 (3,H,W), mask uint8 (1,H,W), position; functions of (seed, stage_id,
+    position). p_full, kind: training_mask's; masks=False: all masks full.
     """
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
@@ -307,8 +275,7 @@ class TrainingItems:
         self.order = Order(len(dataset), self.key)
 
     def __getitem__(self, position):
-        crop = numpy_generator(CROP, *self.key, position)
-        item = _view(self.dataset, self.order[position], crop)
+        item = _view(self.dataset, self.order[position], numpy_generator(CROP, *self.key, position))
         mask, _ = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
         return item | {"mask": torch.from_numpy(mask)[None], "position": position}
 
@@ -322,8 +289,8 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     """Load the batches of steps first..last-1 for one rank of `world`.
 
     Step s, rank r holds positions s·B + r·B/W onwards. Yields dicts with the keys of the items:
-    tensors are stacked, other values listed. The workers live until the last batch. Raises
-    UserError from `items`, ValueError where `world` does not divide `batch_size`.
+    tensors are stacked, other values listed. Raises UserError from `items`, ValueError where
+    `world` does not divide `batch_size`.
     """
     local, rest = divmod(batch_size, world)
     if rest:
@@ -333,19 +300,16 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
 
 
 def views(dataset, batches, workers=0):
-    """Load the fixed views of the pictures in each list of indices: yields uint8 (b,3,H,W).
-
-    Raises UserError from the data set.
-    """
+    """Load the fixed views of the pictures in each list of indices: yields uint8 (b,3,H,W)."""
     for batch in _load(partial(_view, dataset), batches, workers):
         yield batch["image"]
 
 
 @dataclass
 class Batch:
-    """Pictures of a data set on the device, in their fixed view."""
+    """Pictures of a data set on the device, in their fixed view; index: their numbers in it."""
 
-    index: list                         # their numbers in the data set
+    index: list
     x:     torch.Tensor                 # (B,3,H,W) in [-1,1]
     mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}
 
@@ -353,22 +317,21 @@ class Batch:
 def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
     """Load the first `n` pictures with their evaluation masks: yields Batches.
 
-    Rank r of `world` gets every world-th batch, from the r-th on. masks: False leaves the masks
-    out. Raises UserError from the data set.
+    Rank r of `world` gets every world-th batch, from the r-th on. masks: False leaves them out.
     """
     n = min(n, len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]
     for index, image in zip(batches, views(dataset, batches, workers)):
-        mask = None
+        batch = Batch(list(index), pixels(image, device))
         if masks:
             mask = np.stack([evaluation_mask(dataset.size, i) for i in index])      # (B, H, W)
-            mask = torch.from_numpy(mask)[:, None].to(device).float()               # (B, 1, H, W)
-        yield Batch(list(index), pixels(image, device), mask)
+            batch.mask = torch.from_numpy(mask)[:, None].to(device).float()         # (B, 1, H, W)
+        yield batch
 
 
 def _load(read, positions, workers, pin=False):
     """For each list of positions, what `read` makes of them as one dict, in `workers` processes."""
-    # Without a generator of its own a loader takes a number from the global stream of torch.
+    # A generator of its own: a loader without takes a number from the global stream of torch.
     running = [iter(DataLoader(_Lists(read), batch_sampler=positions, collate_fn=dict,
                                num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
                                generator=torch.Generator()))]

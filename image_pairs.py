@@ -4,13 +4,10 @@
     --pred, --unpaired              --PictureFolder.batches---> PairBatch, x alone
     python image_pairs.py PHOTOS -o SET --kind thick --size 512     SET/images, masks, manifest.json
 
-Nothing is resized, cropped, replaced or left out of what is measured, because each would change the
-figures: what does not fit is an error that names the file.
-
-Files belong together when their paths below their folders agree but for the extension: a/x.png and
-a/x.JPEG. Where no path of a folder agrees, file names alone count, so that a flat folder fits one
-with classes. NAME_mask.png and NAME_mask000.png stand for NAME: LaMa calls its masks so, and its
-predictions after them.
+Nothing is resized, replaced or left out of what is measured: what does not fit is an error that
+names the file. Files belong together when their paths below their folders agree but for the
+extension, or where no path of a folder does, when their names agree: a flat folder fits one with
+classes. NAME_mask.png and NAME_mask000.png stand for NAME, as LaMa calls masks and predictions.
 """
 
 import argparse
@@ -47,10 +44,10 @@ class PairBatch(Batch):
 class MatchedFolders:
     """Originals and what goes with them, matched by file name; sorted by name, then path.
 
-    real: the folder of the originals. pred: pictures made elsewhere, exactly one for each original.
-    masks: white (from 128 on) = to be generated, black with `invert_mask`. refs: what the holes
-    were to look like. These two may hold more than is needed. limit: the first N. Raises UserError:
-    a folder that is missing or empty, files that lack a partner, two files for one name.
+    real: folder of the originals. pred: of pictures, exactly one for each original. masks: white =
+    to be generated, black with `invert_mask`; refs: what the holes were to look like; these two may
+    hold more. limit: the first N. Raises UserError: a folder that is missing or empty, files that
+    lack a partner, two files for one name.
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):
@@ -62,9 +59,9 @@ class MatchedFolders:
         self.masks = masks and _match("--masks", masks, _listed("--masks", masks), names, real)
         self.refs = refs and _match("--refs", refs, _listed("--refs", refs), names, real)
         self.name, self.names, self.invert_mask = str(pred or real), names[:limit], invert_mask
-        self.warned = 0
-        self.about = f"{pred} beside {real}" if pred else str(real)
-        self.about += f", masks in {masks}" if masks else ""
+        self.about, self.warned = f"{pred} beside {real}" if pred else str(real), 0
+        if masks:
+            self.about += f", masks in {masks}"
 
     def __len__(self):
         return len(self.names)
@@ -73,14 +70,10 @@ class MatchedFolders:
         return f"{len(self):,} pictures in {self.about}"
 
     def read(self, index):
-        """(real, pred, mask, ref): uint8 (C,H,W), or None.
-
-        Raises UserError: a file that cannot be decoded, or sizes that differ.
-        """
-        name = self.names[index]
+        """(real, pred, mask, ref): uint8 (C,H,W), or None. Raises UserError: sizes that differ."""
+        name, mask = self.names[index], None
         real = _photo(self.real[name])
         pred = _photo(self.pred[name]) if self.pred else None
-        mask = None
         if self.masks:
             hole, warnings = read_mask(self.masks[name], self.invert_mask)
             mask = torch.from_numpy(hole)[None]                                     # (1, H, W)
@@ -91,11 +84,11 @@ class MatchedFolders:
             if files and picture.shape[1:] != real.shape[1:]:
                 (h, w), (H, W) = picture.shape[1:], real.shape[1:]
                 raise UserError(f"{files[name]} is {w} x {h} px, {self.real[name]} is {W} x {H}; "
-                                "make them of one size: nothing is resized here")
+                                "make them of one size")
         return real, pred, mask, _photo(self.refs[name]) if self.refs else None
 
     def batches(self, batch_size, device):
-        """Yield this process's share as PairBatches. Raises UserError as `read`."""
+        """Yield this process's share as PairBatches."""
         for index, items in _batches(self.read, len(self), batch_size, lambda item: item[0].shape):
             real, pred, mask, refs = zip(*items)
             yield PairBatch(
@@ -107,7 +100,7 @@ class MatchedFolders:
 
 
 class PictureFolder:
-    """The pictures of one folder, for sets that are not paired. Raises UserError as above."""
+    """The pictures of one folder, for sets that are not paired."""
 
     def __init__(self, flag, folder, limit=None):
         self.name, self.files = str(folder), _listed(flag, folder)[:limit]
@@ -116,11 +109,9 @@ class PictureFolder:
         return len(self.files)
 
     def read(self, index):
-        """uint8 (3,H,W)."""
         return _photo(os.path.join(self.name, self.files[index]))
 
     def batches(self, batch_size, device):
-        """Yield this process's share as PairBatches."""
         for index, items in _batches(self.read, len(self), batch_size, lambda item: item.shape):
             names = [_stem(self.files[i]) for i in index]
             yield PairBatch(index, pixels(torch.stack(items), device), names=names)
@@ -144,11 +135,9 @@ def _stem(file):
 
 
 def _listed(flag, folder):
-    if not Path(folder).is_dir():
-        raise UserError(f"{flag} {folder}: no such folder; name one that exists")
-    files = list_images(folder)
+    files = list_images(folder) if Path(folder).is_dir() else []
     if not files:
-        raise UserError(f"{flag} {folder}: no pictures here ({' '.join(EXTENSIONS)})")
+        raise UserError(f"{flag} {folder}: no folder with pictures ({' '.join(EXTENSIONS)})")
     return files
 
 
@@ -170,20 +159,12 @@ def _match(flag, folder, files, names, real, exact=False):
         if found or len({os.path.basename(name) for name in names}) < len(names):
             break
     missing = [name for name in names if name not in found]
-    wrong = f"nothing for {_some(missing)} of --real {real}" if missing else ""
-    if exact and others and not missing:
-        wrong = f"--real {real} has nothing for {_some(others)}"
-    if wrong:
-        raise UserError(f"{flag} {folder}: {wrong}; files are matched by name (a mask may be "
-                        "NAME_mask.png)")
+    if missing or (exact and others):
+        alone, lacks = (missing, f"{flag} {folder}") if missing else (others, f"--real {real}")
+        more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
+        raise UserError(f"{lacks} has nothing for {', '.join(alone[:3])}{more}; files are matched "
+                        "by name (a mask may be NAME_mask.png)")
     return found
-
-
-def _some(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-# -- LaMa's evaluation set -------------------------------------------------------------------------
 
 
 def write_evaluation_set(photos, out, kind="thick", size=512):
@@ -191,9 +172,8 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
 
     [AVQ Tab. 1]  deviation D29
 
-    The pixels and masks are those that eval.py sees: image i of the sorted list has evaluation mask
-    i. A photo that cannot be decoded is left out, and its mask with it. Raises UserError where
-    `out` holds anything, and where no photo can be decoded.
+    Image i of the sorted list has evaluation mask i, as in eval.py. A photo that cannot be decoded
+    is left out with its mask. Raises UserError: `out` holds anything, no photo can be decoded.
     """
     photos, out, files = Path(photos), Path(out), []
     sources = _listed("PHOTOS", photos)
@@ -230,9 +210,9 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
 
 def main():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Make LaMa's evaluation set: centre squares of photos and "
-        "a random mask for each. Fill the masks' white parts with any program, keep the names, "
-        "then: eval.py --pred DIR --real SET/images --masks SET/masks")
+        allow_abbrev=False, description="Make LaMa's evaluation set: centre squares of photos, a "
+        "random mask for each. Fill the white parts with any program and keep the names, then: "
+        "eval.py --pred DIR --real SET/images --masks SET/masks")
     add = parser.add_argument
     add("photos", metavar="PHOTOS", help="folder of photos, searched recursively")
     add("-o", "--out", required=True, metavar="SET", help="where images/, masks/ and a manifest go")

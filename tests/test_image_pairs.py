@@ -89,13 +89,13 @@ def test_a_flat_folder_matches_one_with_classes_by_file_name(here):
 def test_file_names_alone_do_not_count_where_they_are_not_unique(here):
     fill(here / "real", "a/x.png", "b/x.png")
     fill(here / "pred", "x.png")
-    refused("--pred pred: nothing for a/x, b/x of --real real", "real", "pred")
+    refused("--pred pred has nothing for a/x, b/x; files", "real", "pred")
 
 
 def test_a_path_counts_before_a_file_name(here):
     fill(here / "real", "a/x.png", "y.png")
     fill(here / "pred", "x.png", "y.png")
-    refused("pred pred: nothing for a/x of", "real", "pred")
+    refused("pred pred has nothing for a/x; ", "real", "pred")
 
 
 def test_the_limit_takes_the_first_names_in_sorted_order(here):
@@ -156,7 +156,8 @@ def test_folders_that_are_missing_or_empty_are_named_with_their_flag(here):
     fill(here / "real", "x.png")
     fill(here / "empty")
     (here / "empty" / "notes.txt").write_text("nothing")
-    for folder, words in (("gone", "no such folder"), ("empty", r"no pictures here \(\.jpg")):
+    words = r"no folder with pictures \(\.jpg"
+    for folder in ("gone", "empty"):
         refused(f"--real {folder}: {words}", folder)
         for flag in ("pred", "masks", "refs"):
             refused(f"--{flag} {folder}: {words}", "real", **{flag: folder})
@@ -167,10 +168,10 @@ def test_folders_that_are_missing_or_empty_are_named_with_their_flag(here):
 def test_missing_and_extra_predictions_are_named_and_counted(here):
     fill(here / "real", *(f"{k}.png" for k in range(9)))
     fill(here / "pred", "0.png", "7.png", "8.png")
-    refused(r"--pred pred: nothing for 1, 2, 3 and 3 more of --real real; files are matched by",
+    refused(r"--pred pred has nothing for 1, 2, 3 and 3 more; files are matched by",
             "real", "pred", limit=1)
     fill(here / "pred", *(f"{k}.png" for k in range(9)), "a.png", "b.png")
-    refused(r"--pred pred: --real real has nothing for a.png, b.png", "real", "pred")
+    refused(r"--real real has nothing for a.png, b.png", "real", "pred")
 
 
 @pytest.mark.parametrize("flag", ["masks", "refs"])
@@ -179,7 +180,7 @@ def test_masks_and_references_may_have_more_but_not_less(here, flag):
     fill(here / flag, "x.png", "z.png", "a/z.png")
     assert len(MatchedFolders("real", **{flag: flag})) == 1
     fill(here / "real", "x.png", "y.png")
-    refused(f"--{flag} {flag}: nothing for y of --real real; files", "real", **{flag: flag})
+    refused(f"--{flag} {flag} has nothing for y; files", "real", **{flag: flag})
 
 
 def test_other_sizes_are_refused_and_nothing_is_resized(here):
@@ -377,7 +378,7 @@ def test_folders_that_cannot_be_used_are_refused_and_nothing_is_lost(photos, tmp
             (photos, "full/note.txt/deep", "-o: .*deep cannot be made a folder"),
             (photos, "photos/set", "would mix the set with the photos"),
             (photos, "photos", "is not empty"),
-            ("none", "out", "none: no such folder"), ("empty", "out", r"no pictures here \(\.jpg"),
+            ("none", "out", "none: no folder with"), ("empty", "out", r"no folder with pictures"),
             ("bad", "out", "none of 1 photos can be decoded")):
         before = contents(tmp_path)
         with pytest.raises(UserError, match=words):
