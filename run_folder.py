@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size
+from distributed import UserError, on_rank0, print0, rank, world_size
 
 try:
     import fcntl
@@ -71,9 +71,11 @@ def open_run(out, settings, may_change=frozenset()):
         config = out / "config.json"
         # Settings may still change until the first checkpoint exists.
         if config.exists() and any(out.glob("*/*.pt")):
-            before, now = json.loads(config.read_text()), json.loads(json.dumps(settings))
-            changed = [line for line in _differences(before, now)
-                       if line.split(" ")[0] not in may_change]
+            before, now = (_flat(json.loads(text))
+                           for text in (config.read_text(), json.dumps(settings)))
+            changed = [f"{key} was {before.get(key)}, is {now.get(key)}"
+                       for key in sorted(before.keys() | now.keys())
+                       if before.get(key) != now.get(key) and key not in may_change]
             if changed:
                 raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give "
                                 "the same ones to continue it, or another --out for a new run")
@@ -91,16 +93,13 @@ def open_run(out, settings, may_change=frozenset()):
         yield
 
 
-def _differences(before, now, prefix=""):
-    """List "key was a, is b" for all that differs; inner keys are joined by dots."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} was {a}, is {b}")
-    return found
+def _flat(settings, prefix=""):
+    """Join the keys of nested settings by dots."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= (_flat(value, f"{prefix}{key}.") if isinstance(value, dict)
+                 else {prefix + key: value})
+    return flat
 
 
 @contextmanager
@@ -191,8 +190,8 @@ def save(path, state):
 def load(path):
     """Read the dictionary that `save` wrote at `path`, its tensors on the CPU.
 
-    Raises UserError, one line, for a file that is missing, truncated, damaged (checksums), of
-    another format, or that would execute code.
+    Raises UserError for a file that is missing, truncated, damaged, of another format, or that
+    would execute code.
     """
     path = Path(path)
     try:
@@ -236,16 +235,6 @@ def latest(folder):
     if failures:
         raise UserError("; ".join(failures) + "; restore one of them, or choose another --out")
     return None
-
-
-def latest_everywhere(folder):
-    """Read `latest` on every process. Raises UserError where they find different checkpoints."""
-    state = latest(folder)
-    found = gather_objects(state["step"] if state else -1)
-    if len(set(found)) > 1:
-        raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
-                        " --out must be on a file system that all machines share")
-    return state
 
 
 def load_optimizer(optimizer, state):

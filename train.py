@@ -29,6 +29,7 @@ from distributed import (
     any_rank,
     close,
     exit_on_user_error,
+    gather_objects,
     mean_over_ranks,
     no_sync,
     on_rank0,
@@ -108,7 +109,11 @@ def train_stage(run, name, args, signals, deadline):
     disc_start = first_gan_step(recipe, steps)
 
     # Build the networks as they start, always the same ones; load the checkpoint, if there is one.
-    state = run_folder.latest_everywhere(folder)
+    state = run_folder.latest(folder)
+    found = gather_objects(state["step"] if state else -1)
+    if len(set(found)) > 1:
+        raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
+                        " --out must be on a file system that all machines share")
     torch.manual_seed(stage_seed(settings["seed"], name))
     stage = STAGES[name](run, recipe, state)
     done, known = 0, {}
