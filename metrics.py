@@ -7,7 +7,7 @@
 
 AVQ reports the squared error of non-edited regions as Pre_error (Table 2) without a formula; its
 range, denominator and rounding are fixed here, once. Images stay float all the way: 8-bit
-truncation alone adds 5e-6, the size of what is measured. With FID, an image takes 12 KB a decoder.
+truncation alone adds 5e-6, the size of what is measured. With FID, a row takes 12 KB.
 """
 
 import math
@@ -29,7 +29,7 @@ SHARED = ("vanilla", "paste")            # the same for all runs on one first st
 REAL = "real"                            # the decoder of the originals' own rows
 MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")      # means over images
 SETS = ("fid", "is_mean", "is_std")                                        # of a whole set
-FEATURES = 2048                          # width of InceptionV3's features
+FID_BUCKETS = ("all", "40-50")           # that AVQ's tables print; a distance takes seconds
 
 
 # -- known pixels ----------------------------------------------------------------------------------
@@ -53,21 +53,19 @@ def pre_error(x_hat, x, mask):
 
 
 def psnr_known(x_hat, x, mask):
-    """Peak signal-to-noise ratio of the known pixels in dB, one value per image (B,), float64.
+    """Peak signal-to-noise ratio of the known pixels in dB: -10 log10(pre_error), (B,) float64.
 
-    Arguments as pre_error's: -10 log10(pre_error), the peak being 1. An exact copy gives inf, an
-    image without a known pixel NaN.
+    An exact copy gives inf, an image without a known pixel NaN.
     """
     return -10 * torch.log10(pre_error(x_hat, x, mask))
 
 
 def seam(x_hat, x, mask):
-    """How much sharper the step across the mask's border is than in the original, per image.
+    """How much sharper the step across the mask's border is than in the original, (B,) float64.
 
-    Arguments as pre_error's -> (B,) float64: over all horizontal and vertical pairs of neighbours
-    with one pixel known and one not, mean |x_hat_p - x_hat_q| - mean |x_p - x_q|, images in [0,1],
-    channels averaged. 0 for the original, negative = smoother than it, positive = a visible edge.
-    An image without such a pair (mask empty or full) gives NaN.
+    The mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all horizontal and vertical pairs of
+    neighbours with one pixel known and one not, images in [0,1]. 0 for the original, negative =
+    smoother than it, positive = a visible edge. An image without such a pair gives NaN.
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -83,7 +81,7 @@ def seam(x_hat, x, mask):
 
 
 def first_stage_of(models):
-    """A first stage of those of `models`, which are alike; one that can decode, if any can."""
+    """One of the first stages of `models`, which are alike: one that can decode, if any can."""
     stages = [model.first_stage for model in models]
     return next((stage for stage in stages if stage.decoder is not None), stages[0])
 
@@ -91,10 +89,10 @@ def first_stage_of(models):
 def decode_all(models, z, x, mask=None):
     """{(run, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
 
-    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w), the latents of the whole of x (B,3,H,W); mask
-    (B,1,H,W) in {0,1}, 1 = to be generated. Decoders: "vanilla", the first stage's own; "paste",
-    vanilla with the known pixels copied over it; "asym", ours, given x and mask; "asym-nomask",
-    ours, given nothing. Without a mask only those that need none.
+    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): the latents of the whole of x (B,3,H,W); mask
+    (B,1,H,W), 1 = to be generated. Decoders: "vanilla", the first stage's own; "paste", vanilla
+    with the known pixels copied over it; "asym", ours, given x and mask; "asym-nomask", ours, given
+    nothing. Without a mask only those that need none.
     """
     def timed(decode, **condition):
         wait_for(z.device)
@@ -132,17 +130,17 @@ class Networks:
     off:       dict = field(default_factory=dict)    # {column: why nobody asked for it}
 
     def reasons(self):
-        """Both, as report.json's notes have them."""
+        """Give both, as report.json's notes have them."""
         return ({name: f"n/a: {reason}" for name, reason in self.missing.items()}
                 | {name: f"not computed: {reason}" for name, reason in self.off.items()})
 
 
 def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None, refs=False):
-    """The Networks for the columns that are wanted, their files found or downloaded.
+    """Open the Networks of the columns that are wanted, their files found or downloaded.
 
     weights: the folder of the files. lpips: its net's name, or "none"; asked: whether the user
     named it, so that a missing file raises UserError. fid: whether FID and inception score are
-    wanted. refs: whether there are references; then clip is the folder of an image tower.
+    wanted. clip: the folder of an image tower; refs: whether there are references for it.
     """
     networks = Networks()
 
@@ -186,13 +184,13 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
 
 
 def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
-    """Rows of the table, one for each image of a batch. [AVQ Tab. 1]
+    """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
-    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: index, x, mask and perhaps names, refs;
-    seconds: of decoding it. LPIPS is taken of the whole image, as in the paper. A row has a measure
-    only where its network is there, NaN where an image has no value, and, for FID and inception
-    score, "features" (2048,) and "logits" (1008,). Of the originals (decoder REAL) these alone.
-    Raises UserError where x_hat is not finite.
+    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: of decoding
+    it. LPIPS is of the whole image, as in the paper. A row has a measure only where its network is
+    there, NaN where an image has no value, and, for FID and inception score, "features" (2048,) and
+    "logits" (1008,); of the originals (decoder REAL) these alone. Raises UserError where x_hat is
+    not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
@@ -220,20 +218,20 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
 
 
 def over_ranks(table):
-    """The rows of all processes in the order of the images, on every process."""
+    """Gather the rows of all processes, in the order of the images, on every process."""
     return sorted((row for part in gather_objects(table) for row in part),
                   key=lambda row: row["index"])
 
 
 def summary(table, run, decoder, bucket="all"):
-    """What the table says of one decoder in one bucket of mask area: {column: number or None}.
+    """Sum up what the table says of one decoder in one bucket of mask area: {column: number}.
 
     None where there is no number or where it is infinite. Images without a value are left out of
-    that mean only. FID is against the originals of the same bucket. The inception score is of all
-    images, in 10 splits in their order, or as many as there are images.
+    that mean only. FID is against the originals of the same bucket, of FID_BUCKETS only. The
+    inception score is of all images, in 10 splits in their order, or as many as there are images.
     """
-    def chosen(run, decoder):
-        return [row for row in table if (row["run"], row["decoder"]) == (run, decoder)
+    def chosen(*key):
+        return [row for row in table if (row["run"], row["decoder"]) == key
                 and bucket in ("all", row["bucket"])]
 
     rows, real = chosen(run, decoder), chosen(None, REAL)
@@ -242,7 +240,7 @@ def summary(table, run, decoder, bucket="all"):
         values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
         mean = sum(values) / len(values) if values else math.inf
         result[name] = mean if math.isfinite(mean) else None
-    if "features" in rows[0] and min(len(rows), len(real)) > 1:
+    if "features" in rows[0] and bucket in FID_BUCKETS and min(len(rows), len(real)) > 1:
         statistics = [FeatureStatistics(len(rows[0]["features"])) for _ in range(2)]
         for each, images in zip(statistics, (rows, real)):
             each.update(torch.from_numpy(np.stack([row["features"] for row in images])))
@@ -257,16 +255,13 @@ def summary(table, run, decoder, bucket="all"):
 
 
 def report_rows(table, runs, lpips_net=None):
-    """One row for each (run, decoder, bucket) of the table; what runs share is repeated.
+    """Sum up each (run, decoder, bucket) of the table in a row; what runs share is repeated.
 
     runs: {name: {"preset", "blend"} of its decoder, or None}, in the report's order.
     """
-    summaries = {}
-    for key in dict.fromkeys((row["run"], row["decoder"]) for row in table):
-        own = {row["bucket"] for row in table if (row["run"], row["decoder"]) == key}
-        if key[1] != REAL:
-            summaries[key] = [summary(table, *key, bucket)
-                              for bucket in ("all", *sorted(own - {"all"}))]
+    keys = dict.fromkeys((row["run"], row["decoder"]) for row in table if row["decoder"] != REAL)
+    buckets = ["all", *sorted({row["bucket"] for row in table} - {"all"})]
+    summaries = {key: [summary(table, *key, bucket) for bucket in buckets] for key in keys}
     rows = []
     for run, sizes in runs.items():
         for decoder in DECODERS:

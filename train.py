@@ -38,7 +38,7 @@ from distributed import (
     setup,
     world_size,
 )
-from eval import evaluate_runs
+from eval import evaluate
 from pictures import curves, image_grid
 from recipes import RECIPES, Recipe, first_gan_step, run_length, set_learning_rates
 from run_folder import Log, Progress, Run, open_run, stop_signals
@@ -97,7 +97,7 @@ def report_unless_there(run):
     if report.exists() and report.stat().st_mtime >= trained:
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
-        evaluate_runs([run.out], device=run.device, root=run.settings["root"],
+        evaluate([run.out], device=run.device, root=run.settings["root"],
                       weights=run.settings["weights"], fid=False)
 
 

@@ -169,7 +169,7 @@ def train(folder, argv, name=None):
 
     import train as program
     program.trial = lambda *_: (1, 1.0)                  # no steps before the real ones
-    program.evaluate_runs = lambda *_, **__: None
+    program.evaluate = program.evaluate_runs = lambda *_, **__: None
     seen, stage = [], argv[argv.index("--stage") + 1]
 
     def call(module, *args, **kwargs):

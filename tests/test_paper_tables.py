@@ -90,14 +90,14 @@ def test_the_bins_are_listed_with_their_numbers_of_pictures():
 @pytest.mark.parametrize("number", PAPER_TABLES)
 def test_a_table_of_the_paper_has_its_columns_ours_above_and_its_figures_below(number):
     report = example_report(fid=7.5, lpips=0.125, clip_score=86.0, is_mean=9.0, is_std=0.5)
-    text, paper = paper_table(report, number), PAPER_TABLES[number]
+    text, (_, columns, decoders, figures) = paper_table(report, number), PAPER_TABLES[number]
     lines = [line for line in text.split("\n") if line.startswith("|")]
-    assert all(len(figures) == len(paper.cells) for figures in paper.paper.values())
+    assert all(len(values) == len(columns) for values in figures.values())
     own = [line for line in lines[2:] if "paper:" not in line]
     expected = {(row["run"] if row["decoder"].startswith("asym") else "", row["decoder"])
-                for row in report["rows"] if row["decoder"] in paper.decoders}
+                for row in report["rows"] if row["decoder"] in decoders}
     assert len(own) == len(expected)
-    assert len(lines) == 2 + len(own) + len(paper.paper)
+    assert len(lines) == 2 + len(own) + len(figures)
     assert "n/a" not in text
 
 

@@ -131,7 +131,7 @@ def test_a_finished_run_says_so_and_leaves_everything_alone(whole, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trained_again_makes_the_report_old(stage, tmp_path, monkeypatch):
     reported = []
-    monkeypatch.setattr(program, "evaluate_runs", lambda runs, *_, **more: reported.append(runs))
+    monkeypatch.setattr(program, "evaluate", lambda runs, *_, **more: reported.append(runs))
     for name in (*STAGES, "report"):
         file = tmp_path / name / "last.pt" if name in STAGES else tmp_path / "report.json"
         file.parent.mkdir(exist_ok=True)

@@ -116,7 +116,7 @@ def shrink():
     diffusion.HISTORY = 1                          # the draws are by importance from step 3 or so
     data.SIGNS_LENGTH["val"] = 100                 # whose codes refit counts
     program.curves = lambda *_: None               # two thirds of the time of so short a run
-    program.evaluate_runs = partial(program.evaluate_runs, n=4)
+    program.evaluate = partial(program.evaluate, n=4)
     return program
 
 
