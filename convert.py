@@ -52,9 +52,6 @@ class Loaded:
     notes:    list = field(default_factory=list)     # what was dropped, stood in for or cast
 
 
-# -- from files to models --------------------------------------------------------------------------
-
-
 def load(path, device="cpu", stages=STAGES):
     """Load the VQGAN or AsymVQGAN at `path`, with what the file says about it: a Loaded.
 
@@ -142,7 +139,7 @@ def run_of(source):
 def _is_public(path):
     """Whether others wrote `path`: a file that is not ours, a folder of diffusers."""
     if path.is_dir():
-        return diffusers_folder(path) is not None
+        return diffusers_folder(path)[0] is not None
     if not path.exists():
         return False
     try:                        # the pickles of all our files begin with these two keys
@@ -222,9 +219,6 @@ def _file_names(model):
             if not name.startswith("first_stage.decoder.")}
 
 
-# -- the prior -------------------------------------------------------------------------------------
-
-
 @dataclass
 class Prior:
     """VQ-DDM's prior, ready to be sampled from, and what its file says about it.
@@ -290,9 +284,6 @@ def chosen_steps(asked, T, most=STEPS):
     if asked is not None and not 1 <= asked <= T:
         raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
     return asked or min(most, T)
-
-
-# -- from models to files --------------------------------------------------------------------------
 
 
 def save_model(loaded, path):

@@ -36,10 +36,9 @@ class InceptionV3(nn.Module):
     weights: the folder of the published file (default: torch hub's cache; see `find_weights`), or
     a float32 state dict with its keys, which are torchvision's.
 
-    Frozen, always in eval mode, in float32 also under autocast; whether CUDA may round to TF32 is
-    the caller's matter. Without a graph it takes 11.4 GFLOP and 12 MiB an image, whatever the
-    images' size; on a CPU `.to(memory_format=torch.channels_last)` makes it 1.4 times as fast.
-    Raises UserError for a missing, unreadable or foreign file.
+    Frozen, always in eval mode, in float32 also under autocast. It takes 11.4 GFLOP and 12 MiB an
+    image; on a CPU `.to(memory_format=torch.channels_last)` makes it 1.4 times as fast. Raises
+    UserError for a missing, unreadable or foreign file.
     """
 
     def __init__(self, weights=None):

@@ -264,10 +264,7 @@ class VQGAN(nn.Module):
         return DiagonalGaussian(z_e) if self.config.latent == "kl" else z_e
 
     def encode(self, x, sample=False, generator=None):
-        """x (B,3,H,W) in [-1,1] -> z (B,d,h,w): z_q; or the Gaussian's mode, or a sample of it.
-
-        generator: see DiagonalGaussian.sample. Raises ValueError as `moments`.
-        """
+        """x (B,3,H,W) in [-1,1] -> z (B,d,h,w): z_q, the Gaussian's mode, or a sample of it."""
         latent = self.moments(x)
         if self.config.latent == "vq":
             return self.quantize(latent)[0]                                 # (B, d, h, w)

@@ -5,8 +5,8 @@
     a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> the same, config
     a published name --find_weights--> path, downloaded once --read_weights--> state dict
 
-A whole Stable Diffusion checkpoint is mostly U-Net. Its file is mapped into memory, and only what
-is kept is read. Keys are renamed in public_names.py.
+Files are mapped into memory, and only what is kept is read: a Stable Diffusion checkpoint is mostly
+U-Net. Keys are renamed in public_names.py.
 """
 
 import hashlib
@@ -149,7 +149,8 @@ def read_public(path):
     Raises UserError: nothing there, a file that cannot be read, no first stage in it, or two.
     """
     # Find the file, and diffusers' config.json beside it.
-    file, folder, notes = Path(path), diffusers_folder(Path(path)), []
+    file, notes = Path(path), []
+    folder, config = diffusers_folder(file)
     if folder:
         for ending in ("safetensors", "bin", "*.safetensors", "*.bin"):  # * of a variant: fp16
             files = sorted(folder.glob(f"diffusion_pytorch_model.{ending}"))
@@ -162,7 +163,9 @@ def read_public(path):
         file, = files
         if "*" in ending:
             notes.append(f"read a variant, {file.name}")
-    elif not file.is_file():
+    elif file.is_file():
+        _, config = diffusers_folder(file.parent, [""])
+    else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
 
@@ -200,25 +203,24 @@ def read_public(path):
         counts = ", ".join(f"{family} ({count})" for family, count in dropped.items())
         notes.append(f"keys that are no first stage's, left out: {counts}")
     notes += [f"{dtype} weights are read as float32" for dtype in sorted(dtypes)]
-    return Public(file, state, _config_in(file.parent), notes)
+    return Public(file, state, config, notes)
 
 
-def diffusers_folder(path):
-    """The folder of diffusers' autoencoder: `path`, or the one in a pipeline's folder; or None."""
-    folders = (path, *(path / name for name in ("vae", "movq", "vqvae")))
-    return next((folder for folder in folders if _config_in(folder)), None)
+def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
+    """(folder, contents of its config.json) of diffusers' autoencoder; (None, None) without one.
 
-
-def _config_in(folder):
-    """The contents of `folder`'s config.json where diffusers wrote it, else None."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError as error:
-        raise _unreadable(path, error) from None
-    return config if isinstance(config, dict) and "_class_name" in config else None
+    path: its own folder, or a pipeline's, which has it in one of `places`.
+    """
+    for folder in (path / place for place in places):
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        except ValueError as error:
+            raise _unreadable(folder / "config.json", error) from None
+        if isinstance(config, dict) and "_class_name" in config:
+            return folder, config
+    return None, None
 
 
 _TORCHVISION = "https://download.pytorch.org/models/"

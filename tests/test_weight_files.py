@@ -251,16 +251,15 @@ def test_containers_and_numbers_come_back_and_the_rest_as_stand_ins(tmp_path):
 
 def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_dict(
         tmp_path, monkeypatch):
-    names = {"pytorch_lightning.callbacks": "ModelCheckpoint", "omegaconf.dictconfig": "DictConfig",
-             "lightning_fabric.utilities.data": "AttributeDict"}
+    kinds = {}
     with monkeypatch.context() as patch:
-        kinds = {}
-        for module, name in names.items():
-            kind = type(name, (dict,) if name == "AttributeDict" else (), {"__module__": module})
+        for module, name, base in (("pytorch_lightning.callbacks", "ModelCheckpoint", object),
+                                   ("omegaconf.dictconfig", "DictConfig", object),
+                                   ("lightning_fabric.utilities.data", "AttributeDict", dict)):
+            kinds[name] = type(name, (base,), {"__module__": module})
             for part in (module.split(".")[0], module):
                 patch.setitem(sys.modules, part, types.ModuleType(part))
-            setattr(sys.modules[module], name, kind)
-            kinds[name] = kind
+            setattr(sys.modules[module], name, kinds[name])
         config = kinds["DictConfig"]()
         config.content = {"lr": 1e-4}
         torch.save({"callbacks": {kinds["ModelCheckpoint"]: {"best": torch.tensor(0.5)}},
@@ -269,9 +268,8 @@ def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_d
     contents = read_pickle(tmp_path / "a.ckpt")
     assert contents["state_dict"]["a"].tolist() == [1, 1]
     assert contents["callbacks"] == {StandIn: {"best": torch.tensor(0.5)}}
-    assert type(contents["hyper_parameters"]) is dict
-    assert contents["hyper_parameters"]["lr"] == 0.1
-    assert type(contents["hyper_parameters"]["config"]) is StandIn
+    config = contents["hyper_parameters"].pop("config")
+    assert (type(config), contents["hyper_parameters"]) == (StandIn, {"lr": 0.1})
 
 
 LIGHTNING = """
@@ -502,19 +500,19 @@ def test_a_file_has_the_config_beside_it_if_diffusers_wrote_that(tmp_path):
     (tmp_path / "config.json").write_text('{"lr": 0.1}')
     write_config(tmp_path / "vae")
     assert read_public(tmp_path / "model.bin").config is None
-    config = write_config(tmp_path)
-    assert read_public(tmp_path / "model.bin").config == config
+    assert write_config(tmp_path) == read_public(tmp_path / "model.bin").config
 
 
 def test_the_only_variant_in_a_folder_is_read_and_told(tmp_path):
     write_config(tmp_path)
-    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.fp16.bin")
-    assert read_public(tmp_path).notes == ["read a variant, diffusion_pytorch_model.fp16.bin"]
-    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.non_ema.bin")
+    name = "diffusion_pytorch_model"
+    torch.save(first_stage(), tmp_path / f"{name}.fp16.bin")
+    assert read_public(tmp_path).notes == [f"read a variant, {name}.fp16.bin"]
+    torch.save(first_stage(), tmp_path / f"{name}.non_ema.bin")
     with pytest.raises(UserError, match=r"needs one .*fp16\.bin, .*non_ema\.bin.*by name"):
         read_public(tmp_path)
-    torch.save(first_stage(), tmp_path / "diffusion_pytorch_model.bin")
-    assert read_public(tmp_path).path.name == "diffusion_pytorch_model.bin"
+    torch.save(first_stage(), tmp_path / f"{name}.bin")
+    assert read_public(tmp_path).path.name == f"{name}.bin"
 
 
 @pytest.mark.parametrize(("files", "reason"), [
@@ -541,16 +539,15 @@ def raw(path, header, numbers=b""):
 
 
 def test_what_is_written_is_read_as_it_was_and_stays_so(tmp_path):
-    weights = {"a.weight": torch.randn(3, 4).half(), "empty": torch.zeros(0, 5),
-               "scalar": torch.tensor(2.5), "view": torch.randn(4, 6).T[::2]}
-    write_safetensors(tmp_path / "x.safetensors", weights)
-    before, found = (tmp_path / "x.safetensors").read_bytes(), read_safetensors(
-        tmp_path / "x.safetensors")
+    weights, path = {"a.weight": torch.randn(3, 4).half(), "empty": torch.zeros(0, 5),
+                     "scalar": torch.tensor(2.5), "view": torch.randn(4, 6).T[::2]}, tmp_path / "x"
+    write_safetensors(path, weights)
+    before, found = path.read_bytes(), read_safetensors(path)
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], value.float()) for name, value in weights.items())
     found["view"].zero_()
-    assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -563,30 +560,25 @@ def test_every_type_is_read_also_where_its_numbers_lie_askew(tmp_path, name):
     assert torch.equal(found, value)
 
 
+def entry(dtype, shape, *offsets):
+    return {"x": {"dtype": dtype, "shape": [shape], "data_offsets": offsets}}
+
+
 @pytest.mark.parametrize("header", [
-    b"no json", b"", {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9999]}},
-    {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-    {"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
-    {"x": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, {"x": 3}, [1, 2]])
-def test_a_header_that_lies_is_one_line_that_names_the_file(tmp_path, header):
-    path = raw(tmp_path / "x.safetensors", header, bytes(8))
+    b"no json", b"", {"x": 3}, [1, 2], entry("F32", 2, 0, 9999), entry("F32", 3, 0, 8),
+    entry("F32", 2, -8, 0), entry("C64", 1, 0, 8), "cut", "page", "empty", "gone"], ids=str)
+def test_a_header_that_lies_or_a_file_that_is_none_is_one_line_that_names_it(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    if not isinstance(header, str):
+        raw(path, header, bytes(8))
+    elif header != "gone":
+        write_safetensors(path, {"x": torch.ones(400)})
+        path.write_bytes({"cut": path.read_bytes()[:-1], "empty": b"",
+                          "page": b"<!DOCTYPE html><html></html>"}[header])
     with pytest.raises(UserError, match="truncated or no checkpoint") as caught:
         read_safetensors(path)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("what", ["cut", "page", "empty", "gone"])
-def test_a_file_cut_short_a_web_page_and_a_missing_one_are_named(tmp_path, what):
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"x": torch.ones(400)})
-    if what == "gone":
-        path.unlink()
-    else:
-        path.write_bytes({"cut": path.read_bytes()[:-1], "page": b"<!DOCTYPE html><html></html>",
-                          "empty": b""}[what])
-    with pytest.raises(UserError, match=r"x\.safetensors: truncated or no checkpoint"):
-        read_safetensors(path)
 
 
 def test_the_package_reads_and_writes_the_same(tmp_path):
@@ -619,7 +611,7 @@ def test_a_missing_file_offline_names_file_address_and_folder(name, tmp_path, of
     line = str(caught.value)
     assert line.startswith(f"{name} is not in {tmp_path / 'weights'}")
     assert f"get {PUBLISHED_FILES[name][0]}{name}" in line
-    assert "\n" not in line
+    assert line.isprintable()
 
 
 @pytest.fixture
