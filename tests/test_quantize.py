@@ -5,12 +5,7 @@ import torch
 from torch import nn
 
 import quantize
-from quantize import (
-    DiagonalGaussian,
-    VectorQuantizer,
-    code_statistics,
-    nearest_code,
-)
+from quantize import DiagonalGaussian, VectorQuantizer, code_statistics, nearest_code
 
 # ---------------------------------------------------------------- the nearest code
 
@@ -22,11 +17,8 @@ def definition(z, codes):
     for row in z.double():
         distance = (codes.double() - row).square().sum(1)
         indices.append(int((distance == distance.min()).nonzero()[0]))
-        if len(codes) > 1:
-            best, second = distance.topk(2, largest=False).values
-            decided.append(bool(second - best > 1e-12 * second))
-        else:
-            decided.append(True)
+        best, second = distance.topk(2, largest=False).values
+        decided.append(bool(second - best > 1e-12 * second))
     return torch.tensor(indices), torch.tensor(decided)
 
 
@@ -88,38 +80,24 @@ def test_the_usual_expression_would_be_wrong_on_the_hard_data():
     assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
 
 
-def test_of_equal_codes_the_lowest_index_is_taken():
-    base = torch.randn(50, 16)
-    order = torch.randperm(150)
-    codes = base.repeat(3, 1)[order]
-    expected, _ = definition(base, codes)
-    assert torch.equal(nearest_code(base, codes), expected)
-    assert (nearest_code(torch.randn(9, 16), torch.ones(40, 16)) == 0).all()
-
-
-def test_of_two_codes_at_the_same_distance_the_lowest_index_is_taken():
-    """Whole numbers whose mean is 0, so that every score is exact in any order of summation."""
+def test_of_codes_at_the_same_distance_the_lowest_index_is_taken():
+    """Whole numbers around 0, so that every score is exact in any order of summation."""
     codes = torch.randint(-2, 3, (200, 5)).float()
     codes = torch.cat([codes, -codes])[torch.randperm(400)]
     z = torch.randint(-2, 3, (300, 5)).float()
     expected, decided = definition(z, codes)
     assert not decided.all(), "no tie in the case"
     assert torch.equal(nearest_code(z, codes), expected)
+    base = torch.randn(50, 16)
+    copies = base.repeat(3, 1)[torch.randperm(150)]
+    assert torch.equal(nearest_code(base, copies), definition(base, copies)[0])
+    assert (nearest_code(torch.randn(9, 16), torch.ones(40, 16)) == 0).all()
 
 
 def test_one_code_and_no_vectors_are_no_special_case():
     assert nearest_code(torch.randn(5, 3), torch.randn(1, 3)).tolist() == [0] * 5
     none = nearest_code(torch.randn(0, 3), torch.randn(7, 3))
-    assert none.shape == (0,)
-    assert none.dtype == torch.int64
-
-
-def test_the_chunk_size_changes_nothing(monkeypatch):
-    z, codes = initial(200, 300, 8)
-    whole = nearest_code(z, codes)
-    for rows in (1, 7, 199):
-        monkeypatch.setattr(quantize, "MAX_SCORES", 300 * rows)
-        assert torch.equal(nearest_code(z, codes), whole)
+    assert (none.shape, none.dtype) == ((0,), torch.int64)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float64, torch.float32),
@@ -134,19 +112,23 @@ def test_any_float_type_is_compared_at_its_own_values(dtypes):
     assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
 
 
-class Spy:
-    """torch.addmm that notes the state of the machine it is called under."""
+@pytest.fixture
+def scores(monkeypatch):
+    """The scores that nearest_code forms, each with the state of the machine at that moment."""
+    made, addmm = [], torch.addmm
 
-    def __init__(self, monkeypatch):
-        self.notes, self.addmm = [], torch.addmm
-        monkeypatch.setattr(torch, "addmm", self)
+    def spy(*args, **kwargs):
+        made.append((addmm(*args, **kwargs), torch.is_grad_enabled(),
+                     torch.is_autocast_enabled("cpu"), *precisions()))
+        return made[-1][0]
 
-    def __call__(self, *args, **kwargs):
-        scores = self.addmm(*args, **kwargs)
-        self.notes.append((scores.dtype, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
-                           torch.backends.cuda.matmul.fp32_precision,
-                           torch.backends.mkldnn.matmul.fp32_precision))
-        return scores
+    monkeypatch.setattr(torch, "addmm", spy)
+    return made
+
+
+def precisions():
+    return [backend.fp32_precision for backend in (torch.backends.cuda.matmul,
+                                                   torch.backends.mkldnn.matmul)]
 
 
 @pytest.fixture
@@ -161,7 +143,7 @@ def _keep_precision():
 
 @pytest.mark.usefixtures("_keep_precision")
 @pytest.mark.parametrize("setting", ["medium", "high", "newer"])
-def test_scores_are_plain_float32_without_a_graph_whatever_the_surroundings(monkeypatch, setting):
+def test_scores_are_plain_float32_without_a_graph_whatever_the_surroundings(scores, setting):
     z, codes = initial(64, 256, 32)
     expected, _ = definition(z, codes)
     if setting == "newer":                       # the setting that torch 2.9 added
@@ -169,55 +151,31 @@ def test_scores_are_plain_float32_without_a_graph_whatever_the_surroundings(monk
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     else:
         torch.set_float32_matmul_precision(setting)
-    before = (torch.backends.cuda.matmul.fp32_precision,
-              torch.backends.mkldnn.matmul.fp32_precision)
-    spy = Spy(monkeypatch)
+    before = precisions()
     with torch.autocast("cpu", torch.bfloat16):
         indices = nearest_code(z.requires_grad_(), codes.requires_grad_())
         assert torch.is_autocast_enabled("cpu")
-    assert set(spy.notes) == {(torch.float32, False, False, "ieee", "ieee")}
-    assert before == (torch.backends.cuda.matmul.fp32_precision,
-                      torch.backends.mkldnn.matmul.fp32_precision)
     assert torch.equal(indices, expected)
-
-
-def test_precision_is_restored_after_an_error():
-    before = torch.backends.cuda.matmul.fp32_precision
-    with pytest.raises(RuntimeError):
+    assert {(score.dtype, *state) for score, *state in scores} == {
+        (torch.float32, False, False, "ieee", "ieee")}
+    with pytest.raises(RuntimeError):            # after an error, too, the setting is as before
         nearest_code(torch.randn(4, 3), torch.randn(4, 5))
-    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert before == precisions()
 
 
-def test_a_large_codebooks_scores_are_never_held_at_once(monkeypatch):
-    held, addmm = [], torch.addmm
-
-    def spy(*args, **kwargs):
-        held.append(addmm(*args, **kwargs))
-        return held[-1]
-
-    monkeypatch.setattr(torch, "addmm", spy)
+def test_a_large_codebooks_scores_are_never_held_at_once_and_chunks_change_nothing(scores,
+                                                                                  monkeypatch):
     nearest_code(*initial(300, 16384, 4))
-    assert max(scores.numel() for scores in held) <= quantize.MAX_SCORES == 2**21
-    assert sum(len(scores) for scores in held) == 300
+    assert max(score.numel() for score, *_ in scores) <= quantize.MAX_SCORES == 2**21
+    assert sum(len(score) for score, *_ in scores) == 300
+    z, codes = initial(200, 300, 8)
+    whole = nearest_code(z, codes)
+    for rows in (1, 7, 199):
+        monkeypatch.setattr(quantize, "MAX_SCORES", 300 * rows)
+        assert torch.equal(nearest_code(z, codes), whole)
 
 
 # ---------------------------------------------------------------- the quantiser
-
-
-def terms_by_hand(quantizer, z_e, indices):
-    """The mean squared difference and its gradient by z_e and by the codebook, in loops."""
-    codes = quantizer.embedding.weight.detach()
-    value, by_z, by_codes = 0.0, torch.zeros_like(z_e), torch.zeros_like(codes)
-    B, _, h, w = z_e.shape
-    for b in range(B):
-        for i in range(h):
-            for j in range(w):
-                k = indices[b, i, j]
-                difference = z_e[b, :, i, j].detach() - codes[k]
-                value += float(difference.square().sum()) / z_e.numel()
-                by_z[b, :, i, j] = 2 * difference / z_e.numel()
-                by_codes[k] -= 2 * difference / z_e.numel()
-    return value, by_z, by_codes
 
 
 @pytest.mark.parametrize("beta", [0.25, 0.6])
@@ -228,8 +186,12 @@ def test_beta_weighs_the_encoders_gradient_and_in_legacy_order_the_codebooks(bet
     z_e = torch.randn(2, 5, 3, 4, requires_grad=True)
     _, indices, loss = quantizer(z_e)
     loss.backward()
-    value, by_z, by_codes = terms_by_hand(quantizer, z_e, indices)
-    assert loss.item() == pytest.approx((1 + beta) * value, rel=1e-5)
+    flat = z_e.detach().permute(0, 2, 3, 1).reshape(-1, 5)                  # (B·h·w, d)
+    difference = flat - quantizer.embedding.weight.detach()[indices.flatten()]
+    by_z = (2 / z_e.numel() * difference).view(2, 3, 4, 5).permute(0, 3, 1, 2)
+    by_codes = torch.stack([-2 / z_e.numel() * difference[indices.flatten() == k].sum(0)
+                            for k in range(12)])
+    assert loss.item() == pytest.approx((1 + beta) * difference.square().mean().item(), rel=1e-5)
     on_encoder, on_codebook = (1, beta) if legacy else (beta, 1)
     torch.testing.assert_close(z_e.grad, on_encoder * by_z, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(quantizer.embedding.weight.grad, on_codebook * by_codes,
@@ -277,16 +239,11 @@ def test_the_quantiser_is_float32_under_autocast():
         assert a.dtype == b.dtype
 
 
-def test_codes_start_uniform_within_one_over_k():
-    weight = VectorQuantizer(500, 40).embedding.weight
-    assert weight.abs().max() <= 1 / 500
-    assert weight.std().item() == pytest.approx(1 / 500 / 3 ** 0.5, rel=0.02)
-
-
-def test_codes_start_in_another_range_if_told():
-    weight = VectorQuantizer(500, 40, code_range=0.3).embedding.weight
-    assert weight.abs().max() <= 0.3
-    assert weight.std().item() == pytest.approx(0.3 / 3 ** 0.5, rel=0.02)
+@pytest.mark.parametrize(("code_range", "most"), [(None, 1 / 500), (0.3, 0.3)])
+def test_codes_start_uniform_within_one_over_k_or_the_range_asked_for(code_range, most):
+    weight = VectorQuantizer(500, 40, code_range=code_range).embedding.weight
+    assert weight.abs().max() <= most
+    assert weight.std().item() == pytest.approx(most / 3 ** 0.5, rel=0.02)
 
 
 def test_usage_and_perplexity_of_a_known_assignment():
@@ -323,16 +280,11 @@ def test_logvar_is_clamped_to_minus_30_and_20_and_has_no_gradient_beyond():
     assert (moments.grad[0, 1, 0, [0, 3]] == 0).all()
 
 
-def test_the_mean_comes_first_and_mode_is_the_mean():
-    moments = torch.cat([torch.full((1, 3, 2, 2), 5.0), torch.full((1, 3, 2, 2), -1.0)], 1)
-    gaussian = DiagonalGaussian(moments)
-    assert (gaussian.mode() == 5).all()
-    assert (gaussian.logvar == -1).all()
-
-
 def test_a_sample_is_mean_plus_std_times_noise_and_has_that_gradient():
     moments = torch.randn(2, 6, 3, 3, requires_grad=True)
     gaussian = DiagonalGaussian(moments)
+    assert torch.equal(gaussian.mode(), moments[:, :3])
+    assert torch.equal(gaussian.logvar, moments[:, 3:])
     sample = gaussian.sample(torch.Generator().manual_seed(1))
     noise = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1))
     std = (gaussian.logvar / 2).exp()
@@ -352,12 +304,8 @@ def test_one_generator_for_each_image_makes_its_noise_independent_of_the_batch()
     whole = sample([0, 1, 2, 3])
     assert torch.equal(sample([2, 0]), whole[[2, 0]])
     assert torch.equal(sample([3]), whole[3:])
-
-
-def test_a_wrong_number_of_generators_is_an_error():
-    gaussian = DiagonalGaussian(torch.randn(4, 6, 3, 5))
     with pytest.raises(ValueError, match="1 generators for 4 images"):
-        gaussian.sample([torch.Generator()])
+        DiagonalGaussian(moments).sample([torch.Generator()])
 
 
 def test_the_gaussian_is_float32_even_of_bf16_moments():
