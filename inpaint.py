@@ -252,7 +252,7 @@ def main():
     add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
     add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
     add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
-    add("--decoder", choices=CAPTIONS, default="asym", help="vanilla: the first stage's own")
+    add("--decoder", choices=CAPTIONS, default="asym", help="who draws the pixels (default: asym)")
     add("--composite", action="store_true", help="put the photo's known pixels over the decoder's")
     add("--compare", action="store_true", help="write FILE-compare.png: all decoders side by side")
     add("--invert-mask", action="store_true", help="the mask is black where to be generated")
