@@ -145,12 +145,6 @@ def gather_objects(value):
     return values
 
 
-def barrier():
-    """Wait until every process has come here."""
-    if world_size() > 1:
-        gather_objects(None)
-
-
 def wait_for(device):
     """Wait until the device has done all that was asked of it; a CPU always has."""
     if device.type != "cpu":

@@ -49,8 +49,13 @@ class Run:
 
     @property
     def channels_last(self):
-        """Whether networks lie in memory channel by channel: everywhere but on MPS."""
+        """Tell whether a pixel's channels lie side by side in memory: everywhere but on MPS."""
         return self.device.type != "mps"
+
+    def autocast(self):
+        """Run the networks in the precision that was asked for."""
+        bf16 = self.settings["precision"] == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
 # ---------------------------------------------------------------- the folder

@@ -42,8 +42,8 @@ class Autoencoder:
     """Hold an image network and its discriminator, and train both with one step. [AVQ App. A]
 
     run: a run_folder.Run. groups: the trained parameters, as recipes.adam takes them. parent: the
-    hash of the frozen weights below. config: what the checkpoint adds to the run's settings. facts:
-    what it adds to its `extra`.
+    hash of the frozen weights below. config, facts: what the checkpoint adds to the run's settings
+    and to its `extra`.
     """
 
     masks = False                  # whether training draws masks; without, every mask is full
@@ -79,10 +79,6 @@ class Autoencoder:
         return TrainingItems(run.train_set, run.settings["seed"], STAGE_IDS[self.name], self.masks,
                              r.p_full, r.mask_kind)
 
-    def autocast(self):
-        bf16 = self.run.settings["precision"] == "bf16"
-        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bf16)
-
     def networks(self):
         """List what DDP may wrap."""
         return [self.ddp_model, self.ddp_discriminator]
@@ -115,7 +111,7 @@ class Autoencoder:
         """
         r = self.recipe
         # The reconstruction, and what the latent costs.
-        with self.autocast():
+        with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
         pixel = rec = pixel_loss(x_hat, batch.x)
         terms = {"pixel": pixel}
@@ -169,14 +165,11 @@ class Autoencoder:
 
     @torch.no_grad()
     def validate(self, batches):
-        """Measure {"val_pixel", "val_perceptual"}: means over held-out images.
-
-        KL latents are modes.
-        """
+        """Measure {"val_...": mean over held-out images}; KL latents are modes."""
         self.model.eval()
         sums, count = {}, 0
         for batch in batches:
-            with self.autocast():
+            with self.run.autocast():
                 values, plain = self.measures(batch)
             if self.perceptual is not None:
                 values["val_perceptual"] = self.perceptual(plain, batch.x).mean()
@@ -196,14 +189,14 @@ class Autoencoder:
         """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
         batch = batches[0]
         self.model.eval()
-        with self.autocast():
+        with self.run.autocast():
             columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
         self.model.train()
         return columns
 
     def columns(self, batch):
-        return {"original": batch.x,
-                "reconstruction": self.model.decode(self.model.encode(batch.x))}
+        x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
+        return {"original": batch.x, "reconstruction": x_hat}
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -265,9 +258,9 @@ class Refit(Autoencoder):
                      else run_folder.load(source))
         except UserError:                        # a public checkpoint
             state = None
-        kept = state["extra"].get("discriminator") if state else None
+        kept = (state["extra"].get("discriminator") if state else None) or {}
         new = self.discriminator.state_dict()
-        if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in new.items()}:
+        if {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in new.items()}:
             self.discriminator.load_state_dict(kept)
         else:
             print0(f"refit: {source} has no discriminator of this size; it starts at random")

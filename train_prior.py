@@ -24,7 +24,7 @@ import run_folder
 from convert import denoiser
 from data import Order, pixels, views
 from diffusion import Timesteps, held_out_bound, histogram_nats
-from distributed import barrier, gather_objects, on_rank0, print0, rank, world_size, wrap
+from distributed import gather_objects, on_rank0, print0, rank, world_size, wrap
 from recipes import adam
 from seeding import STAGE_IDS, image_generators
 from train_autoencoder import trained_first_stage
@@ -65,12 +65,11 @@ class PriorStage:
             self.first_stage.to(memory_format=torch.channels_last)
         self.ddp_model = wrap(self.model, run.device)
         self.optimizers = {"generator": adam([(self.model.parameters(), 1.0)], recipe, run.device)}
-        self.timesteps, self.ema = Timesteps(self.diffusion.T), EMA(self.model,
-                                                                    run.settings["prior"]["ema"])
+        self.timesteps = Timesteps(self.diffusion.T)
+        self.ema = EMA(self.model, run.settings["prior"]["ema"])
 
     def items(self, steps):
-        """Encode the training images, no more than `steps` will see; give their maps by position.
-        """
+        """Encode as many training images as `steps` will see; give their maps by position."""
         n = min(len(self.run.train_set), steps * self.recipe.batch_size,
                 self.recipe.max_maps or math.inf)
         print0(f"\nprior: learns the codes of {n:,} images, kept in {self.run.out / 'codes'}")
@@ -85,10 +84,6 @@ class PriorStage:
         """Encode uint8 (b,3,H,W) in float32, as sampling and inpainting do: codes (b,h,w)."""
         return self.first_stage.indices(pixels(image, self.run.device, self.run.channels_last))
 
-    def autocast(self):
-        bf16 = self.run.settings["precision"] == "bf16"
-        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bf16)
-
     def networks(self):
         return [self.ddp_model]
 
@@ -99,11 +94,6 @@ class PriorStage:
         return CodeBatch(items["position"],
                          items["indices"].to(self.run.device, non_blocking=True))
 
-    def denoise(self, z_t, t):
-        """Give the logits (B,K,h,w) of maps z_t at times t, in training."""
-        with self.autocast():
-            return self.ddp_model(z_t, t)
-
     def step(self, batch, gan_on, scale=1.0):
         """Add one micro-batch's gradients to .grad: one draw of the bound. [DDM Eq. 7]
 
@@ -112,7 +102,8 @@ class PriorStage:
         """
         generators = image_generators(self.run.settings["seed"], "prior", batch.index)
         t, p = self.timesteps.draw(generators)                              # (B), (B)
-        loss, terms = self.diffusion.loss(self.denoise, batch.indices, t, p, generators)
+        with self.run.autocast():        # of the network; the diffusion computes in float32
+            loss, terms = self.diffusion.loss(self.ddp_model, batch.indices, t, p, generators)
         (loss * scale).backward()
         self.timesteps.observe(t, terms)
         return {"vlb": loss.detach() * batch.indices[0].numel()}
@@ -202,11 +193,10 @@ def start_from_codes(unet, codebook):
     """Initialise embedding and last layer from the codebook (K,d): alike codes start alike.
 
     deviation D48
-    The codes' coordinates are taken along as many of the codebook's principal axes as there are
-    columns, with variance 1 over all. The embedding is 0.1 times its random start plus the
-    coordinates. The last layer, which was zero, is 0.1 times the coordinates, so that x̂0 is still
-    nearly uniform. Without this all codes are equally far from each other, and what is learnt of
-    one says nothing of its neighbours.
+    Coordinates are taken along as many of the codebook's principal axes as there are columns, with
+    variance 1 over all. The embedding is 0.1 times its random start plus the coordinates, the last
+    layer 0.1 times the coordinates, so that x̂0 is still nearly uniform. Without this, what is
+    learnt of one code says nothing of its neighbours.
     """
     centred = codebook - codebook.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh                # (n, d)
@@ -227,10 +217,8 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
 
     deviation D47
     encode: image uint8 (b,3,H,W) -> indices (b,h,w), by the first stage of `config` whose hash is
-    `parent`. folder: where the memory-mapped file is kept. It is made once for a first stage, a
-    data set and n, as a whole or not at all.
-    Every process must call this: they share the images, in whole batches, so that their number
-    changes no bit.
+    `parent`. folder: where the memory-mapped file is kept, as a whole or not at all. Every process
+    must call this: they share the images in whole batches, so their number changes no bit.
     """
     key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
     path = Path(folder) / f"{dataset.split}-{key}.npy"
@@ -258,7 +246,7 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     if maps is not None:
         maps.flush()
         os.replace(part, path)
-    barrier()                                    # rank 0 has renamed the file
+    gather_objects(None)                         # wait until rank 0 has renamed the file
     return np.load(path, mmap_mode="r")
 
 
@@ -279,10 +267,9 @@ class CodeItems:
 class EMA:
     """Average a model's weights: average <- d·average + (1 - d)·weights.  deviation D40
 
-    d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up: without it a run
-    of a thousand steps would, at a decay of 0.9999, still consist of nine tenths of its start. The
-    average is float32, because bf16 would round most updates away. The model has no persistent
-    buffers.
+    d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up: without it, at a
+    decay of 0.9999, nine tenths of a run of a thousand steps would still be its start. The average
+    is float32, because bf16 would round most updates away.
     """
 
     def __init__(self, model, decay):
