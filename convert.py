@@ -10,8 +10,7 @@
     python convert.py CHECKPOINT --to-diffusers DIR    makes a folder that from_pretrained opens
 
 A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
-`--vqgan` named, and must still be the very weights that the decoder was trained on. Loading is
-strict: no weight is missing, none is left over.
+`--vqgan` named, and must still be the very weights that the decoder was trained on.
 """
 
 import argparse
@@ -41,7 +40,6 @@ STEPS = 100                             # that a map is drawn in, where nobody s
 @dataclass
 class Loaded:
     """A model, ready to be used, and what its file says about it."""
-
     model:    nn.Module      # VQGAN or AsymVQGAN; eval mode, no gradients
     stage:    str            # "vqgan", "refit" or "decoder"
     config:   dict           # a run's resolved settings; of public ones "first_stage", "decoder"
@@ -56,9 +54,8 @@ def load(path, device="cpu", stages=STAGES):
     """Load the VQGAN or AsymVQGAN at `path`, with what the file says about it: a Loaded.
 
     path: a run folder (of the first of `stages` that it has; a refit must be finished), one of our
-    files, or a public checkpoint: a file, or a folder of diffusers. A public asymmetric one has a
-    first stage without a decoder of its own. Raises UserError: nothing of `stages` there, nothing
-    that can be built here, or a decoder whose first stage is missing or has changed.
+    files, a public file, or a folder of diffusers. A public asymmetric one has a first stage
+    without a decoder of its own. Loading is strict. Raises UserError.
     """
     path = Path(path)
     if _is_public(path):
@@ -77,7 +74,7 @@ def load(path, device="cpu", stages=STAGES):
 
 
 def load_model(path, device="cpu"):
-    """Load the VQGAN or AsymVQGAN at `path`, in eval mode, without gradients; as `load`."""
+    """Load the VQGAN or AsymVQGAN at `path`, as `load` does."""
     return load(path, device).model
 
 
@@ -110,14 +107,14 @@ def _check_stage(path, stage, stages):
 
 
 def _tuples(fields):
-    """Settings that JSON or a checkpoint keeps as lists."""
+    """Turn the lists that a checkpoint keeps into tuples."""
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
 def first_stage_of(state, source):
-    """Load the first stage that a decoder or prior, `state`, was trained on: a Loaded.
+    """Load the first stage that the decoder or prior `state`, of file or run `source`, stands on.
 
-    source: its file or run folder. Raises UserError where the first stage is missing or changed.
+    Raises UserError where it is missing or has changed.
     """
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
@@ -132,16 +129,14 @@ def first_stage_of(state, source):
 
 
 def run_of(source):
-    """The run folder of a stage file, RUN/decoder/last.pt -> RUN, or of itself."""
+    """Find the run folder of a stage file, RUN/decoder/last.pt -> RUN, or of itself."""
     return source if source.is_dir() else source.parent.parent
 
 
 def _is_public(path):
-    """Whether others wrote `path`: a file that is not ours, a folder of diffusers."""
-    if path.is_dir():
+    """Say whether others wrote `path`: a file that is not ours, a folder of diffusers."""
+    if not path.is_file():
         return diffusers_folder(path)[0] is not None
-    if not path.exists():
-        return False
     try:                        # the pickles of all our files begin with these two keys
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -154,7 +149,7 @@ def _is_public(path):
 
 def _public(path):
     public = read_public(path)
-    stated = public.config or {}
+    stated = public.config or {}                    # diffusers' own settings
     try:
         weights, notes = public_names.tidy(public_names.taming_names(public.state))
         groups = stated.get("norm_num_groups") or 32
@@ -173,7 +168,7 @@ def _public(path):
 
 
 def _loaded(model, state, notes=()):
-    """The Loaded of a model and its stage file's `state`."""
+    """Make the Loaded of a model and its stage file's `state`."""
     model.eval().requires_grad_(False)
     weights = model.first_stage.state_dict()
     encodes = {name: value for name, value in weights.items()
@@ -184,17 +179,16 @@ def _loaded(model, state, notes=()):
 
 
 def _network(source, weights, config, size, first_stage=None):
-    """A VQGAN, or with an asymmetric decoder's size an AsymVQGAN; no random number is drawn.
+    """Build a VQGAN, or with a decoder's `size` an AsymVQGAN; no random number is drawn.
 
-    weights: all of them, with the names of _file_names; with a VQGAN as `first_stage` only the
-    decoder's, which stands on it.
+    weights: by the names of _file_names; where a VQGAN is given, only the decoder's.
     """
     if size:
         weights = {name if name.startswith("decoder.") else f"first_stage.{name}": value
                    for name, value in weights.items()}
     if first_stage:
-        inner = first_stage.state_dict()
-        weights |= {f"first_stage.{name}": value for name, value in inner.items()}
+        weights |= {f"first_stage.{name}": value
+                    for name, value in first_stage.state_dict().items()}
     try:
         with torch.device("meta"):
             model = VQGAN(config, own_decoder=size is None or first_stage is not None)
@@ -214,18 +208,14 @@ def _misfit(source, error):
 
 
 def _file_names(model):
-    """The model's weights with the authors' names; of two decoders the asymmetric one."""
+    """List the model's weights by the authors' names; of two decoders the asymmetric one."""
     return {name.removeprefix("first_stage."): value for name, value in model.state_dict().items()
             if not name.startswith("first_stage.decoder.")}
 
 
 @dataclass
 class Prior:
-    """VQ-DDM's prior, ready to be sampled from, and what its file says about it.
-
-    `diffusion.sample(unet, (B, *grid), ...)` gives codes for `first_stage.decode_indices`.
-    """
-
+    """VQ-DDM's prior, ready to be sampled from, and what its file says about it."""
     unet:        UNet                   # the averaged weights; eval mode, no gradients
     diffusion:   MultinomialDiffusion
     first_stage: VQGAN                  # likewise, on the same device
@@ -234,17 +224,15 @@ class Prior:
     step:        int
     finished:    bool                   # whether its training came to its end
     parent:      str                    # weights_hash of the first stage
-    facts:       dict                   # "score": bound on held-out maps in nats a map, "maps": how
-                                        # many pictures it has learnt, "K", "grid", ...
+    facts:       dict                   # "score": held-out bound in nats a map, "maps", "K", "grid"
 
     @property
     def device(self):
-        """Where the network and the first stage are."""
         return self.first_stage.quantize.embedding.weight.device
 
 
 def denoiser(settings, K):
-    """Build a run's settings["prior"] for K codes: a UNet, at random, and its MultinomialDiffusion.
+    """Build settings["prior"] for K codes: a UNet, untrained, and its MultinomialDiffusion.
 
     Raises UserError for a process that is not the papers'.
     """
@@ -254,21 +242,17 @@ def denoiser(settings, K):
                             f"longer here; train one with {ours!r}, as train.py does")
     net = _tuples(settings["net"])
     if net.pop("layout", "multinomial") == "ddpm" or net.pop("attention", "linear") == "full":
-        raise UserError("this prior's network has DDPM's layout, which is no longer here: both "
-                        "presets have the paper's; train it anew")
+        raise UserError("this prior's network has DDPM's layout, which is no longer here: train "
+                        "one of the presets")
     T = settings["T"]
     return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
 
 
 def load_prior(path, device="cpu"):
-    """Load the Prior at `path`, a run folder or a prior's file, with its first stage.
-
-    Raises UserError: no prior there, or one whose first stage is missing or has changed.
-    """
+    """Load the Prior at `path`, a run folder or a prior's file, with its first stage: as `load`."""
     path = Path(path)
     state = _read(path, ("prior",))
-    config, extra = state["config"], state["extra"]
-    first_stage = first_stage_of(state, path)
+    config, extra, first_stage = state["config"], state["extra"], first_stage_of(state, path)
     try:
         unet, diffusion = denoiser(config["prior"], extra["K"])
         unet.load_state_dict(state["ema"]["weights"])
@@ -280,17 +264,16 @@ def load_prior(path, device="cpu"):
 
 
 def chosen_steps(asked, T, most=STEPS):
-    """The number of steps where `asked` of T are wanted; None for `most`, or T if that is less."""
+    """Check that `asked` steps of T can be taken; None is `most`, or T if that is less."""
     if asked is not None and not 1 <= asked <= T:
         raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
     return asked or min(most, T)
 
 
 def save_model(loaded, path):
-    """Write all of a Loaded's model into one file of ours, which `load` reads.
+    """Write all of a Loaded's model, of two decoders the asymmetric one, into a file for `load`.
 
-    Of two decoders, which have the same names, the first stage's is left out. Raises UserError
-    where `path` exists already, and where the disk refuses.
+    Raises UserError where `path` exists already, and where the disk refuses.
     """
     _check_new(path)
     state = {"format": run_folder.FORMAT, "stage": loaded.stage,
@@ -311,7 +294,6 @@ def _check_new(path):
 def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
     """Write a VQGAN or AsymVQGAN into `folder` for diffusers' from_pretrained; the paths made.
 
-    An AsymVQGAN becomes an AsymmetricAutoencoderKL, a VQGAN an AutoencoderKL or a VQModel.
     scaling_factor: what the diffusion model multiplies latents by; sample_size: px. Raises
     UserError: a model that diffusers cannot build, a folder that is not empty, a full disk.
     """
@@ -333,14 +315,10 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
     return made
 
 
-# -- the program -----------------------------------------------------------------------------------
-
-
 def main():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="What a checkpoint is; and, if asked for, the same as a file of ours or as a "
-                    "folder for diffusers.")
+        allow_abbrev=False, description="What a checkpoint is; if asked for, the same as a file of "
+                                        "ours or as a folder for diffusers.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="a run folder, a file of ours, or a public checkpoint: a .ckpt, .pt, "
                              ".bin or .safetensors file, or a folder of diffusers")
@@ -349,7 +327,6 @@ def main():
     parser.add_argument("--to-diffusers", metavar="DIR",
                         help="write a folder that diffusers' from_pretrained opens")
     args = parser.parse_args()
-
     # Say what it is.
     loaded, made = load(args.checkpoint), []
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
@@ -369,7 +346,6 @@ def main():
     print0(f"  latents      {loaded.latents[:16]}, equal wherever they are the same")
     for note in loaded.notes:
         print0(f"  note         {note}")
-
     # Write what is asked for, or nothing.
     if args.output:
         _check_new(args.output)

@@ -6,13 +6,9 @@
     logits (N,1008) ──inception_score──► mean, std over splits
 
 Scores are comparable only between programs that run this very network, Inception v3 as TensorFlow
-published it in 2015, so it is rebuilt here layer by layer, and reads pytorch-fid's conversion of
-its weights. It is not torchvision's network of that name: 1,008 classes instead of
-1,000, no auxiliary classifier, average pools that leave out the padding, and a maximum in place of
-the average in the very last block.
-
-How many images there are belongs to every such number: the distance falls as n grows, which is
-bias, not quality, and below D = 2048 images it is large.
+published it in 2015, so it reads pytorch-fid's conversion of those weights. torchvision's network
+of that name has other classes, pools and another last block. The distance falls as n grows, which
+is bias, not quality, and below D = 2048 images it is large.
 """
 
 from functools import partial
@@ -24,8 +20,6 @@ from torch import nn
 
 from weight_files import read_weights
 
-# -- the network -----------------------------------------------------------------------------------
-
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIZE = 299                                                 # pixels a side that the network sees
 
@@ -34,11 +28,8 @@ class InceptionV3(nn.Module):
     """images (B,3,H,W) in [-1,1] -> features (B,2048) and logits (B,1008), both float32.
 
     weights: the folder of the published file (default: torch hub's cache; see `find_weights`), or
-    a float32 state dict with its keys, which are torchvision's.
-
-    Frozen, always in eval mode, in float32 also under autocast. It takes 11.4 GFLOP and 12 MiB an
-    image; on a CPU `.to(memory_format=torch.channels_last)` makes it 1.4 times as fast. Raises
-    UserError for a missing, unreadable or foreign file.
+    a float32 state dict with its keys. Frozen, always in eval mode, in float32 also under autocast.
+    Raises UserError for a missing, unreadable or foreign file.
     """
 
     def __init__(self, weights=None):
@@ -70,15 +61,14 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def train(self, mode=True):
-        """Stays in eval mode: a parent's `.train()` must not reach a frozen measure."""
+        """Stay in eval mode: a parent's `.train()` must not reach a frozen measure."""
         return super().train(False)
 
     def forward(self, images):
-        """Images are taken as they are: clamped, and rounded to 8 bits where that is wanted.
+        """Images are taken as they are, neither clamped nor rounded to 8 bits.
 
-        The resize is bilinear without antialiasing, as pytorch-fid's. The logits lack `fc.bias`:
-        inception scores are computed from these in the original program, torch-fidelity and
-        torchmetrics; `logits + fc.bias` are the network's own.
+        The resize is bilinear without antialiasing, as pytorch-fid's. The logits lack `fc.bias`, as
+        those of the original inception score, torch-fidelity and torchmetrics.
         """
         with torch.autocast(images.device.type, enabled=False):
             h = F.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear",
@@ -87,7 +77,6 @@ class InceptionV3(nn.Module):
             return features, features @ self.fc.weight.T                       # (B, 1008)
 
     def _map(self, h):
-        """The last map before the mean over it: (B,3,299,299) -> (B,2048,8,8)."""
         h = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(h)))      # (B, 64, 147, 147)
         h = F.max_pool2d(h, 3, 2)                                              # (B, 64, 73, 73)
         h = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(h))                          # (B, 192, 71, 71)
@@ -156,8 +145,7 @@ class BlockC(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        row = {"kernel": (1, 7), "padding": (0, 3)}
-        column = {"kernel": (7, 1), "padding": (3, 0)}
+        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Conv(768, 192)
         self.branch7x7_1 = Conv(768, width)
         self.branch7x7_2 = Conv(width, width, **row)
@@ -198,15 +186,11 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Mixed_7b and 7c: branches that end in a row and a column of 3, side by side.
-
-    pool: the average in 7b and the maximum in 7c, as in the published graph.
-    """
+    """Mixed_7b and 7c: branches that end in a row and a column of 3; pool: average or maximum."""
 
     def __init__(self, channels, pool):
         super().__init__()
-        row = {"kernel": (1, 3), "padding": (0, 1)}
-        column = {"kernel": (3, 1), "padding": (1, 0)}
+        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
         self.pool = pool
         self.branch1x1 = Conv(channels, 320)
         self.branch3x3_1 = Conv(channels, 384)
@@ -229,19 +213,14 @@ class BlockE(nn.Module):
         ), 1)                                                                  # (B, 2048, 8, 8)
 
 
-# -- the distance ----------------------------------------------------------------------------------
-
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians N(mu, sigma), a float >= 0.
+    """Compute the squared Frechet distance of two Gaussians N(mu, sigma), a float >= 0.
 
         |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
 
-    mu (D,), sigma (D,D) symmetric and positive semi-definite. With R = sigma1^(1/2), the symmetric
-    R sigma2 R has the eigenvalues of sigma1 sigma2, and the last trace is the sum of their roots.
-    Where a sigma is singular (n <= D images), rounding makes the distance too small, by about 1e-7
-    of the traces. Source: Heusel et al., arXiv 1706.08500. Raises ValueError for other shapes and
-    for values that are not finite.
+    mu (D,), sigma (D,D). With R = sigma1^(1/2), the symmetric R sigma2 R has the eigenvalues of
+    sigma1 sigma2, and the last trace is the sum of their roots. Source: Heusel et al., arXiv
+    1706.08500. Raises ValueError for other shapes and for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
@@ -259,9 +238,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 class FeatureStatistics:
     """Number, mean and covariance of feature vectors (D = `dim`) that come in any batches.
 
-    n: how many. mu: (D,), sigma: (D,D) unbiased (divided by n - 1); numpy, float64, on the CPU. Any
-    batches and any order of `merge` give the same to rounding, also where the mean is large beside
-    the deviation. Each call costs some D^2, however few vectors it adds.
+    Any batches and any order of `merge` give the same to rounding, also where the mean is large
+    beside the deviation.
     """
 
     def __init__(self, dim):
@@ -270,7 +248,7 @@ class FeatureStatistics:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)   # sum (x - mean)(x - mean)^T
 
     def update(self, features):
-        """Add `features` (B,D) of any float type and device; B may be 0. ValueError otherwise."""
+        """Add `features` (B,D) of any float type and device. Raises ValueError for other shapes."""
         features = torch.as_tensor(features)
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)}: expected (B, {self.dim})")
@@ -282,7 +260,7 @@ class FeatureStatistics:
             self._join(len(rows), mean)
 
     def merge(self, other):
-        """Add all that `other` has seen: another process's share. ValueError for another D."""
+        """Add all that `other` has seen. Raises ValueError for another D."""
         if other.dim != self.dim:
             raise ValueError(f"features of {other.dim} dimensions cannot join {self.dim}")
         if other.n:
@@ -299,35 +277,33 @@ class FeatureStatistics:
 
     @property
     def mu(self):
-        """Mean (D,). Raises ValueError without any vector."""
+        """The mean (D,), numpy float64. Raises ValueError without any vector."""
         if self.n == 0:
             raise ValueError("no features yet: they have no mean")
         return self._mean.numpy().copy()
 
     @property
     def sigma(self):
-        """Unbiased covariance (D,D). Raises ValueError for fewer than 2 vectors."""
+        """The unbiased covariance (D,D), likewise. Raises ValueError for fewer than 2 vectors."""
         if self.n < 2:
             raise ValueError(f"{self.n} feature vectors have no covariance: at least 2 are needed")
         return self._scatter.numpy() / (self.n - 1)
 
     def frechet(self, other):
-        """`frechet_distance` to `other`. Raises ValueError for fewer than 2 vectors, too."""
+        """Compute `frechet_distance` to `other`."""
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
 
 
 def inception_score(logits, splits=10):
-    """Inception score of logits (N,classes): (mean, std) over `splits` runs of consecutive images.
+    """Compute the inception score of logits (N,classes): (mean, std) over consecutive splits.
 
     With p the softmax of an image's logits, a split scores
 
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
-    Split s has the images s N // splits to (s + 1) N // splits; fewer images than splits are a
-    split each. A split of m images scores at most m. The deviation is divided by the number of
-    splits. Source: Salimans et al., arXiv 1606.03498, and their program. torch-fidelity shuffles
-    once before (seed 2020); torchmetrics shuffles at random, rounds the splits' size up and divides
-    by their number less one. Raises ValueError for no images or logits not finite.
+    Fewer images than splits are a split each. The deviation is divided by the number of splits.
+    Source: Salimans et al., arXiv 1606.03498, and their program; torch-fidelity and torchmetrics
+    shuffle before. Raises ValueError for no images or logits not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

@@ -1,14 +1,10 @@
-"""The codebook built anew, ReFiT's first half: the features that occur, clustered. [DDM Sec. 3.2]
+"""Rebuild the codebook, ReFiT's first half: cluster the features that occur. [DDM Sec. 3.2]
 
-Codes that are trained beside their encoder follow it too slowly: a few move, most are never chosen
-again. ReFiT keeps the encoder, clusters what it says about the training images, and makes the
-centres the codebook, of as many codes as one likes:
+Codes that are trained beside their encoder follow it too slowly: most are never chosen again.
 
     images --encoder--> z_e (B,d,h,w) --a random cell--> features (P,d)         sample_features
     features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
     VQGAN, codebook --> the same VQGAN, of which only the decoder trains        install_codebook
-
-Then the decoder is fine-tuned, which is a stage of training (train_autoencoder.py).
 """
 
 from dataclasses import replace
@@ -20,20 +16,15 @@ from distributed import gather_objects, rank, world_size
 from quantize import nearest_code
 from seeding import FEATURES, numpy_generator
 
-# -- sampling --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sample_features(encode, batches, images, P, key, batch_size=32):
-    """P features of a data set: (P,d) float32 on the CPU, the same on every process. [DDM Sec. 4.1]
+    """Sample P features (P,d) float32 on the CPU, alike on every process. [DDM Sec. 4.1]
 
-    Each comes from an image drawn uniformly, with replacement, out of `images` (a count), and from
-    a uniform cell of its h x w map. key: (seed, stage id); draw p is a function of key and p alone,
-    so a larger P only adds. An image drawn several times is encoded once.  deviation D41
-
-    encode: x (b,3,H,W) -> z_e (b,d,h,w), VQGAN.moments of a model in eval mode.
-    batches: called once, with lists of image indices, yields the x of each list, in this order.
-    Every process must call this: they share the images, in whole batches, so that their number
-    changes no bit.
+    Each is a uniform cell of an image drawn uniformly, with replacement, out of `images` (a count).
+    Draw p is a function of key = (seed, stage id) and p alone: a larger P only adds.  deviation D41
+    encode: x (b,3,H,W) -> z_e (b,d,h,w). batches: called once, with lists of image indices, yields
+    the x of each list, in this order. Every process must call this: they share the images.
     """
     draws = torch.from_numpy(numpy_generator(FEATURES, *key).random((P, 2)))
     image = (draws[:, 0] * images).long()                                   # (P)
@@ -50,12 +41,10 @@ def sample_features(encode, batches, images, P, key, batch_size=32):
     return values[rows.argsort()]
 
 
-# -- clustering ------------------------------------------------------------------------------------
 
 def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
-    """K codes for features (P,d): the codebook (K,d), and kmeans' inertia history. [DDM Sec. 3.2]
+    """Cluster features (P,d): codebook (K,d), inertia as kmeans. [DDM Sec. 3.2]  deviation D43
 
-    P should be far larger than K. Other arguments: see kmeans and afkmc2_seeds.  deviation D43
     Raises ValueError where K is larger than P, and for features that are not finite.
     """
     if not features.isfinite().all():
@@ -67,18 +56,15 @@ def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
 
 @torch.no_grad()
 def afkmc2_seeds(features, K, chain=200, generator=None):
-    """AFK-MC² seeding, k-means++ by a Markov chain: indices (K,) of features (n,d). [DDM Sec. 3.2]
+    """Seed k-means++ by a Markov chain: indices (K,) of features (n,d). [DDM Sec. 3.2]
 
     Bachem et al. 2016, Algorithm 1. k-means++ draws each seed x with probability ~ d(x,C)², its
-    squared distance to the nearest of the seeds C so far, which takes a pass over all features for
-    each seed. Here d(x,C)² is the stationary law of a chain of length `chain` whose proposals come
-    from the fixed law
+    squared distance to the nearest of the seeds C so far: a pass over all features for each seed.
+    Here d(x,C)² is the stationary law of a chain of length `chain` whose proposals come from
 
         q(x) = 1/2 d(x,c_1)² / sum_x' d(x',c_1)² + 1/(2n),    c_1 uniform,
 
-    so only the proposals' distances are needed: K · chain features, whatever n is.
-    generator: a CPU torch.Generator. A feature may be chosen twice where distinct ones are scarce.
-    Raises ValueError unless 1 <= K <= n.
+    so only K · chain distances are needed. Raises ValueError unless 1 <= K <= n.
     """
     n = len(features)
     if not 1 <= K <= n:
@@ -106,16 +92,12 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
 
 @torch.no_grad()
 def kmeans(features, centres, iterations=100, tolerance=1e-4):
-    """Lloyd's algorithm from the given centres: (centres (K,d), assignment (n,), inertia).
+    """Run Lloyd's algorithm on features (n,d): (centres (K,d), assignment (n,), inertia).
 
-    features: (n,d). inertia: a list, sum |x - c|² at the start and after each move of the centres;
-    it never rises, and its last value and `assignment` belong to the returned centres. Ends after
-    `iterations` moves or when the squared length of a move, over all centres, is at most
-    `tolerance` times the features' mean variance. Means are summed in float64, row by row on the
-    CPU.
-
-    An empty cluster takes over a feature far from its own centre; where features are fewer
-    distinct ones than K, the surplus centres repeat others, and ties go to the lowest index.
+    inertia: a list, sum |x - c|² at the start and after each move of the centres; it never rises,
+    and its last value and `assignment` belong to the returned centres. Ends after `iterations`
+    moves or when the squared length of a move, over all centres, is at most `tolerance` times the
+    features' mean variance. An empty cluster takes over a feature far from its own centre.
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf
@@ -127,32 +109,28 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
         if moves == iterations or move <= standstill:
             break
         _fill_empty(features, assignment, distance, len(centres))
-        moved = _means(features, assignment, centres)                       # (K, d)
+        # Move each centre to its cluster's mean, summed in float64; one without features stays.
+        total = torch.zeros(centres.shape, dtype=torch.float64)
+        for part, index in zip(features.split(1024), assignment.split(1024)):
+            total.index_add_(0, index, part.cpu().double())
+        count = assignment.bincount(minlength=len(centres))[:, None]        # (K, 1)
+        mean = (total / count).to(centres)                                  # (K, d), NaN if empty
+        moved = torch.where(count.to(mean.device) > 0, mean, centres)       # (K, d)
         move = (moved - centres).square().sum().item()
         centres = moved
     return centres, assignment.to(features.device), inertia
 
 
 def _squared_distance(a, b):
-    """|a - b|² row by row, a (n,d), b (n,d) or (1,d): (n,) float64 on the CPU, 0 for equal rows."""
+    """Compute |a - b|² row by row, a (n,d), b (n,d) or (1,d): (n,) float64 on the CPU."""
     return (a - b).square().sum(1).cpu().double()
-
-
-def _means(features, assignment, centres):
-    """The mean of each cluster (K,d); an empty cluster keeps its centre."""
-    total = torch.zeros(centres.shape, dtype=torch.float64)
-    for part, index in zip(features.split(1024), assignment.split(1024)):   # little memory at once
-        total.index_add_(0, index, part.cpu().double())
-    count = assignment.bincount(minlength=len(centres))[:, None]            # (K, 1)
-    mean = (total / count).to(centres)                                      # (K, d), NaN if empty
-    return torch.where(count.to(mean.device) > 0, mean, centres)
 
 
 def _fill_empty(features, assignment, distance, K):
     """Let each empty cluster take over one of the farthest features, in `assignment` (n,) itself.
 
-    Never two equal ones, of which one would be left without features again; never a cluster's last
-    one, which would only move the gap; never one on its centre.
+    Never two equal ones, as one would be empty again; never a cluster's last one; never one on its
+    centre.
     """
     count, taken = assignment.bincount(minlength=K), set()
     empty = (count == 0).nonzero()[:, 0].tolist()
@@ -166,14 +144,12 @@ def _fill_empty(features, assignment, distance, K):
             break
 
 
-# -- the model -------------------------------------------------------------------------------------
 
 def install_codebook(model, codebook):
-    """Give a VQGAN the codes (K,d), K free, in place; only its decoder trains from then on.
+    """Give a VQGAN the codes (K,d) in place, K free. [DDM Sec. 4.1]  deviation D42
 
-    Encoder, quant_conv and codes are frozen, decoder and post_quant_conv are not. [DDM Sec. 4.1]
-    deviation D42
-    Raises ValueError for a KL latent and for codes of another width.
+    From then on only decoder and post_quant_conv train. Raises ValueError for a KL latent and for
+    codes of another width.
     """
     config, (K, d) = model.config, codebook.shape
     if config.latent != "vq":

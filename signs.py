@@ -1,10 +1,8 @@
 """Draw street scenes with signs from a seed: the pictures behind `data.Signs`.
 
-AVQ's Figure 1 is a photo of a shop whose sign a plain VQGAN cannot keep: the global structure
-survives the latents, the letters do not. These pictures have both: sky, facades, windows and a road
-that a small first stage can learn, and words in strokes one pixel wide (at 64 px) that it cannot. A
-scene is laid out in 64ths of the picture, so it scales; letters are a 5x7 face scaled by whole
-numbers, so they stay crisp, the same on every machine.
+As in AVQ's Figure 1, a plain VQGAN keeps the global structure, sky, houses and a road, and loses
+the letters, strokes one pixel wide (at 64 px). A scene is laid out in 64ths of the picture; letters
+are a 5x7 face scaled by whole numbers, the same on every machine.
 
     rng -> sky -> street from the front or along it -> boards with words -> uint8 (size,size,3)
 """
@@ -55,10 +53,7 @@ def shade(colour, factor):
 
 
 def draw_scene(rng, size, held_out=False):
-    """Draw one picture: uint8 (size,size,3). All randomness comes from `rng`.
-
-    held_out: signs of two words show only pairs that other pictures never show.
-    """
+    """Draw one picture, of the held-out ones or of the others: uint8 (size,size,3)."""
     scene = Scene(rng, size, held_out)
     # Fill the sky from its upper to its lower colour; add a sun or moon, and clouds.
     top, bottom = (np.array(colour) for colour in scene.sky)
@@ -86,8 +81,7 @@ class Scene:
         self.unit = size / 64
         self.letter = max(1, round(self.unit))           # px: the width of a stroke
         self.image = Image.new("RGB", (size, size))
-        self.draw = ImageDraw.Draw(self.image)
-        self.boards = []                                 # (x0, y0, x1, y1) in px
+        self.draw, self.boards = ImageDraw.Draw(self.image), []   # boards: (x0, y0, x1, y1) in px
         self.night = rng.random() < 0.1
         self.sky = NIGHT_SKY if self.night else self.pick(SKIES)
         self.light = 0.5 if self.night else rng.uniform(0.88, 1.06)
@@ -120,7 +114,6 @@ class Scene:
         self.draw.ellipse(((x - rx) * u, (y - ry) * u, (x + rx) * u, (y + ry) * u), fill=colour)
 
 
-# -- streets ---------------------------------------------------------------------------------------
 
 def _street_from_the_front(scene):
     """Draw a shop with its sign between other houses, and the road before them."""
@@ -287,7 +280,6 @@ def _street_along(scene):
             _blade(scene, x, rng.uniform(8, 24), 56)
 
 
-# -- signs -----------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=4096)
 def word_mask(text, scale, upright=False):
@@ -325,8 +317,8 @@ def _sign_texts(scale, room, held_out):
 
 def _words(scene, pair_share):
     """Choose the main sign's words: one line, or two with probability `pair_share`."""
-    room = int(0.95 * scene.size) - 6 * scene.letter
-    single, pairs = _sign_texts(scene.letter, room, scene.held_out)
+    single, pairs = _sign_texts(scene.letter, int(0.95 * scene.size) - 6 * scene.letter,
+                                scene.held_out)
     return scene.pick(pairs if scene.rng.random() < pair_share else single)
 
 
@@ -353,8 +345,7 @@ def _hang(scene, x, y, inks):
 
     Return None, and draw nothing, where it does not fit, touches another or would be a fourth.
     """
-    ground, ink_colour = scene.pick(BOARDS)
-    pad = 2 * scene.letter
+    (ground, ink_colour), pad = scene.pick(BOARDS), 2 * scene.letter
     width = max(ink.width for ink in inks) + 2 * pad + 2 * scene.letter
     height = sum(ink.height for ink in inks) + pad * (len(inks) + 1)
     left = max(0, min(round(x * scene.unit - width / 2), scene.size - width))

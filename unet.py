@@ -5,8 +5,6 @@
     t (B,) --sinusoids--> (B,C) --MLP--> time (B,time_width), to every block
 
 The trunk is multinomial diffusion's U-Net (Hoogeboom et al. 2021), which the paper's figures fit.
-The last layer starts at zero, so x0_hat starts uniform. What the logits mean, and the residual of
-Eq. 23, is in diffusion.py.
 """
 
 import math
@@ -55,10 +53,7 @@ UNET_PRESETS = {
 
 
 def sinusoids(t, width):
-    """sin and cos of t at width/2 frequencies: (B,width) float32. t (B,): any real numbers.
-
-    The frequencies fall geometrically from 1 to 1/10,000.
-    """
+    """Embed t (B,) as sin and cos of width/2 frequencies from 1 down to 1/10,000: (B,width)."""
     exponents = torch.linspace(0, 1, width // 2, device=t.device)           # (width/2)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # (B, width/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)                   # (B, width)
@@ -91,8 +86,7 @@ class Block(nn.Module):
 class LinearAttention(nn.Module):
     """x + gate · proj(v softmax(k)^T q): O(h·w). The gate starts at zero (ReZero).
 
-    softmax runs over the positions: each row of k says where a feature is gathered from, and q, at
-    each position, how much of it is spent there.
+    softmax runs over the positions: k says where a feature is gathered from, q where it is spent.
     """
 
     def __init__(self, channels, config):
@@ -142,9 +136,8 @@ class Middle(nn.Module):
 class Trunk(nn.Module):
     """The levels down, the middle, and the levels up, each joined by the skip of its level.
 
-    Without top_skip, as in the paper's network, the way up ends at level 1: what a cell of the map
-    holds comes back through level 1 only, and Eq. 23's residual is the only direct way from Z_t to
-    the logits.
+    Without top_skip, as in the paper's network, the way up ends at level 1, and Eq. 23's residual
+    is the only direct way from Z_t to the logits.
     """
 
     def __init__(self, config):
@@ -152,8 +145,8 @@ class Trunk(nn.Module):
         widths = config.widths
 
         def level(i, in_channels, out_channels):
-            attends = i in config.attn_levels
-            return Level(in_channels, out_channels, config.num_blocks, attends, config)
+            return Level(in_channels, out_channels, config.num_blocks, i in config.attn_levels,
+                         config)
 
         self.down = nn.ModuleList(
             level(i, a, b) for i, (a, b) in enumerate(pairwise([config.width, *widths])))
@@ -205,10 +198,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, indices, t):
-        """indices (B,h,w) int64 in [0,K), t (B,) int64 in 1..T -> logits (B,K,h,w) float32.
-
-        Raises ValueError where config.factor does not divide h and w.
-        """
+        """indices (B,h,w) int64, t (B,) -> logits (B,K,h,w) float32; ValueError for other h, w."""
         factor = self.config.factor
         if indices.ndim != 3 or indices.shape[1] % factor or indices.shape[2] % factor:
             raise ValueError(f"a map of codes is (B,h,w) with h and w multiples of {factor}, "

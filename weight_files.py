@@ -6,7 +6,7 @@
     a published name --find_weights--> path, downloaded once --read_weights--> state dict
 
 Files are mapped into memory, and only what is kept is read: a Stable Diffusion checkpoint is mostly
-U-Net. Keys are renamed in public_names.py.
+U-Net.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from distributed import UserError, print0
 
 
 class StandIn:
-    """In place of an object whose class is not imported: takes anything, does nothing."""
+    """Stand in for an object whose class is not imported: take anything, do nothing."""
 
     def __new__(cls, *args):
         return super().__new__(cls)
@@ -48,9 +48,8 @@ CLASSES = {"argparse.Namespace", "typing.Any", "torch.torch_version.TorchVersion
 def read_pickle(path):
     """Read what torch.save wrote into `path`: containers, and tensors on the CPU, mapped.
 
-    Nothing that the file names is imported or called, but for torch's own weights-only list. An
-    object of PACKAGES or CLASSES is a StandIn. Raises UserError for any other name, and for a file
-    that is missing, damaged, a TorchScript archive, or from before PyTorch 1.6.
+    Nothing that the file names is imported or called, but for torch's own weights-only list. Raises
+    UserError for a name that is not listed above, and for a file that is none or is damaged.
     """
     path, known = Path(path), {}
     try:
@@ -79,7 +78,7 @@ def _unreadable(path, error, remedy="get the file again"):
 
 
 def _one_line(text):
-    """Text that the file chose, for a terminal: short, no line breaks, no control characters."""
+    """Make text that the file chose fit for a terminal: short, no control characters."""
     return text[:200].encode("unicode_escape").decode()
 
 
@@ -135,7 +134,6 @@ PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder
 @dataclass
 class Public:
     """The first stage in a public checkpoint, by the names it has there."""
-
     path:   Path          # of the file of weights
     state:  dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
     config: dict | None   # diffusers' config.json beside it
@@ -145,7 +143,6 @@ class Public:
 def read_public(path):
     """Read the first stage at `path`, a file or a folder of diffusers: a Public.
 
-    Left out are the other parts of a larger model, and taming's loss, model_ema and colorize.
     Raises UserError: nothing there, a file that cannot be read, no first stage in it, or two.
     """
     # Find the file, and diffusers' config.json beside it.
@@ -168,11 +165,9 @@ def read_public(path):
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-
     for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-
     # Find the first stage by the start of its keys: decoder.encoder. is the condition branch, and
     # text encoders have an encoder. inside.
     keys = list(weights) if isinstance(weights, dict) else []
@@ -183,8 +178,7 @@ def read_public(path):
         names = _one_line(", ".join(map(str, names))) or "no keys"
         raise UserError(f"{file}: needs one first stage, whose keys start with encoder. or "
                         f"decoder.; it holds {names}: save that model's state_dict()")
-
-    # Keep it, in float32.
+    # Keep it, in float32, without what only training needed.
     prefix, state, dropped, dtypes = found[0], {}, Counter(), set()
     for key, value in weights.items():
         name = key.removeprefix(prefix)
@@ -207,9 +201,9 @@ def read_public(path):
 
 
 def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
-    """(folder, contents of its config.json) of diffusers' autoencoder; (None, None) without one.
+    """Find diffusers' autoencoder in `path` or one of `places` there: (folder, its config.json).
 
-    path: its own folder, or a pipeline's, which has it in one of `places`.
+    (None, None) without one.
     """
     for folder in (path / place for place in places):
         try:
@@ -226,7 +220,6 @@ def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
 _TORCHVISION = "https://download.pytorch.org/models/"
 _LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
 _PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-
 PUBLISHED_FILES = {
     # file name: (its public address, its sha256 or the first digits of it that are published)
     "vgg16-397923af.pth": (_TORCHVISION, "397923af"),
@@ -242,11 +235,10 @@ _told = set()             # paths of files whose hash was compared
 
 
 def find_weights(name, folder=None):
-    """Find the published file `name` (a row of PUBLISHED_FILES), or download it: its path.
+    """Find the published file `name` (of PUBLISHED_FILES) in `folder`, or download it: a Path.
 
-    folder: where it is or shall be; default torch hub's cache, which torchvision shares. On each
-    machine only local rank 0 downloads, and the others wait for the file. A file with another hash
-    is the user's choice: used, and said. Raises UserError where there is no way to get it.
+    folder: default torch hub's cache. On each machine only local rank 0 downloads, and the others
+    wait. A file with another hash is used, and said. Raises UserError where it cannot be had.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     address, sha256 = PUBLISHED_FILES[name]
@@ -276,8 +268,8 @@ def find_weights(name, folder=None):
 def read_weights(name, wanted, folder=None, ignore=None):
     """Read the published file `name`: its state dict on the CPU, floats in float32.
 
-    wanted: a state dict with exactly the keys and shapes that the file must have, but for keys that
-    start with `ignore`. Raises UserError as `find_weights`, and for a file that does not fit.
+    It must have exactly the keys and shapes of the state dict `wanted`, but for keys that start
+    with `ignore`. Raises UserError as `find_weights`, and for a file that does not fit.
     """
     path, remedy = find_weights(name, folder), f"put {PUBLISHED_FILES[name][0]}{name} there"
     try:
@@ -287,9 +279,9 @@ def read_weights(name, wanted, folder=None, ignore=None):
     except Exception as error:               # whatever torch.load raises for what it cannot read
         raise _unreadable(path, error, remedy) from None
     wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
-    wrong += [f"no key {key}" for key in wanted if key not in shapes]
-    wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" for key, value in wanted.items()
-              if key in shapes and shapes[key] != tuple(value.shape)]
+    wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" if key in shapes
+              else f"no key {key}" for key, value in wanted.items()
+              if shapes.get(key) != tuple(value.shape)]
     if wrong:
         raise UserError(f"{path}: {wrong[0]}; {remedy}")
     return {key: state[key].float() if state[key].is_floating_point() else state[key]
