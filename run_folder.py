@@ -47,15 +47,9 @@ class Run:
     train_set: object           # data.Signs or data.ImageFiles
     val_set:   object
 
-    @property
-    def channels_last(self):
-        """Tell whether a pixel's channels lie side by side in memory: everywhere but on MPS."""
-        return self.device.type != "mps"
-
-    def autocast(self):
-        """Run the networks in the precision that was asked for."""
-        bf16 = self.settings["precision"] == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+    def __post_init__(self):
+        self.bf16 = self.settings["precision"] == "bf16"
+        self.channels_last = self.device.type != "mps"   # a pixel's channels side by side in memory
 
 
 # ---------------------------------------------------------------- the folder
@@ -287,14 +281,12 @@ class Log:
                                      if json.loads(line)["step"] <= step))
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
-    def write(self, record):
+    def write(self, record, durable=False):
+        """Write a line; durable: before a checkpoint, which must not be ahead of its log."""
         if self.file:
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def sync(self):
-        """Make the log durable before a checkpoint, which must not be ahead of it."""
-        if self.file:
-            os.fsync(self.file.fileno())
+            if durable:
+                os.fsync(self.file.fileno())
 
     def close(self):
         if self.file:
@@ -302,9 +294,9 @@ class Log:
 
 
 class Progress:
-    """Show one updating line with rate and time left; off a terminal a line every ten seconds.
+    """Show one updating line with rate and, from the twentieth step on, time left.
 
-    Time left is told from the twentieth step on: the first steps are slower than the others.
+    Off a terminal it is a plain line every ten seconds.
     """
 
     def __init__(self, name, first, steps, batch_size):
@@ -340,8 +332,7 @@ class Progress:
 def stop_signals():
     """Yield a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
 
-    A later Ctrl-C is a KeyboardInterrupt. Launchers repeat a signal within milliseconds; those
-    repetitions are not meant so.
+    A later Ctrl-C is a KeyboardInterrupt; launchers repeat a signal within milliseconds.
     """
     received, first = [], math.inf
 

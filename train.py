@@ -75,8 +75,6 @@ def main():
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{', '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
-    if names[0] == "vqgan" and len(names) > 1 and args.data != "signs":
-        print0("no --vqgan was given: the first stage is trained first, then the others on it")
     # Train stage after stage, then report.
     run = Run(settings, args.out, device, workers, train_set, val_set)
     with open_run(args.out, settings, may_change=HOW):
@@ -151,8 +149,8 @@ def train_stage(run, name, args, signals, deadline):
             first_score = score if first_score is None else first_score
             image_grid(stage.pictures(held_out, SAMPLE_IMAGES),
                        folder / "samples" / f"step_{record['step']:07d}.png")
-        log.write(record)            # before the checkpoint: a log is cut back, never filled up
-        log.sync()
+        # Before the checkpoint: a log is cut back, never filled up.
+        log.write(record, durable=True)
         parts = stage.state_dict()
         extra = {"finished": record["step"] == steps, "micro_batch": micro_batch, "score": score,
                  "first_score": first_score}
@@ -343,59 +341,48 @@ def parse(argv=None):
            ": embedded; ImageNet; any photos (signs)", "signs")
     add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
     add("--size", type=count, metavar="PX", help="side of the images (64 for signs, else 256)")
-    choice(what, "--stage", ["all", *STAGE_IDS],
-           ": a KL latent has vqgan and decoder only (all)", "all")
+    choice(what, "--stage", ["all", *STAGE_IDS], ": of a KL latent vqgan, decoder (all)", "all")
     choice(what, "--first-stage", VQGAN_PRESETS, " (tiny for signs, else vq-f16)")
     choice(what, "--preset", ASYM_PRESETS, ": the decoder's size (tiny on tiny, else base)")
     choice(what, "--blend", ["add", "concat"], ": AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
-    add("--vqgan", metavar="PATH",
-        help="a trained first stage: a run, our file or a public checkpoint (train one)")
-    add("--codes", type=count, metavar="K",
-        help="size of the rebuilt codebook (128 for tiny, else as before)")
+    add("--vqgan", metavar="PATH", help="a trained first stage: run, our file, public checkpoint")
+    add("--codes", type=count, metavar="K", help="of the rebuilt codebook (128 for tiny, else all)")
     add("--refit-samples", type=count, metavar="P",
         help="features it is built from (5000 for tiny, else 20000 or 16 a code)")
     choice(what, "--unet", UNET_PRESETS, ": the prior's network (tiny on tiny, else paper117)")
-    add("--timesteps", type=number(int, 2), metavar="T",
-        help="steps of its diffusion (100 for tiny, else 4000)")
+    add("--timesteps", type=number(int, 2), metavar="T", help="(100 for tiny, else 4000)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY",
         help="of the average of its weights (0.995 for tiny, else 0.9999)")
     add("--overfit", type=count, metavar="N",
         help=f"train and validate on the first N images, {OVERFIT_STEPS} steps: a check (off)")
-
     how = parser.add_argument_group("how to train (the recipe's numbers, below)")
     add = how.add_argument
     add("--steps", type=count, metavar="N", help="optimiser steps of each stage")
     add("--epochs", type=number(float), metavar="N", help="passes over the data, not --steps")
     add("--batch-size", type=count, metavar="N", help="images a step, over all processes")
-    add("--lr", type=number(float),
-        help="peak learning rate, absolute (the recipe's, linear in the batch size)")
+    add("--lr", type=number(float), help="peak, absolute (the recipe's, linear in the batch size)")
     choice(how, "--gan", ["hinge", "log"], ": log is AVQ Eq. 7")
-    choice(how, "--lambda", ["paper", "taming"], ": AVQ Eq. 9, or taming's rule",
-           dest="lambda_rule")
+    choice(how, "--lambda", ["paper", "taming"], ": AVQ Eq. 9, or taming's", dest="lambda_rule")
     add("--disc-start", type=number(float, 0), metavar="STEP",
         help="when the discriminator starts; below 1 a fraction of the steps")
     choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
            ": LPIPS network (none for signs, else vgg)")
     add("--weights", metavar="DIR", help="where LPIPS weights are kept (torch hub's cache)")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of all random numbers (0)")
-
     run = parser.add_argument_group("how to run")
     add = run.add_argument
     add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET, then -concat, then -overfitN)")
     add("--device", default="auto", help="cpu, cuda or mps (auto: CUDA, then MPS, then CPU)")
-    choice(run, "--precision", ["fp32", "bf16"], ": of the networks; losses are float32 (fp32)",
-           "fp32")
+    choice(run, "--precision", ["fp32", "bf16"], ": of the networks, not losses (fp32)", "fp32")
     add("--micro-batch", type=count, metavar="N",
         help="images a process takes at once (its share; on a CPU 8 of 128 px)")
     add("--compile", action="store_true", help="torch.compile the networks (off)")
-    add("--checkpointing", action="store_true",
-        help="recompute decoders' activations: less memory, more time (off)")
+    add("--checkpointing", action="store_true", help="less memory, more time in decoders (off)")
     add("--workers", type=number(int, 0), metavar="N",
         help="data processes of each process (1 for signs, else 4)")
     add("--save-every", type=count, metavar="STEPS",
         help="checkpoint, validation and pictures (200 for tiny, else 1000)")
-    add("--max-hours", type=number(float), metavar="H",
-        help="save and leave after this long (no limit)")
+    add("--max-hours", type=number(float), metavar="H", help="then save and leave (no limit)")
     return parser.parse_args(argv)
 
 
@@ -435,8 +422,7 @@ def resolve(args):
         K = args.codes or (min(plan.K, 128) if tiny else plan.K)    # half as many as in DDM Tab. 1
         refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}
         if refit["samples"] < K:
-            raise UserError(f"--refit-samples {refit['samples']} cannot make {K} codes; give many "
-                            "more of them, or fewer --codes")
+            raise UserError(f"--refit-samples {refit['samples']} cannot make {K} codes; give more")
         unet = args.unet or ("tiny" if tiny else "paper117")
         small = unet == "tiny"
         prior = {"unet": unet, "net": asdict(UNET_PRESETS[unet]),
@@ -460,10 +446,8 @@ def resolve(args):
     # Check the size of the images.
     size = args.size or (64 if signs else 256)
     if size % plan.f:
-        below = size // plan.f * plan.f
-        near = " or ".join(str(n) for n in (below, below + plan.f) if n)
-        raise UserError(f"--size {size} is not a multiple of the first stage's f={plan.f}; "
-                        f"the nearest that are: {near}")
+        raise UserError(f"--size {size} is not a multiple of the first stage's f={plan.f}; the "
+                        f"next one is {size // plan.f * plan.f + plan.f}")
     least = 3 * 2**max(recipes[stage].disc_layers for stage in ("vqgan", "decoder"))
     if size < least:
         raise UserError(f"--size {size} is too small for the discriminator's patches; at least "

@@ -111,7 +111,7 @@ class Autoencoder:
         """
         r = self.recipe
         # The reconstruction, and what the latent costs.
-        with self.run.autocast():
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
         pixel = rec = pixel_loss(x_hat, batch.x)
         terms = {"pixel": pixel}
@@ -169,7 +169,7 @@ class Autoencoder:
         self.model.eval()
         sums, count = {}, 0
         for batch in batches:
-            with self.run.autocast():
+            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
                 values, plain = self.measures(batch)
             if self.perceptual is not None:
                 values["val_perceptual"] = self.perceptual(plain, batch.x).mean()
@@ -189,7 +189,7 @@ class Autoencoder:
         """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
         batch = batches[0]
         self.model.eval()
-        with self.run.autocast():
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
             columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
         self.model.train()
         return columns

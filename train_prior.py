@@ -102,7 +102,8 @@ class PriorStage:
         """
         generators = image_generators(self.run.settings["seed"], "prior", batch.index)
         t, p = self.timesteps.draw(generators)                              # (B), (B)
-        with self.run.autocast():        # of the network; the diffusion computes in float32
+        # The network in bf16, if asked for; the diffusion computes in float32.
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
             loss, terms = self.diffusion.loss(self.ddp_model, batch.indices, t, p, generators)
         (loss * scale).backward()
         self.timesteps.observe(t, terms)

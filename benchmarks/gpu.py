@@ -46,6 +46,7 @@ from losses import TRUNKS
 from quantize import nearest_code
 from recipes import RECIPES
 from refit import rebuild_codebook
+from run_folder import Run
 from seeding import STAGE_IDS, keyed_generators
 from unet import UNET_PRESETS
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
@@ -188,8 +189,8 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
                           "residual": "onehot", "ema": 0.9999}}
     if perceptual != "none":
         settings["weights"] = lpips_weights(perceptual)
-    run = SimpleNamespace(settings=settings, out=FOLDER, device=device, workers=0, train_set=None,
-                          val_set=None, channels_last=channels_last)
+    run = Run(settings, FOLDER, device, workers=0, train_set=None, val_set=None)
+    run.channels_last = channels_last
     first = SimpleNamespace(model=VQGAN(config).eval().requires_grad_(False), parent="0",
                             finished=True)
     for module in (train_autoencoder, train_prior):

@@ -24,6 +24,7 @@ import train_autoencoder
 from data import Signs, TrainingItems, training_batches
 from distributed import keep_freed_memory
 from recipes import RECIPES
+from run_folder import Run
 from seeding import STAGE_IDS
 from vqgan import VQGAN, VQGAN_PRESETS
 
@@ -55,7 +56,8 @@ def build(name, precision, channels_last, device):
     train_autoencoder.trained_first_stage = lambda *_: (first_stage, None)
     settings = {"seed": 0, "precision": precision, "perceptual": "none", "checkpointing": False,
                 "first_stage": asdict(config), "decoder": {"preset": "tiny", "blend": "add"}}
-    run = SimpleNamespace(settings=settings, device=device, channels_last=channels_last)
+    run = Run(settings, None, device, workers=0, train_set=None, val_set=None)
+    run.channels_last = channels_last
     return STAGES[name](run, replace(RECIPES[name]["tiny"], lr=LR), None)
 
 

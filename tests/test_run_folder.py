@@ -96,8 +96,7 @@ def test_a_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 6, "pix')                       # a kill in the middle of a line
     log = Log(path, 3)
-    log.write({"step": 4, "again": True})
-    log.sync()
+    log.write({"step": 4, "again": True}, durable=True)
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]

@@ -672,7 +672,7 @@ def test_how_a_run_is_run_is_not_among_its_settings():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--size 60 --first-stage vq-f8", "--size 60 .* the nearest that are: 56 or 64"),
+    ("--size 60 --first-stage vq-f8", "--size 60 .* the next one is 64"),
     ("--data imagenet --size 16", "--size 16 is too small"),
     ("--stage vqgan --preset odd", "--preset odd does not fit --first-stage tiny"),
     ("--steps 5 --epochs 1", "give one"),

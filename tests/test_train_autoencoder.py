@@ -196,7 +196,13 @@ def test_a_snapshot_puts_the_batchnorm_statistics_back():
 
 def test_channels_last_changes_the_layout_of_both_players_but_not_the_gradients(monkeypatch):
     last = decoder()
-    monkeypatch.setattr(Run, "channels_last", False)
+    a_post_init = Run.__post_init__
+
+    def contiguous(self):
+        a_post_init(self)
+        self.channels_last = False
+
+    monkeypatch.setattr(Run, "__post_init__", contiguous)
     plain = decoder()
     assert last.discriminator.main[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert last.model.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
