@@ -4,11 +4,10 @@
     z --conv_in, mid--> h --blend n--> level n-1 --blend n-1--> ... --blend 1--> level 0
                           --blend 0--> norm, SiLU, conv_out --> x_hat
 
-The mask m is 1 where pixels are to be generated. Level i takes feature i+1 and the output takes
-feature 0, as in the tables; Eq. 3 counts the same features from 1. `blend="add"` is the paper's
-final choice (Sec. 4.1), with plain convolutions in the branch; `blend="concat"` is what Tables 7
-and 8 print, with partial ones. The trunk is vqgan.Decoder, so its weights load from the first
-stage; the branch is `encoder.layers.N`, as the authors call it.
+Level i takes feature i+1 and the output feature 0, as in the tables; Eq. 3 counts from 1.
+`blend="add"` is the paper's final choice (Sec. 4.1), with plain convolutions in the branch;
+`blend="concat"` is what Tables 7 and 8 print, with partial ones. The trunk is vqgan.Decoder, so its
+weights load from the first stage; the branch is `encoder.layers.N`, as the authors call it.
 """
 
 import torch
@@ -60,21 +59,16 @@ class ConditionBranch(nn.Module):
 
 
 def mask_guided_blend(f_dec, f_enc, mask):
-    """f_dec where the mask is 1, f_enc where it is 0. [AVQ Eq. 4]
-
-    f_dec, f_enc: (B,C,h,w); mask: (B,1,h,w) in {0,1}.
-    """
+    """Take f_dec (B,C,h,w) where the mask (B,1,h,w) is 1, f_enc where it is 0. [AVQ Eq. 4]"""
     mask = mask.to(f_dec.dtype)
     return f_dec * mask + f_enc * (1 - mask)                                # (B, C, h, w)
 
 
 class AsymDecoder(Decoder):
-    """Decoder with a condition branch and a blend at every level.
+    """Decoder with a condition branch and a blend at every level. [AVQ Sec. 3.2]
 
-    [AVQ Sec. 3.2] [AVQ Tab. 7] [AVQ Tab. 8]
-    config: the first stage's; ch, num_res_blocks: this decoder's own.
-    blend: "add" with plain convolutions in the branch, or "concat" with partial ones.
-    Raises ValueError for another blend.  deviations D1 D2
+    [AVQ Tab. 7] [AVQ Tab. 8]  config: the first stage's; ch, num_res_blocks: this decoder's own.
+    blend: "add" with plain convolutions in the branch, or "concat" with partial.  deviations D1 D2
     """
 
     def __init__(self, config, ch, num_res_blocks, blend="add"):
@@ -108,7 +102,7 @@ class AsymDecoder(Decoder):
         self.load_state_dict(self.state_dict() | decoder.state_dict())
 
     def trunk_parameters(self):
-        """The parameters that the vanilla decoder has, too."""
+        """The parameters that the vanilla decoder has as well."""
         return [p for name, p in self.named_parameters() if not _in_branch(name)]
 
     def branch_parameters(self):
@@ -126,14 +120,14 @@ class AsymDecoder(Decoder):
             # Every step-th value is nearest-neighbour downsampling.
             steps = [mask.shape[-1] // f.shape[-1] for f in features]
             conditions = [(f, mask[..., ::s, ::s]) for f, s in zip(features, steps)]
-        h = self.bottom(z)                                                  # (B, C, h, w)
+        h = self.mid(self.conv_in(z))                                       # (B, C, h, w)
         for i in reversed(range(len(self.up))):
             h = self.run_level(i, self._blend(i + 1, h, conditions))        # (B, C', 2h, 2w)
         h = self._blend(0, h, conditions)                                   # (B, ch, H, W)
         return F.silu(self.norm_out(h))
 
     def forward(self, z, image=None, mask=None):
-        """-> x_hat (B,3,H,W); the arguments are those of `last_features`."""
+        """-> x_hat (B,3,H,W); arguments as for last_features."""
         return self.conv_out(self.last_features(z, image, mask))            # (B, 3, H, W)
 
     def _blend(self, index, h, conditions):
@@ -174,11 +168,10 @@ class AsymVQGAN(nn.Module):
     def decode(self, z, *, image=None, mask=None):
         """z (B,d,h,w) -> x_hat (B,3,H,W), about [-1,1], not clamped.
 
-        image: (B,3,H,W) in [-1,1], only its known pixels are looked at.
-        mask: (B,1,H,W) in {0,1} of any type, 1 = to be generated.
-        Without them the decoder relies on z alone, as it does under a full mask.
-        Raises ValueError for one without the other, for shapes that do not fit z, and for a mask
-        that is not binary (not checked in train mode or compiled: it would wait for the device).
+        image: (B,3,H,W) in [-1,1], only its known pixels are looked at; mask: (B,1,H,W) in {0,1} of
+        any type, 1 = to be generated. Without them the decoder relies on z alone, as under a full
+        mask. Raises ValueError for shapes that do not fit z and for a mask that is not binary (not
+        checked in train mode or compiled: it would wait for the device).
         """
         B, f = len(z), self.config.f
         if z.ndim != 4 or z.shape[1] != self.config.embed_dim:

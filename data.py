@@ -3,8 +3,7 @@
     position in the run -> epoch, permuted index -> picture -> crop, mask -> batches     training
     index 0, 1, 2, ...                           -> picture -> centre square -> x, mask  evaluation
 
-What a position of the run shows is a function of the seed, the stage and that position: no worker,
-process or batch size changes it.
+What a position shows is a function of (seed, stage, position), whatever the workers and batches.
 """
 
 import atexit
@@ -36,7 +35,7 @@ BAD_IN_A_ROW = 100                  # so many files that cannot be decoded stop 
 class Signs:
     """Street scenes with signs: picture i is a pure function of (split, seed, i, size).
 
-    split: "train", or "val" with pairs of words that train never shows; limit: the first N.
+    val has pairs of words that train never shows. limit: the first N.
     """
 
     def __init__(self, split, size, seed=0, limit=None):
@@ -65,8 +64,7 @@ class ImageFiles:
     """The pictures below a folder, sorted by file name, then folder.
 
     layout "imagenet": root/train/... and root/val/..., flat or by class. layout "folder": the same
-    where both exist, else all files, every 20th held out as val; a single one is both. limit: the
-    first N. Raises UserError for a folder that is missing or empty.
+    where both exist, else all files, every 20th held out as val; a single one is both.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
@@ -80,8 +78,7 @@ class ImageFiles:
             raise UserError(f"--root {root}: {self.folder} is no folder with pictures; give one "
                             f"that has {wanted}")
         if not is_split and len(names) > 1:
-            val = names[::20]
-            names = val if split == "val" else [name for i, name in enumerate(names) if i % 20]
+            names = [name for i, name in enumerate(names) if (i % 20 == 0) == (split == "val")]
         # An array is one block of memory; of a million strings every worker would get its own copy.
         self.names = np.array([os.fsencode(name) for name in names[:limit]])        # (n,)
 
@@ -94,8 +91,7 @@ class ImageFiles:
     def image(self, index, rng=None):
         """Read picture `index`: uint8 (size,size,3), a random crop with `rng`, else the centre.
 
-        The next file stands in for one that cannot be decoded, which is said once. Raises UserError
-        after BAD_IN_A_ROW of them, or all.
+        The next file stands in for one that cannot be decoded, up to BAD_IN_A_ROW.
         """
         tried = min(BAD_IN_A_ROW, len(self))
         for step in range(tried):
@@ -140,7 +136,6 @@ def list_images(folder):
 
     By name first: ImageNet's val then has one order, flat or by class, and its first images are of
     many classes. Hidden files are left out. Links are followed, but no directory is listed twice.
-    Raises UserError for one that cannot be listed.
     """
     def fail(error):
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
@@ -192,7 +187,6 @@ def read_mask(path, invert=False):
     """Read a mask: (bool (H,W), True = to be generated; a list of warnings, one line each).
 
     White, from 128 on, is to be generated; black is with `invert`. Transparent parts are black.
-    Raises UserError for a file that cannot be decoded.
     """
     grey = np.array(decoded(path, load_image, None, "black").convert("L"))          # (H, W)
     mask, remarks = (grey >= 128) ^ invert, []
@@ -207,10 +201,7 @@ def read_mask(path, invert=False):
 
 
 def read_pair(photo, mask, invert=False):
-    """Read a photo and its mask: (uint8 (H,W,3), bool (H,W), True = to be generated).
-
-    A mask of another size is resized to the photo's, which is said. Raises as read_mask.
-    """
+    """Read a photo and its mask, resized to it: (uint8 (H,W,3), bool (H,W), True = generate)."""
     picture = np.array(decoded(photo, load_image))                                  # (H, W, 3)
     hole, remarks = read_mask(mask, invert)                                         # (h, w)
     (H, W), (h, w) = picture.shape[:2], hole.shape
@@ -225,8 +216,8 @@ def read_pair(photo, mask, invert=False):
 def square_crop(image, size, rng=None):
     """Cut a square out of the picture and resize it: uint8 (size,size,3).
 
-    With `rng` its side is 0.5 to 1 times the short side and its place random, as in the authors'
-    code; else it is the centre square. Smaller pictures are enlarged.
+    With `rng` its side is 0.5 to 1 times the short side and its place random; else it is the centre
+    square. Smaller pictures are enlarged.
     """
     (width, height), side = image.size, min(image.size)
     left, top = (width - side) // 2, (height - side) // 2
@@ -246,10 +237,7 @@ def pixels(image, device, channels_last=False):
 
 
 class Order:
-    """Position of the image in the run -> its index; each epoch is a permutation of all `length`.
-
-    key: (seed, stage_id), from which, with the epoch, the permutation is drawn.
-    """
+    """Position in the run -> index: each epoch a permutation, drawn from (seed, stage, epoch)."""
 
     def __init__(self, length, key):
         self.length, self.key, self.epoch, self.order = length, key, None, None
@@ -263,10 +251,9 @@ class Order:
 
 
 class TrainingItems:
-    """What each position 0, 1, 2, ... of the images in a run shows.
+    """What position 0, 1, 2, ... of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position.
 
-    Items: image uint8 (3,H,W), mask uint8 (1,H,W), position; functions of (seed, stage_id,
-    position). p_full, kind: training_mask's; masks=False: all masks full.
+    p_full, kind: training_mask's; masks=False: all masks full.
     """
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
@@ -289,8 +276,7 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     """Load the batches of steps first..last-1 for one rank of `world`.
 
     Step s, rank r holds positions s·B + r·B/W onwards. Yields dicts with the keys of the items:
-    tensors are stacked, other values listed. Raises UserError from `items`, ValueError where
-    `world` does not divide `batch_size`.
+    tensors are stacked, other values listed. ValueError: `world` does not divide `batch_size`.
     """
     local, rest = divmod(batch_size, world)
     if rest:
@@ -307,18 +293,15 @@ def views(dataset, batches, workers=0):
 
 @dataclass
 class Batch:
-    """Pictures of a data set on the device, in their fixed view; index: their numbers in it."""
+    """Pictures of a data set on the device, in their fixed view."""
 
-    index: list
+    index: list                         # their numbers in the data set
     x:     torch.Tensor                 # (B,3,H,W) in [-1,1]
     mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}
 
 
 def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
-    """Load the first `n` pictures with their evaluation masks: yields Batches.
-
-    Rank r of `world` gets every world-th batch, from the r-th on. masks: False leaves them out.
-    """
+    """Load the first `n` pictures with their evaluation masks, every world-th batch: Batches."""
     n = min(n, len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]
     for index, image in zip(batches, views(dataset, batches, workers)):
@@ -330,7 +313,7 @@ def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, wor
 
 
 def _load(read, positions, workers, pin=False):
-    """For each list of positions, what `read` makes of them as one dict, in `workers` processes."""
+    """Yield what `read` makes of each list of positions, as one dict, in `workers` processes."""
     # A generator of its own: a loader without takes a number from the global stream of torch.
     running = [iter(DataLoader(_Lists(read), batch_sampler=positions, collate_fn=dict,
                                num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
@@ -348,7 +331,7 @@ def _load(read, positions, workers, pin=False):
 
 
 class _Lists:
-    """What `read` makes of a list of positions: tensors stacked, other values listed."""
+    """The data set of _load, whose item is a whole batch, or the error that ended it."""
 
     def __init__(self, read):
         self.read = read

@@ -4,10 +4,10 @@
     --pred, --unpaired              --PictureFolder.batches---> PairBatch, x alone
     python image_pairs.py PHOTOS -o SET --kind thick --size 512     SET/images, masks, manifest.json
 
-Nothing is resized, replaced or left out of what is measured: what does not fit is an error that
-names the file. Files belong together when their paths below their folders agree but for the
-extension, or where no path of a folder does, when their names agree: a flat folder fits one with
-classes. NAME_mask.png and NAME_mask000.png stand for NAME, as LaMa calls masks and predictions.
+Nothing is resized or left out: what does not fit is an error that names the file. Files belong
+together when their paths below their folders agree but for the extension, or where no path of a
+folder does, when their names agree: a flat folder fits one with classes. NAME_mask.png and
+NAME_mask000.png stand for NAME, as LaMa calls masks and predictions.
 """
 
 import argparse
@@ -44,10 +44,9 @@ class PairBatch(Batch):
 class MatchedFolders:
     """Originals and what goes with them, matched by file name; sorted by name, then path.
 
-    real: folder of the originals. pred: of pictures, exactly one for each original. masks: white =
-    to be generated, black with `invert_mask`; refs: what the holes were to look like; these two may
-    hold more. limit: the first N. Raises UserError: a folder that is missing or empty, files that
-    lack a partner, two files for one name.
+    real: folder of the originals. pred: of pictures, exactly one for each original. masks, refs
+    (what the holes were to look like) may hold more. limit: the first N. Raises UserError: a folder
+    that is missing or empty, files that lack a partner, two files for one name.
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):
@@ -72,8 +71,8 @@ class MatchedFolders:
     def read(self, index):
         """(real, pred, mask, ref): uint8 (C,H,W), or None. Raises UserError: sizes that differ."""
         name, mask = self.names[index], None
-        real = _photo(self.real[name])
-        pred = _photo(self.pred[name]) if self.pred else None
+        real, pred, ref = (_photo(files[name]) if files else None
+                           for files in (self.real, self.pred, self.refs))
         if self.masks:
             hole, warnings = read_mask(self.masks[name], self.invert_mask)
             mask = torch.from_numpy(hole)[None]                                     # (1, H, W)
@@ -85,7 +84,7 @@ class MatchedFolders:
                 (h, w), (H, W) = picture.shape[1:], real.shape[1:]
                 raise UserError(f"{files[name]} is {w} x {h} px, {self.real[name]} is {W} x {H}; "
                                 "make them of one size")
-        return real, pred, mask, _photo(self.refs[name]) if self.refs else None
+        return real, pred, mask, ref
 
     def batches(self, batch_size, device):
         """Yield this process's share as PairBatches."""
@@ -126,8 +125,7 @@ def _batches(read, n, batch_size, shape):
 
 
 def _photo(path):
-    photo = torch.from_numpy(np.array(decoded(path, load_image)))                   # (H, W, 3)
-    return photo.permute(2, 0, 1).contiguous()                                      # (3, H, W)
+    return torch.from_numpy(np.array(decoded(path, load_image))).permute(2, 0, 1)   # (3, H, W)
 
 
 def _stem(file):
@@ -170,10 +168,8 @@ def _match(flag, folder, files, names, real, exact=False):
 def write_evaluation_set(photos, out, kind="thick", size=512):
     """Write centre squares of all photos and a mask for each into `out`; return the manifest.
 
-    [AVQ Tab. 1]  deviation D29
-
-    Image i of the sorted list has evaluation mask i, as in eval.py. A photo that cannot be decoded
-    is left out with its mask. Raises UserError: `out` holds anything, no photo can be decoded.
+    Image i of the sorted list has evaluation mask i, as in eval.py; a photo that cannot be decoded
+    is left out with its mask. [AVQ Tab. 1]  deviation D29
     """
     photos, out, files = Path(photos), Path(out), []
     sources = _listed("PHOTOS", photos)
@@ -210,9 +206,8 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
 
 def main():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Make LaMa's evaluation set: centre squares of photos, a "
-        "random mask for each. Fill the white parts with any program and keep the names, then: "
-        "eval.py --pred DIR --real SET/images --masks SET/masks")
+        allow_abbrev=False, description="Make LaMa's evaluation set: squares of photos, with random"
+        " masks. After filling: eval.py --pred DIR --real SET/images --masks SET/masks")
     add = parser.add_argument
     add("photos", metavar="PHOTOS", help="folder of photos, searched recursively")
     add("-o", "--out", required=True, metavar="SET", help="where images/, masks/ and a manifest go")
@@ -221,8 +216,7 @@ def main():
     args = parser.parse_args()
     if args.size < 8:
         raise UserError(f"--size {args.size}: the least is 8")
-    print0(f"writing {args.size} x {args.size} px pictures of {args.photos} with {args.kind} masks "
-           f"to {args.out}")
+    print0(f"writing {args.size} px squares of {args.photos} with {args.kind} masks to {args.out}")
     files = write_evaluation_set(args.photos, args.out, args.kind, args.size)["files"]
     buckets = sorted(Counter(entry["bucket"] for entry in files).items())
     print0(f"made {len(files):,} pictures with a mask each, by area: "

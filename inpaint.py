@@ -6,8 +6,7 @@
     x, its hole in one colour --encode--> indices --complete, window by window--> indices --> z
     z, x, mask --decode--> x_hat --cut, round--> picture                DDM Sec. 4.4, AVQ Sec. 3.2
 
-What the photo shows under the mask is never looked at. The photo passes through encoder and decoder
-as a whole, so memory grows with its area. The same for held-out images, to look at: DDM's Fig. 8.
+What the photo shows under the mask is never looked at. Memory grows with the photo's area.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 
 from convert import STEPS, chosen_steps, load, load_prior
-from data import pixels, read_pair
+from data import pixels, read_pair, views
 from diffusion import known_cells
 from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
 from masks import box_mask, evaluation_mask
@@ -33,15 +32,13 @@ from seeding import COMPLETION, FIGURE, keyed_generators
 
 CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # of the decoders
 RESAMPLE = 5                        # of held-out images: each step five times, the paper's is one
-PICTURES, COMPLETIONS = 2, 3        # under each of the paper's masks, and of each picture
-ROWS = 6                            # of full inpainting
+PICTURES, COMPLETIONS, ROWS = 2, 3, 6     # for each of DDM's masks, of each; of full inpainting
 
 
 def fill_with_mean(x, mask):
-    """Paint the hole in the mean colour of the known pixels; mid-grey where there are none.
+    """Paint the hole of x (B,3,H,W) in the mean colour of its known pixels; mid-grey without any.
 
-    x (B,3,H,W), mask (B,1,H,W) in {0,1} -> (B,3,H,W). All codes see the hole a little, so it
-    should look like nothing in particular.  deviation D50
+    All codes see the hole a little, so it should look like nothing in particular.  deviation D50
     """
     known = 1 - mask
     mean = (x * known).sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
@@ -49,7 +46,7 @@ def fill_with_mean(x, mask):
 
 
 def windows(unknown, grid):
-    """List where maps of `grid` (h,w) cells are to be completed: [(rows, columns)], slices.
+    """List the windows of `grid` (h,w) cells in which to complete a map: [(rows, columns)], slices.
 
     unknown: bool (H,W), at least as large as the grid. One window, the hole in its middle, where a
     quarter of a window of context fits around it. Else those that have anything left to draw, half
@@ -74,14 +71,13 @@ def windows(unknown, grid):
     return chosen
 
 
-def complete(prior, indices, known, generators, steps=None, resample=1, places=None):
-    """Draw the codes of all cells that are not known, by the prior: (B,h,w). [DDM Sec. 4.4]
+def complete(prior, indices, known, generators, steps=None, resample=1):
+    """Draw the codes of all cells that are not known, by a convert.Prior: (B,h,w). [DDM Sec. 4.4]
 
-    prior: a convert.Prior; indices: codes (B,h,w), any where unknown; known: bool (B,h,w).
-    generators, steps, resample: see MultinomialDiffusion.inpaint. places: the windows, if known.
+    indices: codes (B,h,w), any where unknown; known: bool (B,h,w).
     """
     indices, known = indices.clone(), known.clone()
-    for rows, columns in places or windows(~known.all(0), prior.grid):
+    for rows, columns in windows(~known.all(0), prior.grid):
         window = (slice(None), rows, columns)
         indices[window] = prior.diffusion.inpaint(prior.unet, indices[window], known[window], steps,
                                                   resample, generators)
@@ -92,18 +88,17 @@ def complete(prior, indices, known, generators, steps=None, resample=1, places=N
 @torch.no_grad()
 def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite=False, samples=1,
                 seed=0, steps=None, resample=1, show=False):
-    """Fill the hole of a photo: yield {decoder: uint8 (H,W,3)} for each sample.
+    """Yield {decoder: the filled photo, uint8 (H,W,3)} for each sample, a function of (seed, i).
 
     [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
-
-    Arguments as inpaint_photo's. decoders: those that draw each sample, which is a function of
-    (seed, its number). show: say where the prior draws, and show progress.
+    decoders: those that draw each sample; show: progress; the rest as for inpaint_photo.
     """
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
+    lacks = {"asym": model is first_stage, "vanilla": first_stage.decoder is None}
     for name in decoders:
         if name not in CAPTIONS:
             raise ValueError(f"decoder {name!r}: choose from {', '.join(CAPTIONS)}")
-        if model is first_stage if name == "asym" else first_stage.decoder is None:
+        if lacks[name]:
             raise UserError(f"the model has no decoder {name}: choose another --decoder, or train "
                             "one by train.py --stage decoder")
     if prior and (first_stage.config.latent != "vq" or not torch.equal(
@@ -128,9 +123,8 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         places = windows(~known[0], grid)
         scale = max(cells * f / side for cells, side in zip(grid, (H, W)))
         if len(places) > 1 and scale < 1:
-            # Draw in a copy whose short side is the grid's, as a prior knows how much of a picture
-            # one map shows; enlarge it, and encode the whole. By the box filter, no pixel outside
-            # the small hole has anything of what the hole hides.
+            # Draw in a copy whose short side is the grid's, the field of view that a prior knows;
+            # enlarge it, encode the whole. The box filter lets nothing out of the small hole.
             size = [round(W * scale), round(H * scale)]
             small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
                                  for array in (photo, hole.astype(np.float32)))
@@ -141,14 +135,13 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                                 samples=samples, steps=steps, resample=resample, show=show)
             large = (Image.fromarray(pictures[own]).resize((W, H), Image.Resampling.BICUBIC)
                      for pictures in drawn)
-            latents = (model.encode(pixels(padded(np.where(hole[..., None], picture, photo)),
-                                           device)) for picture in large)           # (1, d, h, w)
+            joined = (np.where(hole[..., None], picture, photo) for picture in large)
+            latents = (model.encode(pixels(padded(each), device)) for each in joined)   # (1,d,h,w)
         else:
             if show:
                 calls = samples * len(places) * (steps + (steps - 1) * (resample - 1))
                 progress = Progress("denoising", 0, calls, samples / calls)
                 count, denoise = itertools.count(1), prior.unet
-
                 def unet(z_t, t):                # counts its calls on the progress line
                     logits, done = denoise(z_t, t), next(count)
                     progress.show(done, {})
@@ -159,7 +152,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 prior = replace(prior, unet=unet)
             indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
             codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
-                              steps, resample, places) for i in range(samples))
+                              steps, resample) for i in range(samples))
             latents = map(first_stage.quantize.lookup, codes)                       # (1, d, h, w)
 
     for z in latents:
@@ -174,14 +167,12 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
 
 
 def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
-    """Fill the hole of a photo: uint8 (H,W,3).
+    """Fill the hole of a photo: uint8 (H,W,3); under a mask of zeros the photo itself.
 
-    model: an AsymVQGAN, or a VQGAN for the decoder "vanilla", the first stage's own. photo: uint8
-    (H,W,3), any size; mask: (H,W), other than 0 = to be generated. prior: what load_prior gives;
-    None keeps the codes of the photo with its hole in one colour. options: seed, steps (None for
-    chosen_steps' default), resample; composite puts the photo's known pixels over the decoder's.
-    A mask of zeros gives the photo itself. Raises UserError for a decoder that the model lacks, a
-    prior of other codes and steps that it lacks; ValueError for shapes that differ.
+    model: an AsymVQGAN, or a VQGAN with decoder "vanilla". photo: uint8 (H,W,3), any size; mask:
+    (H,W), other than 0 = to be generated. prior: from load_prior; None keeps the codes of the photo
+    with its hole in one colour. options: seed, steps, resample; composite puts the photo's known
+    pixels over the decoder's. Raises UserError for models that do not fit, ValueError for shapes.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
@@ -195,19 +186,19 @@ def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
 def completion_rows(prior, dataset, steps):
     """Complete held-out images under three masks each: groups for image_rows. [DDM Fig. 8]"""
     size, half, quarter, groups = dataset.size, dataset.size // 2, dataset.size // 4, []
-    hidden = {"the upper 62.5 % hidden": box_mask(size, 0, 0, 5 * size // 8, size),
-              "all but the lower right quarter hidden":
-                  1 - box_mask(size, half, half, size - half, size - half),
-              "all but the centre quarter hidden": 1 - box_mask(size, quarter, quarter, half, half)}
-    for number, (caption, mask) in enumerate(hidden.items()):
+    masks = {"the upper 62.5 %": box_mask(size, 0, 0, 5 * size // 8, size),
+             "all but the lower right quarter":
+                 1 - box_mask(size, half, half, size - half, size - half),
+             "all but the centre quarter": 1 - box_mask(size, quarter, quarter, half, half)}
+    how = f"original, masked, {COMPLETIONS} completions ({steps} steps, resample {RESAMPLE})"
+    for number, (hidden, mask) in enumerate(masks.items()):
         places = range(number * PICTURES, (number + 1) * PICTURES)      # each mask has its own
         x, m, codes = _completed(prior, dataset, places, [mask] * PICTURES, number, steps,
                                  COMPLETIONS)
-        completed, images = prior.first_stage.decode_indices(codes).split(COMPLETIONS), []
-        for i in range(PICTURES):
-            images += [x[i], show_masked(x[i], m[i]), *completed[i]]
-        groups.append((f"{caption}: original, masked, {COMPLETIONS} completions ({steps} steps, "
-                       f"resample {RESAMPLE})", images))
+        images = []
+        for i, drawn in enumerate(prior.first_stage.decode_indices(codes).split(COMPLETIONS)):
+            images += [x[i], show_masked(x[i], m[i]), *drawn]
+        groups.append((f"{hidden} hidden: {how}", images))
     return groups
 
 
@@ -224,17 +215,13 @@ def inpainting_columns(prior, model, dataset, steps):
 
 def _completed(prior, dataset, places, masks, number, steps, times=1):
     """x (B,3,H,W), mask (B,1,H,W), codes (B·times,h,w); noise i is a function of (number, i)."""
-    x = _x([dataset.image(i % len(dataset)) for i in places], prior.device)         # (B, 3, H, W)
+    image = next(views(dataset, [[i % len(dataset) for i in places]]))
+    x = pixels(image, prior.device)                                                 # (B, 3, H, W)
     mask = torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
     indices = prior.first_stage.indices(fill_with_mean(x, mask)).repeat_interleave(times, 0)
     known = known_cells(mask, prior.first_stage.config.f).repeat_interleave(times, 0)
     generators = keyed_generators((FIGURE, number, i) for i in range(len(indices)))
     return x, mask, complete(prior, indices, known, generators, steps, RESAMPLE)
-
-
-def _x(pictures, device):
-    """B pictures, uint8 (H,W,3) -> x (B,3,H,W)."""
-    return pixels(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), device)
 
 
 def main():
@@ -247,8 +234,7 @@ def main():
     add("-o", "--out", metavar="FILE", help="a PNG (default: PHOTO's name with -inpainted.png)")
     add("--samples", type=int, default=1, metavar="N", help="FILE-1.png, ... (default: 1, FILE)")
     add("--steps", type=int, metavar="N", help=f"of the prior (default: {STEPS}, or all if fewer)")
-    add("--resample", type=int, default=1, metavar="U",
-        help="take each step U times, to tie the hole closer to what is known (default: 1)")
+    add("--resample", type=int, default=1, metavar="U", help="take each step U times (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
     add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
     add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
@@ -296,9 +282,8 @@ def main():
         if opened and not opened.finished:
             print0(f"warning: {name} is not trained to its end (step {opened.step})")
     pasted = ", photo pasted" if args.composite else ""
-    H, W = hole.shape
-    print0(f"{args.photo}: {W} x {H} px, {hole.mean():.1%} to be generated; {how}; pixels by "
-           f"{args.run}, decoder {args.decoder}{pasted}")
+    print0(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px, {hole.mean():.1%} to be generated;"
+           f" {how}; pixels by {args.run}, decoder {args.decoder}{pasted}")
 
     # Draw and write each sample.
     decoders, made = [args.decoder], []
@@ -312,10 +297,11 @@ def main():
             Image.fromarray(pictures[args.decoder]).save(path)
             made.append(pictures)
     if args.compare:
-        x = _x([photo] * len(made), "cpu")                                          # (n, 3, H, W)
+        stacks = [photo] * len(made), *([each[name] for each in made] for name in decoders)
+        x, *shown = (pixels(torch.from_numpy(np.stack(stack)).permute(0, 3, 1, 2), "cpu")
+                     for stack in stacks)                                           # (n, 3, H, W)
         columns = {"original": x, "masked": show_masked(x, torch.from_numpy(hole).float())}
-        for name in decoders:
-            columns[CAPTIONS[name] + pasted] = _x([pictures[name] for pictures in made], "cpu")
+        columns |= {CAPTIONS[name] + pasted: x_hat for name, x_hat in zip(decoders, shown)}
         image_grid(columns, comparison)
         outputs.append(comparison)
     print0(f"wrote {', '.join(outputs)} ({duration(time.perf_counter() - start)})")

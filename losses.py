@@ -1,8 +1,7 @@
 """Compute what images are trained with: L1 and LPIPS, the discriminator, and their balance.
 
-[AVQ App. A], in the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator and its
-two-player loss (Eq. 7), the adaptive weight lambda (Eq. 9). The step that adds them up (Eq. 6 and
-8) is train_autoencoder.Autoencoder.step.
+[AVQ App. A], in the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator (Eq. 7), the
+adaptive weight (Eq. 9). train_autoencoder.Autoencoder.step adds them up (Eq. 6 and 8).
 """
 
 from contextlib import contextmanager
@@ -28,13 +27,10 @@ class LPIPS(nn.Module):
     """Measure the perceptual distance of a and b, both (B,3,H,W) in [-1,1]: (B,). [AVQ Eq. 5]
 
     net: "vgg" as in the paper, "alex" or "squeeze". weights: the folder of the published files
-    (default: torch hub's cache; see `find_weights`), or a float32 state dict with the keys of both
-    files, `features.*` and `lin{k}.model.1.weight`.
-
+    (default: torch hub's cache), or a state dict with the float32 weights of both.
     Eq. 5 prints no normalisation of the features; phi^k here has unit length over its channels, as
     in the LPIPS that the paper cites and measures with [42].  deviation D5
-    Frozen, always in eval mode, in float32 also under autocast. Raises UserError for a missing,
-    unreadable or foreign file, ValueError for an unknown net.
+    Frozen, always in eval mode, in float32 also under autocast.
     """
 
     def __init__(self, net="vgg", weights=None):
@@ -93,7 +89,6 @@ def _unit_length(features):
 
 
 # The three trunks as torchvision numbers their layers, up to the last one that LPIPS reads.
-
 def _conv(channels, width, kernel, stride=1, padding=0):
     return [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU(inplace=True)]
 
@@ -152,9 +147,8 @@ TRUNKS = {
 class PatchDiscriminator(nn.Module):
     """Judge patches, D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> logits (B,1,h,w).
 
-    Layout, key names (`main.N.*`) and initialisation are taming-transformers'. n_layers strides of
-    2; ndf channels after the first, doubled up to eightfold. In training mode real and generated
-    images must come in separate calls: BatchNorm would otherwise see the two mixed.
+    Layout, key names (`main.N.*`) and initialisation are taming-transformers'. In training mode
+    real and generated images must come in separate calls, as BatchNorm would mix the two.
     """
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):
@@ -180,9 +174,8 @@ def discriminator_loss(logits_real, logits_fake, gan="hinge"):
     """Compute what the discriminator minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": taming's and the authors' code, with their factor 0.5: 1.0 for a discriminator that
-    answers 0, and 0 for one that is right by a margin of 1 everywhere. The default.  deviation D6
+    answers 0, and 0 for one that is right by a margin of 1 everywhere.  deviation D6
     "log": Eq. 7 with its sign turned, D = sigmoid(logit): 2 log 2 = 1.386 for one that answers 0.
-    taming halves it; Adam does not see a constant factor.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
@@ -194,10 +187,9 @@ def discriminator_loss(logits_real, logits_fake, gan="hinge"):
 def generator_gan_loss(logits_fake, gan="hinge"):
     """Compute what the decoder minimises, a 0-d tensor [AVQ Eq. 7].
 
-    "hinge": -mean(logit).
-    "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual substitute
-    -log D(x_hat). Its gradient fades where the discriminator wins. Lambda (Eq. 9) divides by that
-    gradient's norm and so undoes it, until the norm comes down to delta = 1e-4.
+    "hinge": -mean(logit). "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual
+    substitute -log D(x_hat). Its gradient fades where the discriminator wins; lambda (Eq. 9)
+    divides by that gradient's norm and so undoes it, down to a norm of delta = 1e-4.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
@@ -220,8 +212,8 @@ def frozen(network):
 def adaptive_weight(rec, gan, last_layer, rule="paper"):
     """Weigh the GAN loss by the ratio of gradient norms: lambda, a 0-d tensor. [AVQ Eq. 9]
 
-    rec, gan: the reconstruction and the GAN loss, 0-d tensors with a graph, which is kept.
-    last_layer: the decoder's last weight. Eq. 9 divides gradients; their norms are meant.
+    rec, gan: 0-d losses, whose graph is kept; last_layer: the decoder's last weight. Eq. 9 divides
+    gradients; their norms are meant.
     rule: "paper", the ratio as printed, with the pixel loss for rec. "taming": clamped to [0, 1e4]
     and times 0.8, as taming and the authors' code, with pixel + perceptual for rec.  deviation D7
     On several processes the norms are those of the mean gradients: lambda is the whole batch's.

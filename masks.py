@@ -1,11 +1,10 @@
 """Draw masks: 1 = to be generated, 0 = known (AVQ Sec. 3.2).
 
-The decoder is trained on the random masks of LaMa (strokes of a thick brush, or boxes) and, for
-half of the samples, on the full mask, which teaches it to decode with no picture at hand.
-Evaluation uses the same generator with masks of at most half the picture. Every mask is a pure
-function of its arguments.
-
     (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
+
+The decoder is trained on LaMa's random masks (strokes of a thick brush, or boxes) and, for half of
+the samples, on the full mask, which teaches it to decode with no picture at hand. Evaluation masks
+cover at most half the picture. Every mask is a pure function of its arguments.
 """
 
 from collections import namedtuple
@@ -35,9 +34,8 @@ BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 def random_mask(kind, size, seed, index):
     """Draw LaMa's random mask: uint8 (size,size), 1 = to be generated.
 
-    kind: "thin", "medium" or "thick". Below 512 px LaMa's 256 table is drawn at size/256, from 512
-    on its 512 table at size/512. seed: an int or a tuple of ints, none negative. ValueError:
-    unknown kind, or size below 8.
+    kind: of MASK_KINDS. Below 512 px LaMa's 256 table is drawn at size/256, from 512 on its 512
+    table at size/512. seed: an int or a tuple of ints, none negative.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
@@ -116,10 +114,7 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 
 
 def evaluation_mask(size, index, kind="thick", seed=0):
-    """Draw the mask of image `index` in every table: uint8 (size,size).
-
-    One that is empty or over half the picture is drawn with the next index instead.
-    """
+    """Draw the mask of image `index` in every table, not empty, at most half: uint8 (size,size)."""
     while not 0 < (mask := random_mask(kind, size, seed, index)).mean() <= 0.5:
         index += 1
     return mask

@@ -4,8 +4,8 @@
       --first_stage_config, asym_decoder_size--> the sizes to build, read from the shapes
     our names --diffusers_names--> diffusers' names, beside a diffusers_config
 
-taming-transformers, latent-diffusion and the authors name their weights alike, and so do we.
-diffusers has other names for the same layers, and two generations of them for attention.
+We name weights as taming-transformers, latent-diffusion and the authors do; diffusers has other
+names for the same layers, and two generations of them for attention.
 """
 
 import re
@@ -51,11 +51,7 @@ PROJECTION = re.compile(r".*\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight")
 
 
 def taming_names(state):
-    """A state dict with taming's or diffusers' names -> taming's, attention as 1x1 convolutions.
-
-    Names that neither has pass through; what is right already stays. Raises ValueError where two
-    keys are two names of one weight.
-    """
+    """A state dict with taming's or diffusers' names -> taming's, attention as 1x1 convolutions."""
     renamed, levels = {}, _levels(state)
     for name, value in state.items():
         new = _rename(name, DIFFUSERS, TAMING, levels)
@@ -111,8 +107,8 @@ UNUSED = {                                       # parts of names that no forwar
 def tidy(state):
     """A public state dict with taming's names -> (the weights to use, notes on the others).
 
-    Weights that no forward pass uses are dropped. Where the 1x1 convolutions around the latent are
-    missing, as in diffusers' newer files, identities stand for them. KeyError: no autoencoder.
+    Where the 1x1 convolutions around the latent are missing, as in diffusers' newer files,
+    identities stand for them. Raises KeyError: no autoencoder.
     """
     kept, notes = dict(state), []
     for part, reason in UNUSED.items():
@@ -130,22 +126,21 @@ def tidy(state):
 
 
 def first_stage_config(state, norm_groups=32):
-    """The VQGANConfig of a tidied state dict, from its shapes.
+    """The VQGANConfig of a tidied state dict, from its shapes, which do not tell norm_groups.
 
-    norm_groups: GroupNorm's groups, which no shape tells. Raises KeyError where it is no
-    autoencoder of this kind, ValueError where the widths do not divide into the groups.
+    Raises KeyError: no autoencoder of this kind; ValueError: widths that norm_groups do not divide.
     """
     ch = len(state["encoder.conv_in.weight"])
     blocks = _blocks(state, "encoder.down")
     z_channels = len(state["encoder.conv_out.weight"])
-    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"])
-              for i in range(max(len(blocks), 1))]
+    levels = range(max(len(blocks), 1))
+    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
     if any(width % norm_groups for width in widths):
         raise ValueError(f"its levels, {widths} wide, do not divide into {norm_groups} groups; say "
                          "norm_num_groups in a config.json of diffusers beside the file")
     sizes = {"ch": ch, "num_res_blocks": blocks[0], "norm_groups": norm_groups,
              "ch_mult": tuple(width // ch for width in widths),
-             "attn_levels": tuple(i for i in range(len(blocks))
+             "attn_levels": tuple(i for i in levels
                                   if f"encoder.down.{i}.attn.0.q.weight" in state)}
     if "quantize.embedding.weight" in state:
         K, d = state["quantize.embedding.weight"].shape
@@ -164,10 +159,7 @@ def _blocks(state, where):
 
 
 def asym_decoder_size(state, config):
-    """{"preset", "ch", "num_res_blocks", "blend"} of a state dict's asymmetric decoder, or None.
-
-    config: of the first stage. `preset` is the name in ASYM_PRESETS, or "own".
-    """
+    """{"preset" (or "own"), "ch", "num_res_blocks", "blend"} of an asymmetric decoder, or None."""
     if not any(name.startswith("decoder.encoder.") for name in state):
         return None
     ch = state["decoder.conv_out.weight"].shape[1] // config.ch_mult[0]
@@ -182,8 +174,7 @@ def diffusers_config(config, size=None, scaling_factor=0.18215, sample_size=256)
     """The config.json with which diffusers builds this model: a dict.
 
     config: the first stage's VQGANConfig, for an AutoencoderKL or a VQModel; with `size`, as from
-    asym_decoder_size, for an AsymmetricAutoencoderKL. Raises ValueError for what none of the three
-    can be.
+    asym_decoder_size, for an AsymmetricAutoencoderKL. Raises ValueError for what fits none.
     """
     levels = range(len(config.ch_mult))
     down = [f"{'Attn' if i in config.attn_levels else ''}DownEncoderBlock2D" for i in levels]

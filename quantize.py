@@ -1,7 +1,7 @@
 """The two latents of the first stage: a vector quantiser and a diagonal Gaussian.
 
-AVQ Sec. 3.1 quantises each encoder vector to its nearest code (Eq. 1) and trains codebook and
-encoder by Eq. 2. Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
+AVQ Sec. 3.1 quantises each encoder vector to its nearest code (Eq. 1) and trains both by Eq. 2.
+Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
 
     z_e (B,d,h,w) --nearest_code--> indices (B,h,w) --embedding--> z_q (B,d,h,w)   VectorQuantizer
     moments (B,2d,h,w) --> mean, logvar --> z (B,d,h,w)                            DiagonalGaussian
@@ -38,7 +38,6 @@ def nearest_code(z, codebook):
     """Index of the codebook row nearest to each row of z, the lowest on ties. [AVQ Eq. 1]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
-
     |z - e|² = |z|² - 2 z·e + |e|², where |z|² is the same for every code: left out, it cannot eat
     the mantissa. Codes are centred for the same reason, by their median, which a few far ones do
     not move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
@@ -95,21 +94,17 @@ class VectorQuantizer(nn.Module):
 
 
 class DiagonalGaussian:
-    """q(z|x) = N(mean, exp(logvar)) of each latent element, from moments (B,2d,h,w). [AVQ Eq. 10]
-
-    logvar is clamped to [-30, 20], as in latent-diffusion.
-    """
+    """q(z|x) = N(mean, exp(logvar)) of each element, from moments (B,2d,h,w). [AVQ Eq. 10]"""
 
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)                 # (B, d, h, w) each
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.logvar = logvar.clamp(-30.0, 20.0)                             # as latent-diffusion
 
     @torch.compiler.disable          # a generator's state has no place in a graph
     def sample(self, generator=None):
         """Draw mean + std · noise, (B,d,h,w); the noise on the CPU, whatever the device.
 
-        generator: None, one CPU torch.Generator, or a list with one for each image, whose noise
-        then does not depend on the batch. Raises ValueError for a list of another length.
+        generator: None, one CPU torch.Generator, or a list with one for each image.
         """
         B, *shape = self.mean.shape
         if not isinstance(generator, list):

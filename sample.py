@@ -65,10 +65,9 @@ def measure(prior, model, steps, n, seed=0, batch_size=16):
 
 
 def open_decoder(path, prior, choice=None):
-    """Load the AsymVQGAN or VQGAN whose `decode` makes pictures of a prior's codes.
+    """Load the AsymVQGAN or VQGAN whose `decode` makes pictures of the codes of `path`'s prior.
 
-    path: of the prior. choice: "asym", the run's own; "vanilla", the first stage's; None is the
-    run's own if there is one. Raises UserError: none there, or one on another first stage.
+    choice: "asym", the run's own; "vanilla", the first stage's; None: the run's own if there.
     """
     run = run_of(Path(path))
     there = any((run / "decoder" / name).exists() for name in ("last.pt", "previous.pt"))

@@ -3,8 +3,8 @@
     (stream, seed, ..., position) --numpy_generator--> order, crops, masks, drawn scenes
     (seed, stage, position)       --keyed_generators-> a latent's noise, t and the diffusion's noise
 
-Each number that training or sampling draws is a function of such a key and of nothing else: no
-rank, worker or batch size changes it. All generators live on the CPU, so no device changes it.
+Each number that is drawn is a function of such a key: no rank, worker or batch size changes it, and
+as all generators live on the CPU, no device.
 """
 
 import numpy as np
@@ -41,11 +41,7 @@ def stage_seed(seed, stage):
 
 
 def per_image(generator, B):
-    """Make a list of B generators: the list itself, or B new ones that one generator seeds.
-
-    generator: a list of B, one generator, or None for torch's own. An image then does not depend on
-    how many are drawn with it. Raises ValueError for a list of another length.
-    """
+    """Make a list of B generators: the list given, or B that one generator or torch's own seeds."""
     if isinstance(generator, list):
         if len(generator) != B:
             raise ValueError(f"{len(generator)} generators for {B} images; give one for each")

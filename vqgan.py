@@ -6,7 +6,7 @@ AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
     z_q (B,d,h,w) --post_quant_conv--> (B,z,h,w) --Decoder--> x_hat (B,3,H,W)
 
 Attribute names are those of taming-transformers and latent-diffusion, so that their checkpoints
-load with no renaming. That is why an up block is `up[i]` with i = 0 at the highest resolution.
+load with no renaming: hence `up[0]` is the highest resolution.
 """
 
 from dataclasses import dataclass
@@ -183,7 +183,6 @@ class Decoder(nn.Module):
 
     ch, num_res_blocks: the config's unless given; the asymmetric decoder changes just these two.
     checkpointing: recompute each level's activations in the backward pass; False at first.
-    Raises ValueError for widths that norm_groups does not divide.
     """
 
     def __init__(self, config, ch=None, num_res_blocks=None):
@@ -191,8 +190,7 @@ class Decoder(nn.Module):
         ch, num_res_blocks = ch or config.ch, num_res_blocks or config.num_res_blocks
         widths, groups = [ch * m for m in config.ch_mult], config.norm_groups
         if any(width % groups for width in widths):
-            raise ValueError(f"decoder widths {widths} are not all multiples of "
-                             f"norm_groups={groups}")
+            raise ValueError(f"decoder widths {widths}: not all multiples of norm_groups={groups}")
         self.checkpointing = False
         self.in_widths = [*widths[1:], widths[-1]]     # input width of level i
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
@@ -206,10 +204,6 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def bottom(self, z):
-        """What enters the lowest level: z (B,z,h,w) -> (B,C,h,w)."""
-        return self.mid(self.conv_in(z))                                    # (B, C, h, w)
-
     def run_level(self, i, h):
         """Level i, its upsampling included: (B,C,h,w) -> (B,C',2h,2w); at level 0 (B,C',h,w)."""
         if self.checkpointing:
@@ -218,7 +212,7 @@ class Decoder(nn.Module):
 
     def last_features(self, z):
         """What enters the last layer G_L of [AVQ Eq. 9]: (B,ch,H,W)."""
-        h = self.bottom(z)                                                  # (B, C, h, w)
+        h = self.mid(self.conv_in(z))                                       # (B, C, h, w)
         for i in reversed(range(len(self.up))):
             h = self.run_level(i, h)                                        # (B, C', 2h, 2w)
         return F.silu(self.norm_out(h))                                     # (B, ch, H, W)
@@ -230,8 +224,7 @@ class Decoder(nn.Module):
 class VQGAN(nn.Module):
     """Encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]
 
-    own_decoder: False for the first stage in an asymmetric model's file, which has another decoder;
-    `decoder` is None then, and whatever decodes raises ValueError.
+    own_decoder: False for the first stage in an asymmetric model's file; `decoder` is None then.
     """
 
     def __init__(self, config, own_decoder=True):
@@ -239,8 +232,7 @@ class VQGAN(nn.Module):
         if config.latent not in ("vq", "kl"):
             raise ValueError(f'latent must be "vq" or "kl", not {config.latent!r}')
         self.config = config
-        d, z = config.embed_dim, config.z_channels
-        twice = 2 if config.latent == "kl" else 1
+        d, z, twice = config.embed_dim, config.z_channels, 2 if config.latent == "kl" else 1
         self.encoder = Encoder(config)
         self.decoder = Decoder(config) if own_decoder else None
         if config.latent == "vq":
@@ -251,14 +243,11 @@ class VQGAN(nn.Module):
 
     @property
     def first_stage(self):
-        """The model itself, as an AsymVQGAN has its own."""
+        """The model itself, so that this name serves a VQGAN and an AsymVQGAN."""
         return self
 
     def moments(self, x):
-        """The latent before quantisation or sampling: z_e (B,d,h,w), or a DiagonalGaussian.
-
-        x: (B,3,H,W) in [-1,1]. Raises ValueError where f does not divide H and W.
-        """
+        """x (B,3,H,W) in [-1,1] -> z_e (B,d,h,w) before quantisation, or a DiagonalGaussian."""
         check_image(x, self.config.f)
         z_e = self.quant_conv(self.encoder(x)).float()                      # (B, d|2d, h, w)
         return DiagonalGaussian(z_e) if self.config.latent == "kl" else z_e
@@ -288,8 +277,8 @@ class VQGAN(nn.Module):
     def forward(self, x, generator=None):
         """Pass training images up to the last layer: x (B,3,H,W) -> (B,ch,H,W), latent loss.
 
-        The image is `decoder.conv_out` of the first. The latent loss is a scalar: Eq. 2's last two
-        terms for a VQ latent, the mean of Eq. 10 over images for a KL latent, which is sampled.
+        The image is `decoder.conv_out` of the first. The latent loss is Eq. 2's last two terms, or
+        for a KL latent, which is sampled, the mean of Eq. 10 over images.
         """
         self._needs_decoder()
         latent = self.moments(x)
@@ -305,8 +294,8 @@ class VQGAN(nn.Module):
 
     def _needs_decoder(self):
         if self.decoder is None:
-            raise ValueError("this first stage came without a decoder of its own; decode with the "
-                             "asymmetric one, AsymVQGAN.decode, or load the first stage's own file")
+            raise ValueError("this first stage came without a decoder of its own; decode with "
+                             "AsymVQGAN.decode, or load the first stage's own file")
 
 
 def check_image(x, f):

@@ -398,7 +398,7 @@ def test_the_command_says_what_it_does_and_what_it_made(photos, tmp_path, monkey
     out = tmp_path / "out"
     assert call(monkeypatch, photos, "-o", out, "--size", SIZE, "--kind", "medium") == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"writing 32 x 32 px pictures of {photos} with medium masks to {out}")
+    assert said.startswith(f"writing 32 px squares of {photos} with medium masks to {out}")
     assert "masks 9/9" in said
     assert "made 9 pictures with a mask each, by area: " in said
     assert len(contents(out)) == 19

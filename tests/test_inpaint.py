@@ -326,7 +326,7 @@ def test_unless_told_a_prior_takes_all_its_steps_up_to_100(models, monkeypatch):
     model, prior = models
     photo, hole, asked = photo_of(16, 16), box(16, 16, 2, 9, 3, 9), []
 
-    def note(prior, indices, known, generators, steps, resample, places):
+    def note(prior, indices, known, generators, steps, resample):
         asked.append((steps, resample))
         return indices
 
@@ -390,7 +390,7 @@ def test_the_network_is_given_the_known_codes_under_the_papers_three_masks(held_
         calls.append((indices, known, len(generators), steps, resample))
         return indices
 
-    def image_without_top(index):
+    def image_without_top(index, rng=None):
         picture = Signs("val", SIZE).image(index).copy()
         picture[:5 * SIZE // 8] = 0
         return picture
