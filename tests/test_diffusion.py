@@ -7,7 +7,6 @@ import torch
 from dense_diffusion import (
     BestDenoiser,
     all_maps,
-    log_p,
     map_number,
     matrix,
     posterior,
@@ -120,13 +119,6 @@ def test_the_first_step_keeps_its_digits_at_t_4000():
     assert 2 * b_st.item() == pytest.approx(beta_1, rel=1e-6)
 
 
-def test_wrong_sizes_and_an_unknown_residual_are_refused():
-    with pytest.raises(ValueError, match="K = 1, T = 5: give at least 2 codes"):
-        MultinomialDiffusion(1, 5)
-    with pytest.raises(ValueError, match="residual 'likelihood': choose from none, onehot"):
-        MultinomialDiffusion(4, 5, "likelihood")
-
-
 # -- against K x K matrices ------------------------------------------------------------------------
 
 def test_products_of_matrices_are_two_numbers():
@@ -189,10 +181,11 @@ def test_the_onehot_residual_adds_one_at_the_codes_own_logit(residual):
 
 # -- the closed KL ---------------------------------------------------------------------------------
 
-def test_the_closed_kl_and_its_gradient_are_those_of_the_sum_over_codes():
+@pytest.mark.parametrize("K", [2, 4, 40])
+def test_the_closed_kl_and_its_gradient_are_those_of_the_sum_over_codes(K):
     diffusion = MultinomialDiffusion(K, T)
     for s, t in PAIRS:
-        case = every_case(s, t)
+        case = every_case(s, t, K)
         logits = torch.randn(K ** 2, K, 1, 1, dtype=torch.float64, requires_grad=True)
         closed, dense = (kl(logits.log_softmax(1), *case)
                          for kl in (diffusion.kl, lambda *args: dense_kl(diffusion, *args)))
@@ -200,16 +193,6 @@ def test_the_closed_kl_and_its_gradient_are_those_of_the_sum_over_codes():
         torch.testing.assert_close(torch.autograd.grad(closed.sum(), logits)[0],
                                    torch.autograd.grad(dense.sum(), logits)[0],
                                    rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.parametrize("K", [2, 300])
-def test_with_two_codes_and_with_many_the_closed_kl_holds_too(K):
-    diffusion = MultinomialDiffusion(K, 20)
-    z_t, z_0 = torch.randint(K, (2, 5, 3, 4))
-    t, s = torch.tensor([2, 5, 9, 20, 1]), torch.tensor([1, 2, 8, 19, 0])
-    log_x = random_x(5, K, 3, 4)
-    torch.testing.assert_close(diffusion.kl(log_x, z_t, z_0, t, s),
-                               dense_kl(diffusion, log_x, z_t, z_0, t, s), rtol=1e-11, atol=1e-14)
 
 
 def test_the_closed_kl_is_exact_where_torchs_own_softplus_is_not():
@@ -234,14 +217,6 @@ def test_a_step_to_0_costs_the_nll_and_has_a_finite_gradient_beside_other_steps(
     gradient, = torch.autograd.grad(kl.sum(), logits)
     assert gradient.isfinite().all()
     assert (gradient != 0).any((1, 2, 3)).all()
-
-
-def test_the_kl_to_the_right_answer_is_0():
-    diffusion = MultinomialDiffusion(K, T)
-    for s, t in PAIRS:
-        z_t, z_0, *at = every_case(s, t)
-        log_x = (torch.arange(K).view(-1, 1, 1) == z_0[:, None]).double().log()
-        assert diffusion.kl(log_x, z_t, z_0, *at).abs().max() < 1e-14
 
 
 def test_float32_keeps_the_small_kl_of_late_steps():
@@ -356,14 +331,6 @@ def test_of_a_single_cell_the_bound_is_the_entropy():
     assert bound == pytest.approx(-(prior * prior.log()).sum().item(), abs=1e-7)
 
 
-def test_a_step_to_0_gives_the_full_posterior_to_show():
-    diffusion, maps = MultinomialDiffusion(3, 5), all_maps(3, 2)
-    blind, full = (BestDenoiser(diffusion, JOINT, full=full) for full in (False, True))
-    for t in range(1, 6):
-        torch.testing.assert_close(log_p(diffusion, blind, maps, t, 0),
-                                   full(maps, times(9, t)[0]).log_softmax(1))
-
-
 def test_vlb_draws_the_bound_and_its_parts():
     diffusion = MultinomialDiffusion(3, 4)
     table, z_0 = Table(3, 4, 2), torch.tensor([[[2], [0]]])
@@ -376,8 +343,8 @@ def test_vlb_draws_the_bound_and_its_parts():
                                                        abs=4 * error)
 
 
-def with_square_terms(monkeypatch):
-    """A process whose L_{t-1} is t² for every image, and the list of all t asked for."""
+def test_vlb_asks_each_t_once_or_one_of_each_stratum_without_bias(monkeypatch):
+    """Of a process whose L_{t-1} is t² for every image."""
     diffusion, asked = MultinomialDiffusion(4, 30), []
 
     def square(log_x, z_t, z_0, t, s):
@@ -385,23 +352,16 @@ def with_square_terms(monkeypatch):
         return t.double().square().view(-1, 1, 1)
 
     monkeypatch.setattr(diffusion, "kl", square)
-    return diffusion, lambda z, t: torch.zeros(len(z), 4, 1, 1), asked
-
-
-def test_vlb_of_all_t_asks_each_t_once(monkeypatch):
-    diffusion, model, asked = with_square_terms(monkeypatch)
-    parts = diffusion.vlb(model, torch.zeros(3, 1, 1, dtype=torch.int64))
-    assert [t.tolist() for t in asked] == [[t] * 3 for t in range(1, 31)]
-    assert parts["L_0"].tolist() == [1] * 3
-    assert parts["L_t"].tolist() == pytest.approx([sum(t * t for t in range(2, 31))] * 3)
-
-
-def test_strata_of_t_have_no_bias_and_little_variance(monkeypatch):
-    diffusion, model, asked = with_square_terms(monkeypatch)
-    parts = diffusion.vlb(model, torch.zeros(2000, 1, 1, dtype=torch.int64), strata=7)
     exact = sum(t * t for t in range(2, 31))
-    assert len(asked) == 8
-    assert torch.stack(asked).max() == 30
+    for images, strata in ((3, None), (2000, 7)):
+        asked.clear()
+        parts = diffusion.vlb(lambda z, t: torch.zeros(len(z), 4, 1, 1),
+                              torch.zeros(images, 1, 1, dtype=torch.int64), strata=strata)
+        if strata is None:
+            assert [t.tolist() for t in asked] == [[t] * 3 for t in range(1, 31)]
+            assert parts["L_0"].tolist() == [1] * 3
+            assert parts["L_t"].tolist() == pytest.approx([exact] * 3)
+    assert (len(asked), torch.stack(asked).max()) == (8, 30)
     assert parts["L_t"].mean().item() == pytest.approx(exact, rel=0.01)
     assert parts["L_t"].std() < 0.1 * exact
 
@@ -447,15 +407,6 @@ def test_the_expected_loss_is_the_bound_whatever_t_is_drawn_by(monkeypatch):
         assert sum(p * torch.stack(losses)).item() == pytest.approx(exact, rel=1e-12)
 
 
-def test_the_loss_of_a_network_that_knows_nothing_is_ln_k_a_cell():
-    diffusion, total = MultinomialDiffusion(50, 20), 0
-    for t in range(1, 21):
-        z_0, p = torch.randint(50, (4, 30, 30)), torch.ones(4, dtype=torch.float64)
-        loss, _ = diffusion.loss(lambda z, t: torch.zeros(4, 50, 30, 30), z_0, *times(4, t), p)
-        total += loss.item() - diffusion.prior_kl()
-    assert total == pytest.approx(math.log(50), rel=0.02)
-
-
 def test_the_loss_descends_to_the_best_denoiser():
     """Two cells and a table for a network, from ln 9 = 2.20 nats a map."""
     diffusion, steps = MultinomialDiffusion(3, 5), Timesteps(5)
@@ -490,13 +441,8 @@ def test_half_precision_logits_are_judged_in_float32_and_float64_ones_in_float64
         assert not terms.requires_grad
 
 
-def test_logits_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"gave \(2, 5, 4, 4\), not logits for K = 6: \(2, 6, 4"):
-        MultinomialDiffusion(6, 9).sample(lambda z, t: torch.zeros(2, 5, 4, 4), (2, 4, 4))
-
-
-def test_the_terms_of_an_image_do_not_depend_on_its_batch():
-    diffusion, steps = MultinomialDiffusion(8, 20), Timesteps(20)
+def test_the_t_and_terms_of_an_image_do_not_depend_on_its_batch():
+    diffusion, steps = MultinomialDiffusion(8, 20), filled(20, [float(t) for t in range(20)])
     z_0 = torch.randint(8, (5, 6, 6))
 
     def terms(images):
@@ -526,12 +472,6 @@ def test_the_grid_holds_t_and_0_and_falls_strictly():
             assert all(t > s for t, s in grid)
             assert all(s == t for (_, s), (t, _) in itertools.pairwise(grid))
         assert diffusion.grid() == diffusion.grid(T) == [(t, t - 1) for t in range(T, 0, -1)]
-
-
-@pytest.mark.parametrize("steps", [0, 8, -1])
-def test_a_wrong_number_of_steps_is_refused(steps):
-    with pytest.raises(ValueError, match=f"{steps} steps of a process of T = 7: give 1 to 7"):
-        MultinomialDiffusion(2, 7).sample(agreeing(2, 1), (1, 2, 2), steps)
 
 
 @RESIDUALS
@@ -658,17 +598,33 @@ def test_inpainting_follows_its_exact_law_and_resampling_brings_it_near_the_cond
     assert total_variation(law, JOINT[0] / JOINT[0].sum()) == pytest.approx(0.178, abs=6e-4)
 
 
-def test_a_mistaken_call_is_refused_with_what_is_needed():
-    diffusion, model = MultinomialDiffusion(3, 4), agreeing(3, 1)
-    indices = torch.zeros(1, 2, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"known must be bool \(1, 2, 2\), like the indices"):
-        diffusion.inpaint(model, indices, torch.ones(1, 2, 2))
-    with pytest.raises(ValueError, match=r"known must be bool \(1, 2, 2\)"):
-        diffusion.inpaint(model, indices, torch.ones(1, 1, 2, 2).bool())
-    with pytest.raises(ValueError, match="resample = 0: each step is taken at least once"):
-        diffusion.inpaint(model, indices, indices.bool(), resample=0)
-    with pytest.raises(ValueError, match="2 generators for 1 images"):
-        diffusion.inpaint(model, indices, indices.bool(), generator=generators(2))
+def sampling(steps=None, K=3):
+    return MultinomialDiffusion(3, 4).sample(agreeing(K, 1), (1, 2, 2), steps)
+
+
+def inpainting(known, **options):
+    return MultinomialDiffusion(3, 4).inpaint(agreeing(3, 1), torch.zeros(1, 2, 2).long(), known,
+                                              **options)
+
+
+NONE_KNOWN = torch.zeros(1, 2, 2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("call", "reason"), [
+    (lambda: MultinomialDiffusion(1, 5), "K = 1, T = 5: give at least 2 codes"),
+    (lambda: MultinomialDiffusion(4, 5, "likelihood"), "'likelihood': choose from none, onehot"),
+    (lambda: sampling(steps=0), "0 steps of a process of T = 4: give 1 to 4"),
+    (lambda: sampling(steps=5), "5 steps of a process of T = 4: give 1 to 4"),
+    (lambda: sampling(K=5), r"gave \(1, 5, 2, 2\), not logits for K = 3: \(1, 3, 2"),
+    (lambda: inpainting(torch.ones(1, 2, 2)), r"known must be bool \(1, 2, 2\), like the indices"),
+    (lambda: inpainting(NONE_KNOWN[None]), r"known must be bool \(1, 2, 2\)"),
+    (lambda: inpainting(NONE_KNOWN, resample=0), "resample = 0: each step is taken at least once"),
+    (lambda: inpainting(NONE_KNOWN, generator=generators(2)), "2 generators for 1 images"),
+    (lambda: known_cells(torch.zeros(1, 1, 30, 32), 8), r"\(30, 32\) px has no grid of 8 px"),
+])
+def test_a_mistaken_call_is_refused_with_what_is_needed(call, reason):
+    with pytest.raises(ValueError, match=reason):
+        call()
 
 
 @RESIDUALS
@@ -701,23 +657,6 @@ def test_a_cell_is_known_only_if_all_its_pixels_are():
     assert known.shape == (2, 4, 6)
     assert (~known).nonzero().tolist() == [[1, 1, 2]]
     assert not known_cells(torch.ones(1, 1, 32, 32), 8).any()
-
-
-def test_the_papers_three_masks_have_their_numbers_of_known_cells():
-    def known(rows, columns):
-        mask = torch.ones(1, 1, 256, 256)
-        mask[..., rows, columns] = 0
-        return known_cells(mask, 16).sum().item()
-
-    everything = slice(None)
-    assert known(slice(160, None), everything) == 96
-    assert known(slice(128, None), slice(128, None)) == 64
-    assert known(slice(64, 192), slice(64, 192)) == 64
-
-
-def test_a_mask_that_is_no_multiple_of_the_cell_is_refused():
-    with pytest.raises(ValueError, match=r"\(30, 32\) px has no grid of 8 px cells; pad"):
-        known_cells(torch.zeros(1, 1, 30, 32), 8)
 
 
 # -- which t ---------------------------------------------------------------------------------------
@@ -779,14 +718,6 @@ def test_losses_that_are_all_zero_leave_t_uniform_and_one_that_is_not_finite_is_
     assert torch.equal(steps.losses[:2], before["losses"][:2])
     assert steps.losses[2, 0] == 4
     assert before["losses"][2, 0] == 3, "a state dict is a copy"
-
-
-def test_a_draw_belongs_to_the_image_not_to_its_batch():
-    steps = filled(50, [float(t) for t in range(50)])
-    whole, _ = steps.draw(generators(6))
-    assert torch.equal(torch.cat([steps.draw(generators(6)[:2])[0],
-                                  steps.draw(generators(6)[2:])[0]]), whole)
-    assert whole.unique().numel() > 2
 
 
 def test_processes_and_micro_batches_make_no_difference(monkeypatch):

@@ -6,13 +6,7 @@ import torch
 
 import refit
 from quantize import code_statistics, nearest_code
-from refit import (
-    afkmc2_seeds,
-    install_codebook,
-    kmeans,
-    rebuild_codebook,
-    sample_features,
-)
+from refit import afkmc2_seeds, install_codebook, kmeans, rebuild_codebook, sample_features
 from vqgan import VQGAN, VQGANConfig
 
 TINY = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4,
@@ -72,20 +66,11 @@ def test_every_image_and_every_cell_is_drawn_alike_and_independently():
     assert statistic < limit
 
 
-def test_images_are_drawn_with_replacement():
-    drawn = len(Pictures((2, 2)).sample(images=1000, P=1000)[:, 0].unique())
-    assert 580 < drawn < 690                                  # 1 - 1/e of them; without, all
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_the_batch_size_changes_no_draw(batch_size):
-    expected = Pictures((4, 4)).sample(images=50, P=300)
-    assert torch.equal(Pictures((4, 4)).sample(50, 300, batch_size=batch_size), expected)
-
-
 def test_more_draws_begin_with_the_same_ones_and_another_key_draws_others():
     few, many = (Pictures((4, 4)).sample(images=50, P=P) for P in (40, 300))
     assert torch.equal(many[:40], few)
+    for batch_size in (1, 7, 100):
+        assert torch.equal(Pictures((4, 4)).sample(50, 300, batch_size=batch_size), many)
     assert not torch.equal(Pictures((4, 4)).sample(50, 40, key=(1, 1)), few)
     assert not torch.equal(Pictures((4, 4)).sample(50, 40, key=(0, 2)), few)
 
@@ -112,13 +97,8 @@ def test_the_processes_share_the_images_and_all_get_the_same_features(monkeypatc
 
     monkeypatch.setattr(refit, "gather_objects", lambda share: shares)
     assert torch.equal(Pictures((4, 4)).sample(30, 100, batch_size=3), expected)
-
-
-def test_a_reader_that_leaves_images_out_is_noticed():
-    pictures = Pictures((2, 2))
-    with pytest.raises(ValueError, match="shorter"):
-        sample_features(pictures.encode, lambda parts: pictures.batches(parts[1:]), 10, 80, (0, 1),
-                        batch_size=2)
+    with pytest.raises(ValueError, match="shorter"):                # a reader that leaves some out
+        sample_features(alone.encode, lambda parts: alone.batches(parts[1:]), 10, 80, (0, 1), 2)
 
 
 def test_features_are_the_frozen_encoders_outputs():
@@ -187,16 +167,6 @@ def test_a_long_chain_gives_the_third_seed_its_distance_to_both_others():
         law[a, b, c] = (one[b] / one.sum() * two[c] / two.sum()).item() / 5
     statistic, limit = chi_square(seen, law, draws)
     assert statistic < limit
-
-
-def test_seeding_is_a_function_of_the_generator():
-    features = blobs(500, 20, 6)
-    seeds = afkmc2_seeds(features, 20, generator=generator(3))
-    assert torch.equal(afkmc2_seeds(features, 20, generator=generator(3)), seeds)
-    assert not torch.equal(afkmc2_seeds(features, 20, generator=generator(4)), seeds)
-    before = torch.get_rng_state()
-    afkmc2_seeds(features, 20, generator=generator(3))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_well_separated_clusters_get_a_seed_each():
@@ -285,48 +255,25 @@ def test_a_tolerance_ends_it_earlier():
     assert len(scaled) == lengths[1]                                # relative to the variance
 
 
-def test_as_many_centres_as_distinct_features_leave_no_inertia():
-    features = torch.randn(60, 5)
-    seeds = afkmc2_seeds(features, 60, generator=generator())
-    assert kmeans(features, features[seeds])[2][-1] == 0
-    assert kmeans(features, features[:1].expand(60, -1))[2][-1] == 0   # 59 of them empty at first
-
-
-def test_empty_clusters_take_the_farthest_features_which_leave_their_own():
-    features = torch.tensor([[0.0], [1.0], [10.0], [14.0]])
-    centres = torch.tensor([[0.5], [500.0]])
-    moved, assignment, inertia = kmeans(features, centres, iterations=1)
+@pytest.mark.parametrize(("features", "centres", "moved"), [
     # 14 is farthest from 0.5; without it, the mean of the others is 11/3.
-    assert moved.flatten().tolist() == pytest.approx([11 / 3, 14.0])
-    assert assignment.tolist() == [0, 0, 1, 1]
-    assert inertia[0] == pytest.approx(0.25 + 0.25 + 9.5**2 + 13.5**2)
-
-
-def test_empty_clusters_never_take_equal_features():
-    features = torch.tensor([[0.0], [0.0], [0.5], [9.0], [9.0], [9.0], [7.0]])
-    centres = torch.tensor([[0.0], [100.0], [200.0]])
-    moved, _, _ = kmeans(features, centres, iterations=1)
-    assert moved[1:].flatten().tolist() == [9.0, 7.0]
-
-
-def test_an_empty_cluster_never_takes_the_last_feature_of_another():
+    ([0, 1, 10, 14], [0.5, 500], [11 / 3, 14]),
+    # Two equal ones never: one would be left without features again.
+    ([0, 0, 0.5, 9, 9, 9, 7], [0, 100, 200], [18.5 / 5, 9, 7]),
     # 5 is farthest from its centre but alone there.
-    features = torch.tensor([[0.0], [1.0], [5.0]])
-    moved, _, inertia = kmeans(features, torch.tensor([[0.0], [8.0], [50.0]]), iterations=1)
-    assert moved.flatten().tolist() == [0.0, 5.0, 1.0]
-    assert inertia[-1] == 0
+    ([0, 1, 5], [0, 8, 50], [0, 5, 1]),
     # 3 is taken from {0, 3}; 0, the second farthest, is then alone, and 10.5 goes.
-    features = torch.tensor([[0.0], [3.0], [10.0], [10.5], [10.25]])
-    moved, _, _ = kmeans(features, torch.tensor([[1.0], [10.0], [100.0], [200.0]]), iterations=1)
-    assert moved.flatten().tolist() == [0.0, 10.125, 3.0, 10.5]
-
-
-def test_a_feature_on_its_centre_is_not_moved_to_an_empty_cluster():
-    features, centres = torch.tensor([[0.0], [0.0], [5.0]]), torch.tensor([[0.0], [5.0], [100.0]])
-    moved, assignment, inertia = kmeans(features, centres)
-    assert torch.equal(moved, centres)
-    assert assignment.tolist() == [0, 0, 1]
-    assert inertia == [0, 0]
+    ([0, 3, 10, 10.5, 10.25], [1, 10, 100, 200], [0, 10.125, 3, 10.5]),
+    # One on its centre is not moved.
+    ([0, 0, 5], [0, 5, 100], [0, 5, 100]),
+])
+def test_empty_clusters_take_far_features_never_equal_ones_and_never_a_clusters_last(
+        features, centres, moved):
+    column = [torch.tensor(values, dtype=torch.float32)[:, None] for values in (features, centres)]
+    centres, assignment, inertia = kmeans(*column, iterations=1)
+    assert centres.flatten().tolist() == pytest.approx(moved)
+    assert assignment.tolist() == torch.cdist(column[0], centres).argmin(1).tolist()
+    assert inertia[-1] == pytest.approx(naive_inertia(column[0], centres))
 
 
 def test_with_fewer_distinct_features_than_centres_the_surplus_is_never_used():
@@ -356,7 +303,9 @@ def test_inertia_from_the_same_start_is_scikit_learns():
 def test_a_rebuilt_codebook_finds_the_clusters_that_the_features_have():
     truth = torch.randn(30, 8)
     features = truth[torch.arange(3000) % 30] + 0.01 * torch.randn(3000, 8)
+    before = torch.get_rng_state()
     codebook, inertia = rebuild_codebook(features, 30, generator=generator())
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.cdist(truth, codebook).amin(1).max() < 0.02
     assert inertia[-1] < 3000 * 8 * 1.1e-4
     again, _ = rebuild_codebook(features, 30, generator=generator())
