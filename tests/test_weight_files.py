@@ -272,58 +272,6 @@ def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_d
     assert (type(config), contents["hyper_parameters"]) == (StandIn, {"lr": 0.1})
 
 
-LIGHTNING = """
-import sys, warnings
-warnings.filterwarnings("ignore")
-import torch, pytorch_lightning as pl
-from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-
-class Net(pl.LightningModule):
-    def __init__(self, config, widths, lr):
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    def training_step(self, batch, _):
-        return self.net(batch[0]).square().mean()
-    def validation_step(self, batch, _):
-        self.log("loss", self.net(batch[0]).mean())
-    def configure_optimizers(self):
-        adam = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
-        return [adam], [torch.optim.lr_scheduler.MultiStepLR(adam, [1, 2])]
-
-folder = sys.argv[1]
-config = OmegaConf.create({"lr": 1e-3, "deep": {"a": [1, {"b": None}]}, "same": "${lr}"})
-net = Net(config, OmegaConf.create([1, 2, 3]), 1e-3)
-data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8)), 4)
-callbacks = [ModelCheckpoint(folder, "best", monitor="loss", save_last=True), EarlyStopping("loss")]
-trainer = pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, logger=False,
-                     enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(net, data, data)
-trainer.save_checkpoint(f"{folder}/saved.ckpt")
-for name in ("best", "last", "saved"):
-    state = torch.load(f"{folder}/{name}.ckpt", weights_only=False)["state_dict"]
-    torch.save(dict(state), f"{folder}/{name}.pt")
-"""
-
-
-def test_a_checkpoint_that_lightning_wrote_is_read_without_lightning(tmp_path):
-    pytest.importorskip("pytorch_lightning")
-    pytest.importorskip("omegaconf")
-    subprocess.run([sys.executable, "-c", LIGHTNING, str(tmp_path)], check=True, timeout=300)
-    read = ("import sys; from weight_files import read_pickle; import torch\n"
-            "for name in ('best', 'last', 'saved'):\n"
-            "    found = read_pickle(f'{sys.argv[1]}/{name}.ckpt')\n"
-            "    state = torch.load(f'{sys.argv[1]}/{name}.pt')\n"
-            "    assert found['state_dict'].keys() == state.keys()\n"
-            "    assert all(torch.equal(found['state_dict'][key], state[key]) for key in state)\n"
-            "    assert {'callbacks', 'optimizer_states', 'lr_schedulers'} <= found.keys()\n"
-            "    assert type(found['hyper_parameters']['config']).__name__ == 'StandIn'\n"
-            "assert not {'pytorch_lightning', 'omegaconf'} & sys.modules.keys()\n")
-    subprocess.run([sys.executable, "-c", read, str(tmp_path)], check=True, timeout=300,
-                   cwd=Path(weight_files.__file__).parent)
-
-
 # -- what is no checkpoint -------------------------------------------------------------------------
 
 
