@@ -5,9 +5,8 @@
         ──patches──► tokens (B,N,width) ──transformer──► class token ──projection──► (B,D)
         ──100 x cosine of the two embeddings──► (B,)
 
-CLIP's image tower is rebuilt here, its attributes named as in Hugging Face's files, and read from a
-folder the user gives. S, D and the activation are what the folder's config.json says: OpenAI's
-towers have QuickGELU, LAION's of the same shapes GELU, and the weights alone do not tell.
+CLIP's image tower has its attributes named as in Hugging Face's files. S, D and the activation are
+config.json's: OpenAI's towers have QuickGELU, LAION's of the same shapes GELU.
 """
 
 import json
@@ -36,9 +35,8 @@ def clip_score(encoder, image, reference, mask):
 
     image: (B,3,H,W) in [-1,1], clamped. reference: B tensors (3,h,w) of any sizes in [-1,1]. mask:
     (B,1,H,W) in {0,1}, 1 = generated. The values are float64, on the CPU; an image with nothing
-    generated gives NaN, which the caller leaves out of means. The edited region is the smallest box
-    around the mask; `resized` stretches it and the whole reference.  deviation D28
-    Raises ValueError for shapes that do not belong together.
+    generated gives NaN. The edited region is the smallest box around the mask; it and the whole
+    reference are stretched. Raises ValueError for wrong shapes.  deviation D28
     """
     B, _, H, W = image.shape
     if image.shape[1] != 3 or mask.shape != (B, 1, H, W) or len(reference) != B:
@@ -62,11 +60,7 @@ def bounding_box(mask):
 
 
 def resized(images, size):
-    """Stretch (B,3,H,W) in [-1,1] to (B,3,size,size): bicubic, antialiased, as CLIP's programs.
-
-    They work on 8-bit pictures, which cannot leave their range; so these are clamped. Pictures of
-    this size stay as they are.
-    """
+    """Stretch (B,3,H,W) in [-1,1] to `size`, bicubic, clamped, as CLIP's programs do in 8 bits."""
     return F.interpolate(images.float().clamp(-1, 1), size=(size, size), mode="bicubic",
                          antialias=True).clamp(-1, 1)                       # (B, 3, size, size)
 
@@ -74,10 +68,9 @@ def resized(images, size):
 class CLIPImageEncoder(nn.Module):
     """Embed images (B,3,H,W) in [-1,1], of any size: (B,D) float32, of which the angle has meaning.
 
-    folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, of a whole CLIP,
-    whose text tower is left out, or of its image tower. Reading them runs no code.
-    Frozen, and in float32 also under autocast. Raises UserError for files that are missing,
-    unreadable or do not belong together.
+    folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, of a whole CLIP or
+    its image tower. Frozen, and in float32 also under autocast. Raises UserError for files that are
+    missing, unreadable or do not belong together.
     """
 
     def __init__(self, folder):

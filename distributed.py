@@ -2,8 +2,7 @@
 
 `python train.py` is one process, `torchrun --nproc_per_node=8 train.py` is eight. Tensors on the
 device travel by NCCL, host numbers by gloo, so a decision about stopping never waits for the
-device. How a program ends is here as well: a user's mistake, a signal, a failure that must not
-leave the other processes waiting.
+device. A program ends here as well: after a user's mistake, a signal, a failure.
 """
 
 import ctypes
@@ -26,16 +25,14 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)    #
 
 
 class UserError(Exception):
-    """Tell of a user's mistake in one line that names file or flag and what to do; exit status 2.
-    """
+    """A user's mistake, in one line that names file or flag and what to do; exit status 2."""
 
 
 def setup(device="auto"):
     """Join the group that torchrun made, if any, and return this process's `torch.device`.
 
-    device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes; under torchrun each
-    process of a machine takes the CUDA device of its own number. Raises UserError for a device that
-    this machine does not have.
+    device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes. Under torchrun each
+    process takes the CUDA device of its own number. Raises UserError for a device that is not here.
     """
     name = device
     if name == "auto":
@@ -66,8 +63,7 @@ def setup(device="auto"):
 def keep_freed_memory():
     """Ask glibc to keep freed buffers of up to 32 MiB; without, a CPU step is a fifth slower.
 
-    A training step allocates and frees the same buffers over and over, and what went back to the
-    system in between returns page by page, each by a fault. Linux only.
+    What a step frees and allocates again would return page by page, each by a fault. Linux only.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -78,9 +74,8 @@ def keep_freed_memory():
 def close():
     """Leave the group; harmless on one process."""
     if dist.is_initialized():
-        # Whoever drops the last reference to a gloo group joins its threads while holding the
-        # interpreter's lock, and a thread that still has a tensor to drop waits for that lock: both
-        # would wait for ever (pytorch/pytorch#56297). The threads finish while this one sleeps.
+        # Dropping a gloo group joins its threads while holding the interpreter's lock, for which a
+        # thread with a tensor to drop waits (pytorch/pytorch#56297): they finish in this time.
         time.sleep(0.2)
         dist.destroy_process_group()
 
@@ -118,10 +113,7 @@ def any_rank(flag):
 
 
 def on_rank0(function):
-    """Run function() on rank 0 and give its result, a small host value, to every rank.
-
-    A UserError there is one everywhere, so that all leave alike.
-    """
+    """Run function() on rank 0; every rank has its result, a small host value, or its UserError."""
     if world_size() == 1:
         return function()
     answer = [None, None]
@@ -152,17 +144,14 @@ def wait_for(device):
 
 
 def wrap(module, device):
-    """Put `module` in DistributedDataParallel; on one process return it as it is.
-
-    Buffers are not broadcast: the only ones are the discriminator's running statistics, which
-    training never reads.
-    """
+    """Put `module` in DistributedDataParallel; on one process return it as it is."""
     if world_size() == 1:
         return module
     # The strides of a 1x1 kernel have two spellings for one layout; DDP warns where they differ.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     DDP = nn.parallel.DistributedDataParallel
     known = inspect.signature(DDP).parameters            # the flag's name changed in PyTorch 2.13
+    # The only buffers are the discriminator's running statistics, which training never reads.
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
     return DDP(module, device_ids=ids, **{flag: False})
@@ -211,8 +200,7 @@ def exit_on_user_error(main):
         else:
             traceback.print_exc()
     if complaint:
-        # Where all processes make the same mistake, rank 0 says so and its launcher ends the
-        # others within this time; where only another one does, it speaks for itself.
+        # Where all make the same mistake, rank 0 says so, and the launcher ends the others in time.
         if rank():
             time.sleep(3)
         who = f"rank {rank()}: " if rank() else ""

@@ -1,4 +1,4 @@
-"""The papers' tables, on trained runs or on pictures made by anything.
+"""Make the papers' tables of trained runs, or of pictures made by anything.
 
     python eval.py RUN [RUN ...]                   what each decoder does to known pixels
     python eval.py RUN --table ddm1                which codes are in use, before and after ReFiT
@@ -8,8 +8,7 @@
     images --encode--> z --metrics.decode_all--> x_hat --metrics.measure--> a row for each image
     the table of images --metrics.report_rows--> means, FID --paper_tables.py--> Markdown, JSON
 
-Writes report.md, report.json and, of runs, report.png: the first images by each decoder. Of a run
-with a prior its samples and completions are shown as well. [AVQ Tab. 2] [AVQ Tab. 3]
+Writes report.md, report.json and, of runs, the pictures beside them. [AVQ Tab. 2] [AVQ Tab. 3]
 """
 
 import argparse
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 import metrics
 import paper_tables as tables
 import run_folder
@@ -27,17 +27,7 @@ import sample
 from asym_decoder import AsymVQGAN
 from convert import chosen_steps, load, load_first_stage, load_prior
 from data import Signs, held_out, open_dataset
-from distributed import (
-    UserError,
-    exact_float32,
-    exit_on_user_error,
-    gather_objects,
-    on_rank0,
-    print0,
-    rank,
-    setup,
-    world_size,
-)
+from distributed import UserError, exit_on_user_error, print0
 from image_pairs import MatchedFolders, PictureFolder
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from losses import TRUNKS
@@ -49,17 +39,15 @@ WORKERS = 2                                      # that decode where a whole spl
 CAPTIONS = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
 
 
-def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, unpaired=False,
-             invert_mask=False, data=None, root=None, size=None, n=None, table=None, lpips=None,
-             weights=None, clip=None, fid=True, per_image=None, batch_size=None, device="cpu",
-             out=None):
+def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
+             unpaired=False, invert_mask=False, data=None, root=None, size=None, table=None,
+             lpips=None, weights=None, clip=None, fid=True, per_image=None, batch_size=None,
+             device="cpu", out=None):
     """Measure runs, or pictures of anything; print the tables, write the report and return it.
 
-    runs: run folders, stage files or public checkpoints on one first stage. pred: instead of them a
-    folder of pictures: each is measured beside its original or, unpaired, all by FID and inception
-    score alone against other ones. [AVQ Tab. 6] [AVQ Tab. 10]
-
-    The arguments are the program's flags; None stands for the run's own. Raises UserError.
+    The arguments are the program's flags; None stands for the run's own. Each picture in pred is
+    measured beside its original or, unpaired, all of them by FID and inception score alone against
+    other ones. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
     """
     device, paths = torch.device(device), [Path(path) for path in runs]
     runs = open_runs(paths, device)
@@ -106,17 +94,17 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, unpaired=F
     out = run_folder.make_folder(Path(out or made))
     print0(f"evaluating {', '.join(runs) or pred}: {n:,} of {about}; the report goes to {out}")
 
-    with exact_float32(), torch.inference_mode():
+    with distributed.exact_float32(), torch.inference_mode():
         # Show the first images; what a device does once, at its first batch, is not timed then.
         columns = first_images(batches(pictures, n), models) if models else {}
 
         # Decode the same latents by every decoder, and measure.
-        ranks = rank(), world_size()
-        rows, counts = tabulate(batches(pictures, n, *ranks), n, networks, models, pred)
+        ranks = distributed.rank(), distributed.world_size()
+        rows, counts = tabulate(batches(pictures, n, *ranks), n, batch_size, networks, models, pred)
         if unpaired:
-            rows += tabulate(batches(others, most, *ranks), most, networks)[0]
+            rows += tabulate(batches(others, most, *ranks), most, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
-        means = on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
+        means = distributed.on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
 
         # Of the codes: which are in use, and what their prior makes.
         codebooks, notes, prior, links = [], networks.reasons(), None, {}
@@ -138,7 +126,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, unpaired=F
             notes["codebook"] = f"held out: {n:,} images; train: not counted, --table ddm1 does"
         folder = next((path for path in paths if (path / "prior").is_dir()), None)
         if dataset and folder:
-            prior, notes["prior"], links = on_rank0(lambda: draw(folder, dataset, device, out))
+            prior, notes["prior"], links = distributed.on_rank0(
+                lambda: draw(folder, dataset, device, out))
     unfinished = [f"{name} (step {run.step})" for name, run in runs.items() if not run.finished]
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
@@ -146,10 +135,9 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, unpaired=F
     # Tell it.
     report = tables.make_report(means, n, device, drawn, config.get("seed"), notes,
                                 codebooks[-1] if codebooks else None, prior)
-    if rank() > 0:
+    if distributed.rank() > 0:
         return report
-    number = None if table == "ddm1" else table
-    texts = [tables.report_text(report, about, networks.missing, networks.off, number)]
+    texts = [tables.report_text(report, about, networks.missing, networks.off, table)]
     if codebooks:
         texts += [f"Codes in use ({notes['codebook']}):", tables.codebook_table(codebooks)]
     if table == "ddm1":
@@ -222,8 +210,8 @@ def first_images(batches, models):
         shown = {"original": batch.x}
         if batch.mask is not None:
             shown["masked"] = show_masked(batch.x, batch.mask)
-        outputs = metrics.decode_all(models, z, batch.x, batch.mask)
-        for (run, decoder), (x_hat, _) in outputs.items():
+        decoded = metrics.decode_all(models, z, batch.x, batch.mask)
+        for (run, decoder), (x_hat, _) in decoded.items():
             if decoder != "paste":
                 name = f"\n{run}" if len(models) > 1 and run else ""
                 shown[CAPTIONS.get(decoder, decoder) + name] = x_hat
@@ -235,18 +223,16 @@ def first_images(batches, models):
     return {caption: images[:EXAMPLES] for caption, images in columns.items()}
 
 
-def tabulate(batches, n, networks, models=None, files=None):
+def tabulate(batches, n, batch_size, networks, models=None, files=None):
     """Measure all batches, over all processes: (the table of images, counts of codes (K,)).
 
-    n: images in all. networks: None where codes are counted only. models: {run: model} that encode
-    and decode the images. files: the name for what another program made: each batch's `pred`, or
-    the images themselves where there are no pairs.
+    n: images in all. networks: None counts codes only. models: {run: model} that decode the images.
+    files: the name of what another program made: each batch's `pred`, or its images without one.
     """
-    table, counts, progress = [], 0, None
+    steps = math.ceil(n / batch_size / distributed.world_size())
+    table, counts = [], 0
+    progress = run_folder.Progress("evaluation", 0, steps, min(batch_size, n))
     for done, batch in enumerate(batches, 1):
-        if progress is None:
-            steps = math.ceil(n / len(batch.x) / world_size())
-            progress = run_folder.Progress("evaluation", 0, steps, len(batch.x))
         outputs = {(None, metrics.REAL): (batch.x, 0)}
         if models:
             first_stage = metrics.first_stage_of(models.values())
@@ -260,13 +246,9 @@ def tabulate(batches, n, networks, models=None, files=None):
             outputs[files, "files"] = batch.pred, 0
         for (run, decoder), (x_hat, seconds) in outputs.items() if networks else ():
             table += metrics.measure(x_hat, batch, networks, run, decoder, seconds)
-        progress.show(min(done, progress.steps), {})
-    if progress:
-        progress.close()
-    return metrics.over_ranks(table), sum(gather_objects(counts))
-
-
-# -- the codes and their prior ---------------------------------------------------------------------
+        progress.show(min(done, steps), {})
+    progress.close()
+    return metrics.over_ranks(table), sum(distributed.gather_objects(counts))
 
 
 def codebook_row(name, first_stage, size, val, train=None, rfid=None):
@@ -292,11 +274,11 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
         statistics, rfid = [], None
         for split in splits:
             total = min(n or len(split), len(split))
-            batches = held_out(split, total, batch_size, device, rank(), world_size(), masks=False,
-                               workers=WORKERS)
+            batches = held_out(split, total, batch_size, device, distributed.rank(),
+                               distributed.world_size(), masks=False, workers=WORKERS)
             decoded = inception and not statistics and model.decoder is not None
             networks = metrics.Networks(inception=inception) if decoded else None
-            table, counts = tabulate(batches, total, networks, {name: model})
+            table, counts = tabulate(batches, total, batch_size, networks, {name: model})
             statistics.append(code_statistics(counts))
             rfid = metrics.summary(table, None, "vanilla")["fid"] if decoded else rfid
         rows.append(codebook_row(name, model, split.size, *statistics, rfid))
@@ -304,10 +286,7 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
 
 
 def draw(folder, dataset, device, out):
-    """Draw what a run's prior makes: (report.json's "prior" or None, a note, {file name: title}).
-
-    Writes samples, completions and, with a decoder of ours, inpainted images into `out`.
-    """
+    """Draw what a run's prior makes, into `out`: (the report's "prior", a note, {file: title})."""
     try:
         prior = load_prior(folder, device)
         model = sample.open_decoder(folder, prior)
@@ -322,19 +301,15 @@ def draw(folder, dataset, device, out):
     row, samples = sample.measure(prior, model, steps, SAMPLES, batch_size=SAMPLES)
     title = f"{SAMPLES} samples ({steps} steps), decoded by {sample.decoder_name(model)}"
     image_rows([(title, list(samples))], out / "samples.png", across=8)
-    image_rows(completion_rows(prior, dataset, steps), out / "completions.png",
-               across=2 + COMPLETIONS)
-    pictures = {"samples.png": f"{SAMPLES} samples", "completions.png": "completions"}
+    image_rows(completion_rows(prior, dataset, steps), out / "completions.png", 2 + COMPLETIONS)
+    links = {"samples.png": title, "completions.png": "completions"}
     if isinstance(model, AsymVQGAN):
         image_grid(inpainting_columns(prior, model, dataset, steps), out / "inpainting.png")
-        pictures["inpainting.png"] = f"full inpainting ({steps} steps, resample {RESAMPLE})"
+        links["inpainting.png"] = f"full inpainting ({steps} steps, resample {RESAMPLE})"
     facts = {"vlb_nats": prior.facts.get("score"), "steps": [row]}
     facts |= {name: prior.facts.get(name) for name in ("uniform_nats", "histogram_nats")}
     note = f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once"
-    return facts, note, pictures
-
-
-# -- the program -----------------------------------------------------------------------------------
+    return facts, note, links
 
 
 def main():
@@ -344,8 +319,7 @@ def main():
     small = ", ".join(flag for flag, value in numbers.items() if value is not None and value < 1)
     for wrong, sentence in (
         (small, f"{small}: give a number from 1 on"),
-        (bool(args.runs) == bool(args.pred),
-         "give either runs, as in eval.py RUN, or pictures, as in eval.py --pred DIR --real DIR"),
+        (bool(args.runs) == bool(args.pred), "give either runs or --pred DIR --real DIR"),
         (args.unpaired and not args.pred, "--unpaired needs --pred DIR, a folder of pictures"),
         (args.unpaired and bool(args.real) == bool(args.data),
          "--unpaired compares --pred DIR with one other set: give --real DIR or --data"),
@@ -362,23 +336,20 @@ def main():
         (args.table == "ddm1" and (args.pred or args.real), f"{table} is about a run alone"),
         (args.table in ("1", "4", "5") and not args.pred,
          f"{table} is about pictures that a generator made: give --pred DIR --real DIR"),
-        (args.table and args.pred and not args.unpaired and not args.masks,
-         f"{table} needs --masks DIR"),
+        (args.table and args.pred and not samples and not args.masks, f"{table} needs --masks DIR"),
         (args.table in ("4", "5") and not args.refs, f"{table} has a CLIP score: give --refs DIR"),
     ):
         if wrong:
             raise UserError(sentence)
-    device = setup(args.device)
+    args.device = distributed.setup(args.device)
     if args.per_image:
         run_folder.make_folder(Path(args.per_image).parent, "--per-image")
-    evaluate(**vars(args) | {"device": device})
+    evaluate(**vars(args))
 
 
 def _parser():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="The papers' tables: what decoders do to known pixels, and FID, inception "
-                    "score, LPIPS and CLIP score of pictures made by anything.")
+        allow_abbrev=False, description="The papers' tables, of runs or of pictures by anything.")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN",
         help="run folders, their stage files, or public checkpoints, on one first stage")
@@ -387,30 +358,24 @@ def _parser():
     add("--masks", metavar="DIR", help="masks of the same names; white = generated")
     add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
     add("--invert-mask", action="store_true", help="the masks are black where generated")
-    add("--unpaired", action="store_true",
-        help="compare the set PRED with the set REAL, or with held-out pictures of --data")
+    add("--unpaired", action="store_true", help="compare sets: PRED with REAL, or with --data")
     add("--data", choices=("signs", "imagenet", "folder"),
         help="held-out pictures (default: the run's --data; else imagenet)")
     add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
-    add("--size", type=int, metavar="PX",
-        help="their size (default: the run's --size, else 256; with --pred that of its pictures)")
+    add("--size", type=int, metavar="PX", help="their size (default: the run's, PRED's, else 256)")
     add("-n", "--n", type=int, metavar="N", help="pictures (default: all given ones; of held-out "
         "ones at most 1000, signs 500; --table ddm1 counts all)")
     add("--table", choices=(*tables.PAPER_TABLES, "ddm1"),
         help="print this table of the AVQ paper as well; ddm1: DDM's Table 1, codes in use")
-    add("--lpips", choices=(*TRUNKS, "none"),
-        help="network of the LPIPS column (default: the run's --perceptual; else vgg)")
-    add("--weights", metavar="DIR",
-        help="folder of the networks' files (default: the run's --weights, else torch hub's cache)")
+    add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
+    add("--weights", metavar="DIR", help="networks' files (default: the run's, else torch hub's)")
     add("--clip", metavar="DIR", help="folder of a CLIP model, for the CLIP score")
-    add("--no-fid", dest="fid", action="store_false",
-        help="leave out FID and inception score, the slowest columns without a GPU")
+    add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score")
     add("--per-image", metavar="FILE", help="write the measures of each picture as a CSV table")
     add("--batch-size", type=int, metavar="B", help="pictures at once (default: 16 up to 128 px, "
         "4 at 256, 1 at 512; with --pred 8; of runs with --real 4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--out", metavar="DIR",
-        help="folder of the report (default: RUN; of several RUN/compare; of pictures PRED-report)")
+    add("--out", metavar="DIR", help="of the report (default: RUN, RUN/compare or PRED-report)")
     return parser
 
 

@@ -57,7 +57,7 @@ class MatchedFolders:
         self.pred = pred and _match("--pred", pred, _listed("--pred", pred), names, real, True)
         self.masks = masks and _match("--masks", masks, _listed("--masks", masks), names, real)
         self.refs = refs and _match("--refs", refs, _listed("--refs", refs), names, real)
-        self.name, self.names, self.invert_mask = str(pred or real), names[:limit], invert_mask
+        self.names, self.invert_mask = names[:limit], invert_mask
         self.about, self.warned = f"{pred} beside {real}" if pred else str(real), 0
         if masks:
             self.about += f", masks in {masks}"

@@ -2,12 +2,10 @@
 
     z --decode_all--> {(run, decoder): x_hat}                several decoders on the same latents
     x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
-    the table --summary--> means, FID and inception score of one decoder in one bucket
-              --report_rows--> the rows of report.json
+    the table --summary--> means of one decoder in one bucket --report_rows--> report.json's rows
 
-AVQ reports the squared error of non-edited regions as Pre_error (Table 2) without a formula; its
-range, denominator and rounding are fixed here, once. Images stay float all the way: 8-bit
-truncation alone adds 5e-6, the size of what is measured. With FID, a row takes 12 KB.
+Images stay float all the way: 8-bit truncation alone adds 5e-6, the size of what is measured. With
+FID, a row takes 12 KB.
 """
 
 import math
@@ -32,20 +30,17 @@ SETS = ("fid", "is_mean", "is_std")                                        # of 
 FID_BUCKETS = ("all", "40-50")           # that AVQ's tables print; a distance takes seconds
 
 
-# -- known pixels ----------------------------------------------------------------------------------
-
-
 def _unit(image):
     """(B,3,H,W) in [-1,1], any device and float type -> float64 in [0,1] on the CPU, clamped."""
     return (image.detach().cpu().double().clamp(-1, 1) + 1) / 2
 
 
 def pre_error(x_hat, x, mask):
-    """Mean squared error on known pixels, one value per image. [AVQ Tab. 2]  deviation D17
+    """Mean squared error on known pixels, (B,) float64. [AVQ Tab. 2]  deviation D17
 
-    x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated -> (B,) float64,
-    sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it is 4 times that.
-    An image without a known pixel gives NaN, which the caller leaves out of means.
+    x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated. The paper has no formula;
+    this is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it is 4 times that.
+    An image without a known pixel gives NaN.
     """
     known = 1 - mask.cpu().double()                                         # (B, 1, H, W)
     squared = known * (_unit(x_hat) - _unit(x)) ** 2                        # (B, 3, H, W)
@@ -53,19 +48,16 @@ def pre_error(x_hat, x, mask):
 
 
 def psnr_known(x_hat, x, mask):
-    """Peak signal-to-noise ratio of the known pixels in dB: -10 log10(pre_error), (B,) float64.
-
-    An exact copy gives inf, an image without a known pixel NaN.
-    """
+    """Peak signal-to-noise ratio of the known pixels in dB, (B,); inf for an exact copy."""
     return -10 * torch.log10(pre_error(x_hat, x, mask))
 
 
 def seam(x_hat, x, mask):
     """How much sharper the step across the mask's border is than in the original, (B,) float64.
 
-    The mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all horizontal and vertical pairs of
-    neighbours with one pixel known and one not, images in [0,1]. 0 for the original, negative =
-    smoother than it, positive = a visible edge. An image without such a pair gives NaN.
+    The mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all pairs of neighbours with one pixel known
+    and one not, images in [0,1]. 0 for the original, negative = smoother than it, positive = a
+    visible edge. An image without such a pair gives NaN.
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -77,11 +69,8 @@ def seam(x_hat, x, mask):
     return total / (3 * pairs)
 
 
-# -- several decoders on the same latents ----------------------------------------------------------
-
-
 def first_stage_of(models):
-    """One of the first stages of `models`, which are alike: one that can decode, if any can."""
+    """Find a first stage of `models`, which have equal ones: one that can decode, if any can."""
     stages = [model.first_stage for model in models]
     return next((stage for stage in stages if stage.decoder is not None), stages[0])
 
@@ -89,10 +78,9 @@ def first_stage_of(models):
 def decode_all(models, z, x, mask=None):
     """{(run, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
 
-    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): the latents of the whole of x (B,3,H,W); mask
-    (B,1,H,W), 1 = to be generated. Decoders: "vanilla", the first stage's own; "paste", vanilla
-    with the known pixels copied over it; "asym", ours, given x and mask; "asym-nomask", ours, given
-    nothing. Without a mask only those that need none.
+    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): latents of the whole x (B,3,H,W). Decoders:
+    "vanilla", the first stage's own; "paste", vanilla with the known pixels copied over it; "asym",
+    ours, given x and mask; "asym-nomask", ours alone. Without a mask: those that need none.
     """
     def timed(decode, **condition):
         wait_for(z.device)
@@ -115,9 +103,6 @@ def decode_all(models, z, x, mask=None):
     return outputs
 
 
-# -- the networks that measure ---------------------------------------------------------------------
-
-
 @dataclass
 class Networks:
     """The networks that columns need; where one is None, its columns have a reason."""
@@ -138,9 +123,8 @@ class Networks:
 def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None, refs=False):
     """Open the Networks of the columns that are wanted, their files found or downloaded.
 
-    weights: the folder of the files. lpips: its net's name, or "none"; asked: whether the user
-    named it, so that a missing file raises UserError. fid: whether FID and inception score are
-    wanted. clip: the folder of an image tower; refs: whether there are references for it.
+    weights: their folder. lpips: its net, or "none"; asked: for by the user, so that a missing file
+    raises UserError. clip: the folder of an image tower; refs: whether there are references.
     """
     networks = Networks()
 
@@ -180,17 +164,13 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     return networks
 
 
-# -- the table of images ---------------------------------------------------------------------------
-
-
 def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
     """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
     x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: of decoding
-    it. LPIPS is of the whole image, as in the paper. A row has a measure only where its network is
-    there, NaN where an image has no value, and, for FID and inception score, "features" (2048,) and
-    "logits" (1008,); of the originals (decoder REAL) these alone. Raises UserError where x_hat is
-    not finite.
+    it. LPIPS is of the whole image. A row has a measure only where its network is there, NaN where
+    an image has no value, and for FID "features" (2048,) and "logits" (1008,); of the originals
+    (decoder REAL) these alone. Raises UserError where x_hat is not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
@@ -226,9 +206,9 @@ def over_ranks(table):
 def summary(table, run, decoder, bucket="all"):
     """Sum up what the table says of one decoder in one bucket of mask area: {column: number}.
 
-    None where there is no number or where it is infinite. Images without a value are left out of
+    None where there is no number or where it is infinite. An image without a value is left out of
     that mean only. FID is against the originals of the same bucket, of FID_BUCKETS only. The
-    inception score is of all images, in 10 splits in their order, or as many as there are images.
+    inception score is of all images, in order, in 10 splits or as many as there are images.
     """
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"]) == key

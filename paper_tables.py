@@ -1,12 +1,10 @@
-"""The papers' own figures, and ours beside them: report.json, and Markdown to read.
+"""Set ours beside the papers' own figures: report.json, and Markdown to read. [AVQ Tab. 2]
 
     rows of metrics.py --make_report--> report.json's contents: numbers or null, and notes
-    report --table--> one row a decoder --bucket_table--> one row a decoder and bucket
-           --paper_table(report, "2")--> columns and rows as AVQ prints them, its own below
+    report --table, bucket_table, paper_table--> AVQ's tables, the paper's own rows below ours
     codebooks --codebook_table--> DDM's Table 1; its "prior" --prior_table, steps_table--> two more
 
-report.json holds no NaN and no infinity: null is what was not computed or is not finite, and
-`notes` says why. [AVQ Tab. 2]
+report.json holds no NaN and no infinity: null is what is missing or infinite, `notes` says why.
 """
 
 import math
@@ -69,9 +67,7 @@ PAPER_TABLES = {
                         "large2 w/o mask": (19.68, 37.74)}),
 }
 
-
-# -- report.json -----------------------------------------------------------------------------------
-
+# What report.json's columns mean, and why they may be null.
 NOTES = {
     "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
@@ -87,10 +83,9 @@ NOTES = {
 
 
 def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
-    """Make report.json's contents.
+    """Make report.json's contents of metrics.report_rows, eval.codebook_row and eval.draw.
 
-    rows: metrics.report_rows'; n: images measured; masks: {"kind", "size", "seed"}; notes: {column:
-    reason} besides NOTES; codebook: an eval.codebook_row; prior: eval.draw's.
+    n: images measured; masks: {"kind", "size", "seed"}; notes: {column: reason} besides NOTES.
     """
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
@@ -104,9 +99,6 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
     return {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": commit or None,
             "device": name, "seed": seed, "n": n, "range": "[0,1]", "masks": masks, "rows": rows,
             "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
-
-
-# -- AVQ's tables ----------------------------------------------------------------------------------
 
 
 def table(report, missing=()):
@@ -128,10 +120,9 @@ def table(report, missing=()):
 
 
 def bucket_table(report, missing=()):
-    """Write one row for each decoder and bucket of the masks' area; "" without buckets."""
+    """Write a row for each decoder and bucket of the masks' area; "" without buckets."""
     names = [name for name in _shown(report, missing) if name != "is_mean"]
-    rows = [[row_name(report, row), row["bucket"], f"{row['n']:,}",
-             *(cell(row, name) for name in names)]
+    rows = [[row_name(report, row), row["bucket"], f"{row['n']:,}", *(cell(row, k) for k in names)]
             for row in _distinct(report) if row["bucket"] != "all"]
     heads = ["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]
     return markdown(heads, rows) if rows else ""
@@ -147,8 +138,8 @@ def paper_table(report, number):
             rows.append([row_name(report, row), f"{row['n']:,}",
                          *(cell(other, name) if other else "n/a" for other, name in own)])
     for method, values in figures.items():
-        rows.append([f"paper: {method}", "", *(COLUMNS[name][1](value) for value, (_, name)
-                                               in zip(values, columns))])
+        written = [COLUMNS[name][1](value) for value, (_, name) in zip(values, columns)]
+        rows.append([f"paper: {method}", "", *written])
     heads = [(f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
              for bucket, name in columns]
     about = ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER
@@ -158,8 +149,7 @@ def paper_table(report, number):
 def report_text(report, about, missing, off, number=None):
     """Write which images, which units, the tables, and why a column is empty.
 
-    about: the images, a line; missing, off: {column: reason}, as metrics.Networks has them; number:
-    of a table of the paper, or None.
+    about: the images, a line; missing, off: metrics.Networks'; number: also this table of AVQ's.
     """
     masks, net = report["masks"], report["rows"][0]["lpips_net"]
     if masks["size"]:
@@ -167,13 +157,13 @@ def report_text(report, about, missing, off, number=None):
                  f"most half the image, seed {masks['seed']}")
     lines = [f"{about}; {report['device']}."]
     if masks["kind"]:
-        lines += ["pre_error: mean squared error of known pixels for images in [0,1], in units of "
-                  "1e-5 as the paper prints it; 4 times that in [-1,1]; gain: vanilla's over the "
-                  "row's.", "PSNR in dB on known pixels; seam in [0,1]."]
+        lines += ["pre_error: mean squared error of known pixels in [0,1], in the paper's 1e-5; 4 "
+                  "times that in [-1,1]; gain: vanilla's over the row's.",
+                  "PSNR in dB on known pixels; seam in [0,1]."]
     if net:
         lines.append(f"LPIPS by {net}.")
     lines += ["", table(report, missing), ""]
-    if number:
+    if number in PAPER_TABLES:
         lines += [paper_table(report, number), ""]
     if buckets := bucket_table(report, missing):
         lines += ["By the share of the image that is to be generated:", "", buckets, ""]
@@ -189,10 +179,11 @@ def row_name(report, row):
     """Name a row, with the run where there are several."""
     names = {"files": row["run"], "vanilla": "first stage's own decoder (vanilla)",
              "paste": "vanilla, known pixels pasted (paste)"}
+    if row["decoder"] in names:
+        return names[row["decoder"]]
     mask = "w/ mask" if row["decoder"] == "asym" else "w/o mask"
-    several = len({other["run"] for other in report["rows"]}) > 1
-    return names.get(row["decoder"]) or (f"ours ({row['size'] or 'own size'}, {row['blend']}) "
-                                         + mask + (f": {row['run']}" if several else ""))
+    run = f": {row['run']}" if len({other["run"] for other in report["rows"]}) > 1 else ""
+    return f"ours ({row['size'] or 'own size'}, {row['blend']}) {mask}{run}"
 
 
 def cell(row, name):
@@ -232,8 +223,6 @@ def _shown(report, missing):
             if name in missing or any(row[name] is not None for row in report["rows"])]
 
 
-# -- DDM's tables ----------------------------------------------------------------------------------
-
 DDM_TABLE_1 = (          # [DDM Tab. 1]
     ("paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
      "rFID, ImageNet"),
@@ -265,7 +254,7 @@ def ddm_table_1():
 
 
 def prior_table(prior, K):
-    """Write what a held-out map of codes costs by report.json's "prior" and by simpler models."""
+    """Write what a held-out map of codes costs by the prior and by simpler models."""
     cells = round(prior["uniform_nats"] / math.log(K))
     models = {"all codes alike": prior["uniform_nats"],
               "how often each occurs at each cell": prior["histogram_nats"],
@@ -276,15 +265,11 @@ def prior_table(prior, K):
 
 
 def steps_table(steps, batch_size):
-    """Write time and the prior's own bound by reverse steps. [DDM Fig. 5] [DDM Fig. 6]
-
-    steps: rows of sample.measure; batch_size: samples that "seconds" is the time for.
-    """
-    return markdown(
-        ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats a map"],
-        [[f"{row['n']:,}", short(row["seconds"]),
-          short(row["seconds"] / batch_size * HOURS_FOR / 3600), f"{row['nats']:,.1f}"]
-         for row in steps])
+    """Write rows of sample.measure: time, the prior's bound by steps. [DDM Fig. 5] [DDM Fig. 6]"""
+    heads = ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats a map"]
+    hours = HOURS_FOR / batch_size / 3600
+    return markdown(heads, [[f"{row['n']:,}", short(row["seconds"]), short(row["seconds"] * hours),
+                             f"{row['nats']:,.1f}"] for row in steps])
 
 
 def _percent(share):

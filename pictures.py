@@ -1,11 +1,10 @@
-"""Draw pictures for people: images under captions, and the curves of a run.
+"""Draw images under captions, and the curves of a run.
 
     image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> a column each, a row an image   report.png
     image_rows   [(caption, [(3,H,W), ...]), ...] -> groups one below the other         samples.png
     curves       log.jsonl -> a panel a term, training and validation together          curves.png
 
-Small images are enlarged by whole numbers: whether a word survived a decoder is judged on its
-pixels, and a smooth enlargement would hide the strokes that matter.
+Small images are enlarged by whole numbers: a smooth enlargement would hide what a decoder lost.
 """
 
 import json
@@ -39,18 +38,14 @@ BLUE, RED, POINTS, SMOOTH_POINTS = "#3b6ea8", "#d1495b", 400, 40     # at most s
 
 
 def show_masked(x, mask):
-    """Paint the hole mid-grey, as the condition branch sees the picture. [AVQ Fig. 3]
-
-    x: (...,3,H,W) in [-1,1]; mask: (...,1,H,W), 1 = to be generated.
-    """
+    """Paint the hole of x (...,3,H,W) mid-grey, as the condition branch sees it. [AVQ Fig. 3]"""
     return x * (1 - mask)
 
 
 def image_grid(columns, path):
     """Write a PNG with one column for each caption; row i shows every column's image i.
 
-    columns: {caption: list of (3,H,W) in [-1,1]}, drawn about 256 px wide. Raises ValueError for
-    lists of several lengths, and as `_draw`.
+    Images are about 256 px wide. Raises ValueError for lists of several lengths, and as _draw.
     """
     lengths = {len(images) for images in columns.values()}
     if len(lengths) != 1:
@@ -61,8 +56,7 @@ def image_grid(columns, path):
 def image_rows(groups, path, across=None):
     """Write a PNG of groups of images, one below the other, each under its caption.
 
-    groups: [(caption, list of (3,H,W) in [-1,1])], drawn about 128 px wide. across: images in a
-    row (default: all of a group). Raises ValueError as `_draw`.
+    across: images in a row, each about 128 px wide (default: all of a group). Raises as _draw.
     """
     lines = []
     for caption, images in groups:
@@ -74,8 +68,8 @@ def image_rows(groups, path, across=None):
 def _draw(lines, path, side):
     """Write a PNG of `lines`, each a list of images in [-1,1] (clamped) or of captions.
 
-    The captions of a line share the page's width. Images of W px are enlarged by the whole number
-    that makes them about `side` px wide. Raises ValueError for images of several sizes, or none.
+    Images are enlarged by the whole number that makes them about `side` px wide. Raises ValueError
+    for images of several sizes, or none.
     """
     rows = [line for line in lines if not isinstance(line[0], str)]
     shapes = {tuple(image.shape) for row in rows for image in row}
@@ -117,9 +111,9 @@ def _wrapped(caption, font, room):
 def curves(log_path, png_path):
     """Draw a run's log as small multiples: a panel for each number, train and val together.
 
-    log_path: log.jsonl, one JSON object a line with `step` and numbers; `val_NAME` is NAME on
-    held-out images. Long logs are drawn as means of neighbouring steps, log-scaled where values are
-    positive and span more than a factor of ten. A log without numbers makes no picture.
+    `val_NAME` is NAME on held-out images. Long logs are drawn as means of neighbouring steps,
+    log-scaled where values are positive and span more than a factor of ten. A log without numbers
+    makes no picture.
     """
     series = {}                                      # {key: [(step, value), ...]}
     with open(log_path, encoding="utf-8") as file:

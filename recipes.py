@@ -1,7 +1,4 @@
-"""State the numbers of training, one row a recipe, and the learning rate that follows from them.
-
-A row holds what its source prints.
-"""
+"""State the numbers of training as their sources print them, one row a recipe; learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -11,10 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the numbers of one stage. lr belongs to `batch_size` and scales linearly with another.
-
-    deviation D11 (disc_start), deviation D25 (lr)
-    """
+    """Hold the numbers of one stage; lr scales linearly with the batch size.  deviation D25"""
 
     batch_size:    int   = 80          # global, over all processes
     lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
@@ -27,7 +21,7 @@ class Recipe:
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
     lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
-    disc_start:    float = 0.29        # below 1 a fraction of the steps, from 1 on a step
+    disc_start:    float = 0.29        # < 1 of the steps, else a step;  deviation D11
     ndf:           int   = 64          # the discriminator's width
     disc_layers:   int   = 3           # and its strided layers
     disc_factor:   float = 1.0         # on its learning rate
@@ -93,9 +87,7 @@ def first_gan_step(recipe, steps):
 def learning_rate(step, steps, peak, warmup, min_lr):
     """Give the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
 
-    deviation D27
-    steps: of the run. min_lr: the cosine's end. 0 keeps the peak after the warm-up, as the first
-    stages do.
+    min_lr 0 keeps the peak after the warm-up, as the first stages do.  deviation D27
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:

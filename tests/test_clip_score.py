@@ -78,9 +78,6 @@ def normalised(images):
     return ((images + 1) / 2 - mean) / deviation
 
 
-# -- the network -----------------------------------------------------------------------------------
-
-
 def layer_norm(h, state, name):
     centred = h - h.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -139,9 +136,6 @@ def test_the_encoder_is_frozen_in_float32_and_drew_no_random_number(state, tmp_p
         inside = encoder(image)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, encoder(image))
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -207,9 +201,6 @@ def test_a_missing_and_a_damaged_file_are_refused_in_one_line(file, content, sta
     assert "\n" not in str(caught.value)
 
 
-# -- the resize ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(300, 260), (90, 500), (16, 17), (1, 1)])
 def test_the_resize_is_pillows_bicubic_in_floats_clamped(shape):
     image = pictures(3, *shape)
@@ -222,10 +213,13 @@ def test_the_resize_is_pillows_bicubic_in_floats_clamped(shape):
                                atol=1e-4)
 
 
+def eight_bits(width, height):
+    coarse = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def test_clips_own_resize_of_8_bit_pictures_differs_by_their_rounding_only():
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
-    picture = coarse.resize((320, 280), Image.Resampling.BICUBIC)
+    picture = eight_bits(320, 280)
     theirs = np.array(picture.resize((224, 224), Image.Resampling.BICUBIC), float)
     ours = resized(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1, 224)[0]
     difference = np.abs((ours.permute(1, 2, 0).numpy() + 1) * 127.5 - theirs)
@@ -238,9 +232,6 @@ def test_values_beyond_the_range_are_clamped_before_the_resize_and_the_right_siz
     assert torch.equal(resized(image, 56), resized(image.clamp(-1, 1), 56))
     exact = pictures(1, 3, 56, 56)
     assert torch.equal(resized(exact, 56), exact)
-
-
-# -- the score -------------------------------------------------------------------------------------
 
 
 def test_the_bounding_box_holds_every_one_and_no_smaller_box_does():
@@ -270,22 +261,9 @@ def test_the_score_is_100_times_the_cosine_of_box_and_reference(encoder):
     torch.testing.assert_close(clip_score(encoder, outside, references, mask), scores)
 
 
-def test_the_same_picture_scores_100_and_a_longer_embedding_changes_nothing(encoder):
-    image, mask = pictures(2, 3, 32, 48), torch.zeros(2, 1, 32, 48)
-    mask[..., 4:20, 8:40] = 1
-    scores = clip_score(encoder, image, image[..., 4:20, 8:40], mask)
-    assert scores.tolist() == pytest.approx([100, 100], abs=1e-4)
-    others = pictures(2, 3, 30, 30)
-    before = clip_score(encoder, image, others, mask)
-    encoder.visual_projection.weight *= 3
-    after = clip_score(encoder, image, others, mask)
-    assert after.tolist() == pytest.approx(before.tolist(), abs=1e-4)
-    assert (before < 99).all()
-
-
 def test_an_image_with_nothing_generated_has_no_score(encoder):
-    image, mask, references = pictures(3, 3, 32, 32), torch.zeros(3, 1, 32, 32), [
-        pictures(3, 20, 20) for _ in range(3)]
+    image, mask = pictures(3, 3, 32, 32), torch.zeros(3, 1, 32, 32)
+    references = pictures(3, 3, 20, 20)
     assert clip_score(encoder, image, references, mask).isnan().all()
     mask[1, :, 5:9] = 1
     scores = clip_score(encoder, image, references, mask)
@@ -302,9 +280,6 @@ def test_shapes_that_do_not_belong_together_are_refused(image, references, mask,
     with pytest.raises(ValueError, match="expected"):
         clip_score(encoder, torch.zeros(image), [torch.zeros(3, 9, 9)] * references,
                    torch.ones(mask))
-
-
-# -- transformers ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -333,9 +308,7 @@ def test_a_folder_that_transformers_wrote_gives_its_embeddings(name, whole, tmp_
 def test_square_pictures_are_prepared_as_by_transformers():
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torchvision")
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
-    picture = np.array(coarse.resize((320, 320), Image.Resampling.BICUBIC))
+    picture = np.array(eight_bits(320, 320))
     theirs = transformers.CLIPImageProcessor()(picture, return_tensors="pt")["pixel_values"]
     ours = normalised(resized(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1, 224))
     assert (ours - theirs).abs().max() < 1.5 / 255 / min(DEVIATION)   # of 8 bits, 1.5 levels

@@ -70,7 +70,6 @@ def test_files_match_by_their_path_without_the_extension(here):
     fill(here / "pred", "a/x.bmp", "b/x.PNG", "b/y.z.tif")
     matched = MatchedFolders("real", "pred")
     assert matched.names == ["a/x", "b/x", "b/y.z"]              # by name first, then by path
-    assert matched.name == "pred"
     assert matched.describe() == "3 pictures in pred beside real"
     for k in range(3):
         real, pred, mask, ref = matched.read(k)
@@ -286,7 +285,6 @@ def test_black_is_generated_where_the_masks_are_inverted(here):
 
 
 # -- LaMa's evaluation set -------------------------------------------------------------------------
-
 
 
 @pytest.fixture

@@ -32,9 +32,6 @@ from metrics import (
 CPU, KEY = torch.device("cpu"), ("run", "asym")
 
 
-# -- known pixels ----------------------------------------------------------------------------------
-
-
 def example(batch=3, size=6):
     x_hat, x = torch.rand(2, batch, 3, size, size) * 2 - 1
     mask = (torch.rand(batch, 1, size, size) < 0.5).float()
@@ -56,16 +53,11 @@ def by_loops(x_hat, x, mask):
     return np.mean(errors), np.mean(steps)
 
 
-def test_pre_error_equals_loops_over_known_pixels():
+def test_pre_error_and_seam_equal_loops_over_pixels():
     x_hat, x, mask = example()
-    expected = [by_loops(*image)[0] for image in zip(x_hat * 1.5, x, mask)]
-    assert pre_error(x_hat * 1.5, x, mask).tolist() == pytest.approx(expected, rel=1e-12)
-
-
-def test_seam_equals_loops_over_pairs_across_the_border():
-    x_hat, x, mask = example()
-    expected = [by_loops(*image)[1] for image in zip(x_hat * 1.5, x, mask)]
-    assert seam(x_hat * 1.5, x, mask).tolist() == pytest.approx(expected, rel=1e-12)
+    errors, seams = zip(*(by_loops(*image) for image in zip(x_hat * 1.5, x, mask)))
+    assert pre_error(x_hat * 1.5, x, mask).tolist() == pytest.approx(errors, rel=1e-12)
+    assert seam(x_hat * 1.5, x, mask).tolist() == pytest.approx(seams, rel=1e-12)
 
 
 def test_a_shift_of_a_tenth_in_0_1_is_an_error_of_a_hundredth_and_20_db():
@@ -74,12 +66,6 @@ def test_a_shift_of_a_tenth_in_0_1_is_an_error_of_a_hundredth_and_20_db():
     mask[..., :3] = 1
     assert pre_error(x + 0.2, x, mask).item() == pytest.approx(0.01, rel=1e-6)
     assert psnr_known(x + 0.2, x, mask).item() == pytest.approx(20, rel=1e-6)
-
-
-def test_what_happens_in_the_hole_does_not_count():
-    x_hat, x, mask = example()
-    elsewhere = torch.where(mask == 1, torch.zeros_like(x), x_hat)
-    assert torch.equal(pre_error(x_hat, x, mask), pre_error(elsewhere, x, mask))
 
 
 def test_an_exact_copy_even_if_only_when_clamped_has_no_error_no_seam_and_infinite_psnr():
@@ -120,9 +106,6 @@ def test_half_precision_inputs_are_measured_in_float64():
     for metric in (pre_error, psnr_known, seam):
         assert metric(x_hat, x, mask.bfloat16()).dtype == torch.float64
         assert torch.equal(metric(x_hat, x, mask), metric(x_hat.float(), x.float(), mask))
-
-
-# -- several decoders on the same latents ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -171,9 +154,6 @@ def test_a_first_stage_without_a_decoder_of_its_own_has_no_vanilla_rows(models):
 def test_the_vanilla_decoder_comes_from_whichever_run_has_one(models):
     models["add"].first_stage.decoder = None
     assert first_stage_of(models.values()) is models["concat"].first_stage
-
-
-# -- the table of images ---------------------------------------------------------------------------
 
 
 def pictures(first, last, masks=True):
@@ -324,9 +304,6 @@ def test_outputs_that_are_not_finite_end_the_evaluation():
     batch = pictures(0, 1)
     with pytest.raises(UserError, match="asym of run gives values that are not finite"):
         measure(batch.x * math.nan, batch, Networks(), *KEY)
-
-
-# -- the networks ----------------------------------------------------------------------------------
 
 
 def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_goes_where(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_reports import CPU, MISSING, OFF, example_report, example_table
 
-from metrics import DECODERS, report_rows
+from metrics import report_rows
 from paper_tables import (
     DDM_TABLE_1,
     NOTES,
@@ -172,19 +172,6 @@ def test_the_table_of_steps_gives_the_papers_hours_and_the_bound():
     assert _cells(text, 2) == ["1,000", "11.52", "10.00", "321.1"]
 
 
-def test_each_decoder_has_one_row_a_bin_and_all_and_what_runs_share_is_repeated():
-    rows = example_report()["rows"]
-    every = [(row["run"], row["decoder"]) for row in rows if row["bucket"] == "all"]
-    assert every == [(run, decoder) for run in ("add", "concat") for decoder in DECODERS[:4]]
-    first, second = ([row | {"run": ""} for row in rows
-                      if row["run"] == run and row["decoder"] == "vanilla"]
-                     for run in ("add", "concat"))
-    assert first == second
-    assert {(row["size"], row["blend"]) for row in rows if row["decoder"] == "asym"} == {
-        ("base", "add"), ("base", "concat")}
-    assert {row["blend"] for row in rows if row["decoder"] in ("vanilla", "paste")} == {None}
-
-
 def test_a_report_has_its_keys_and_survives_json_without_nan():
     def refuse(word):
         raise ValueError(word)
@@ -198,10 +185,3 @@ def test_a_report_has_its_keys_and_survives_json_without_nan():
                               "clip_score", "images_per_s"} for row in report["rows"])
     assert report["notes"].keys() >= NOTES.keys()
     assert report["device"] == f"cpu, {torch.get_num_threads()} threads"
-
-
-def test_codebook_and_prior_stand_in_the_report_as_they_were_given():
-    report = make_report([], 4, CPU, {}, codebook=CODEBOOKS[0], prior=PRIOR)
-    assert (report["codebook"], report["prior"]) == (CODEBOOKS[0], PRIOR)
-    assert example_report()["codebook"] is example_report()["prior"] is None
-    assert example_report()["notes"]["prior"].startswith("not computed")

@@ -42,10 +42,10 @@ def test_rows_stand_under_their_captions_so_many_in_a_row(tmp_path):
     page = np.array(Image.open(path))
     assert page.shape == (GAP + 2 * LINE + 3 * step, GAP + 2 * step, 3)
     tops = (GAP + LINE, GAP + LINE + step, GAP + 2 * LINE + 2 * step)
-    for top, left, colour in ((tops[0], GAP, (255, 0, 0)), (tops[0], GAP + step, (255, 0, 0)),
-                              (tops[1], GAP, (255, 0, 0)), (tops[1], GAP + step, (255, 255, 255)),
-                              (tops[2], GAP, (0, 0, 0)), (tops[2], GAP + step, (255, 255, 255))):
-        assert (page[top:top + 128, left:left + 128] == colour).all()
+    red, dark, white = (255, 0, 0), (0, 0, 0), (255, 255, 255)
+    for top, row in zip(tops, ((red, red), (red, white), (dark, white))):
+        for left, colour in zip((GAP, GAP + step), row):
+            assert (page[top:top + 128, left:left + 128] == colour).all()
     for top in (GAP, tops[2] - LINE):
         assert (page[top:top + LINE] != 255).any()                   # the lines of text
 
