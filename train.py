@@ -217,7 +217,7 @@ def gradients(stage, batch, gan_on, micro_batch):
                 part = {key: value[start:start + micro_batch] for key, value in batch.items()}
                 last = start + micro_batch >= local
                 with ExitStack() as held:
-                    for network in stage.networks():
+                    for network in stage.parallel:
                         held.enter_context(no_sync(network, last))
                     terms.append(stage.step(stage.batch(part), gan_on,
                                             len(part["position"]) / local))

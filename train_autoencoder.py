@@ -65,23 +65,19 @@ class Autoencoder:
             self.discriminator.to(memory_format=torch.channels_last)
         self.ddp_model = wrap(self.model, device)
         self.ddp_discriminator = wrap(self.discriminator, device)
+        self.parallel = [self.ddp_model, self.ddp_discriminator]
         self.optimizers = {
             "generator": adam(groups, recipe, device),
             "discriminator": adam([(self.discriminator.parameters(), recipe.disc_factor)],
                                   recipe, device)}
-        self.perceptual = None
-        if net != "none":
-            self.perceptual = LPIPS(net, run.settings["weights"]).to(device)
+        weights = run.settings["weights"]
+        self.perceptual = LPIPS(net, weights).to(device) if net != "none" else None
 
     def items(self, steps):
         """Give the training images by position in the run, with crop and mask."""
-        r, run = self.recipe, self.run
-        return TrainingItems(run.train_set, run.settings["seed"], STAGE_IDS[self.name], self.masks,
-                             r.p_full, r.mask_kind)
-
-    def networks(self):
-        """List what DDP may wrap."""
-        return [self.ddp_model, self.ddp_discriminator]
+        r, seed = self.recipe, self.run.settings["seed"]
+        return TrainingItems(self.run.train_set, seed, STAGE_IDS[self.name], self.masks, r.p_full,
+                             r.mask_kind)
 
     # ---------------------------------------------------------------- one step
 
@@ -92,10 +88,10 @@ class Autoencoder:
         return Batch(items["position"], x, mask)
 
     def generators(self, batch):
-        """Make each image's generator for a KL latent's noise; None for a VQ latent."""
-        if self.model.config.latent == "vq":
-            return None
-        return image_generators(self.run.settings["seed"], self.name, batch.index)
+        """Make each image's generator for a KL latent's noise; a VQ latent has none."""
+        if self.model.config.latent == "kl":
+            return image_generators(self.run.settings["seed"], self.name, batch.index)
+        return None
 
     def reconstruct(self, batch):
         """Encode and decode: x_hat (B,3,H,W), and the latent's loss or None."""
@@ -228,10 +224,7 @@ class FirstStage(Autoencoder):
 
 
 class Refit(Autoencoder):
-    """Rebuild the codebook, and fine-tune the decoder for it. [DDM Sec. 3.2] [DDM Sec. 4.1]
-
-    Encoder and codes are frozen, so the latent's loss is a constant.
-    """
+    """Rebuild the codebook, then fine-tune only the decoder. [DDM Sec. 3.2] [DDM Sec. 4.1]"""
 
     FACTS = ("K", "samples", "inertia", "moves", "val")
 
@@ -267,11 +260,11 @@ class Refit(Autoencoder):
 
 
 class DecoderStage(Autoencoder):
-    """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2]
+    """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2]  deviation D10
 
     The full image is encoded; only the condition branch sees the masked one. Where the recipe says
     so and the sizes agree, the trunk starts from the first stage's decoder and learns at
-    `trunk_factor` times the rate; the branch always starts at random.  deviation D10
+    `trunk_factor` times the rate; the branch always starts at random.
     """
 
     masks = True

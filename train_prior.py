@@ -64,6 +64,7 @@ class PriorStage:
             self.model.to(memory_format=torch.channels_last)
             self.first_stage.to(memory_format=torch.channels_last)
         self.ddp_model = wrap(self.model, run.device)
+        self.parallel = [self.ddp_model]
         self.optimizers = {"generator": adam([(self.model.parameters(), 1.0)], recipe, run.device)}
         self.timesteps = Timesteps(self.diffusion.T)
         self.ema = EMA(self.model, run.settings["prior"]["ema"])
@@ -83,9 +84,6 @@ class PriorStage:
     def encode(self, image):
         """Encode uint8 (b,3,H,W) in float32, as sampling and inpainting do: codes (b,h,w)."""
         return self.first_stage.indices(pixels(image, self.run.device, self.run.channels_last))
-
-    def networks(self):
-        return [self.ddp_model]
 
     # ---------------------------------------------------------------- one step
 

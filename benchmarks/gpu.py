@@ -494,7 +494,7 @@ def parity():
         kept, distributed.world_size = distributed.world_size, lambda: 2    # or nothing is wrapped
         stage = build("decoder", "kl", {})
         distributed.world_size = kept
-        wrapped = stage.networks()
+        wrapped = stage.parallel
         assert all(isinstance(net, nn.parallel.DistributedDataParallel) for net in wrapped)
         batch = batch_of(stage, 4, 64)
         with wrapped[0].no_sync(), wrapped[1].no_sync():
