@@ -201,10 +201,7 @@ def read_public(path):
 
 
 def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
-    """Find diffusers' autoencoder in `path` or one of `places` there: (folder, its config.json).
-
-    (None, None) without one.
-    """
+    """Find diffusers' autoencoder in one of `path`'s `places`: (folder, its config), or Nones."""
     for folder in (path / place for place in places):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
