@@ -89,10 +89,7 @@ class ImageFiles:
         return str(self.folder / os.fsdecode(self.names[index]))
 
     def image(self, index, rng=None):
-        """Read picture `index`: uint8 (size,size,3), a random crop with `rng`, else the centre.
-
-        The next file stands in for one that cannot be decoded, up to BAD_IN_A_ROW.
-        """
+        """Read picture `index`, or the next readable: uint8 (size,size,3), a crop with `rng`."""
         tried = min(BAD_IN_A_ROW, len(self))
         for step in range(tried):
             path = self.path((index + step) % len(self))

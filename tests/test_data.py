@@ -2,10 +2,8 @@
 
 import os
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -95,15 +93,10 @@ def test_a_picture_of_100_megapixels_is_read_without_a_word(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_a_decompression_bomb_counts_as_a_bad_file(tmp_path):
-    def chunk(name, content):
-        return (struct.pack(">I", len(content)) + name + content
-                + struct.pack(">I", zlib.crc32(name + content)))
-
+def test_a_decompression_bomb_counts_as_a_bad_file(tmp_path, monkeypatch):
     fill(tmp_path, ["train/a.png", "train/b.png", "val/c.png"])
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    (tmp_path / "train" / "a.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    picture(1, (20, 20)).save(tmp_path / "train" / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)          # more than twice that is a bomb
     with pytest.raises(Image.DecompressionBombError):
         data.load_image(tmp_path / "train" / "a.png")
     assert red(ImageFiles(tmp_path, "train", 16).image(0)) == 1
@@ -262,15 +255,14 @@ def test_the_next_readable_file_stands_in_for_a_bad_one_which_is_said_once(tmp_p
     assert all(f"warning: {path}: cannot be decoded" in line for path, line in zip(broken, said))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("files", "tried"), [(5, 5), (6, 5)])
+@pytest.mark.parametrize(("workers", "files"), [(0, 5), (1, 6)])
 def test_too_many_bad_files_in_a_row_end_training_in_one_line(tmp_path, monkeypatch, workers,
-                                                              files, tried):
+                                                              files):
     monkeypatch.setattr(data, "BAD_IN_A_ROW", 5)
     spoil(*(tmp_path / "train" / f"{k}.png" for k in range(files)))
     fill(tmp_path, ["val/x.png"])
     items = TrainingItems(ImageFiles(tmp_path, "train", 16), 0, 0, masks=True)
-    with pytest.raises(UserError, match=f"{tried} of its {files} files in a row") as error:
+    with pytest.raises(UserError, match=f"5 of its {files} files in a row") as error:
         next(data.training_batches(items, 0, 1, 2, workers=workers))
     assert "\n" not in str(error.value)
 
@@ -326,17 +318,6 @@ def test_a_pair_has_the_photos_size_and_warnings_are_printed(tmp_path, capsys):
     assert np.array_equal(black, ~mask)
 
 
-def test_a_pair_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path):
-    picture(7).save(tmp_path / "p.png")
-    spoil(tmp_path / "bad.png")
-    for pair, said in ((("p.png", "none.png"), "none.png: cannot be decoded"),
-                       (("bad.png", "p.png"), "bad.png: cannot be decoded"),
-                       (("p.png", "bad.png"), "bad.png: cannot be decoded")):
-        with pytest.raises(UserError, match=said) as error:
-            data.read_pair(*(tmp_path / name for name in pair))
-        assert "\n" not in str(error.value)
-
-
 # -- the order of training -------------------------------------------------------------------------
 
 class Numbers:
@@ -371,11 +352,11 @@ def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order():
 
 def test_no_worker_rank_start_or_batch_size_changes_what_a_position_shows():
     def by_position(*runs):
-        batches = [batch for run in runs for batch in run]
-        shown = {position: (image.numpy().tobytes(), mask.numpy().tobytes()) for batch in batches
-                 for position, image, mask in zip(*(batch[key] for key in ("position", "image",
-                                                                           "mask")))}
-        assert len(shown) == sum(len(batch["position"]) for batch in batches)
+        shown = {}
+        for batch in (batch for run in runs for batch in run):
+            for place, image, mask in zip(batch["position"], batch["image"], batch["mask"]):
+                assert place not in shown
+                shown[place] = image.numpy().tobytes(), mask.numpy().tobytes()
         return shown
 
     alone = by_position(collect(0, 6, 4))
@@ -386,12 +367,12 @@ def test_no_worker_rank_start_or_batch_size_changes_what_a_position_shows():
     assert by_position(collect(0, 12, 2)) == alone
 
 
-def test_the_share_of_full_masks_and_the_kind_of_the_others_are_as_asked_for():
-    for p_full, kind in ((0.0, "thin"), (0.9, "thick")):
-        items = TrainingItems(Numbers(10), 3, 1, True, p_full, kind)
-        for position in range(20):
-            mask, _ = training_mask(16, (3, 1), position, kind, p_full)
-            assert np.array_equal(items[position]["mask"][0], mask)
+@pytest.mark.parametrize(("p_full", "kind"), [(0.0, "thin"), (0.9, "thick")])
+def test_the_share_of_full_masks_and_the_kind_of_the_others_are_as_asked_for(p_full, kind):
+    items = TrainingItems(Numbers(10), 3, 1, True, p_full, kind)
+    for position in range(20):
+        mask, _ = training_mask(16, (3, 1), position, kind, p_full)
+        assert np.array_equal(items[position]["mask"][0], mask)
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_an_error():

@@ -1,5 +1,4 @@
-"""image_pairs.py: which files belong together and what is read of them; and LaMa's evaluation set:
-eval.py's images and masks, the same bytes each time."""
+"""image_pairs.py: which files belong together, what is read of them, LaMa's evaluation set."""
 
 import json
 import sys
@@ -17,11 +16,6 @@ from masks import area_bucket, evaluation_mask
 
 CPU = torch.device("cpu")
 SIZE = 32
-
-
-@pytest.fixture(autouse=True)
-def _cache_in_a_folder_of_the_test(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -85,16 +79,13 @@ def test_a_flat_folder_matches_one_with_classes_by_file_name(here):
     assert matched.names == ["n01/x", "n02/y"]
 
 
-def test_file_names_alone_do_not_count_where_they_are_not_unique(here):
-    fill(here / "real", "a/x.png", "b/x.png")
-    fill(here / "pred", "x.png")
-    refused("--pred pred has nothing for a/x, b/x; files", "real", "pred")
-
-
-def test_a_path_counts_before_a_file_name(here):
-    fill(here / "real", "a/x.png", "y.png")
-    fill(here / "pred", "x.png", "y.png")
-    refused("pred pred has nothing for a/x; ", "real", "pred")
+@pytest.mark.parametrize(("real", "pred", "lacking"), [
+    (["a/x.png", "b/x.png"], ["x.png"], "a/x, b/x"),             # names are not unique
+    (["a/x.png", "y.png"], ["x.png", "y.png"], "a/x")])          # the path of y agrees
+def test_file_names_alone_count_only_where_unique_and_no_path_agrees(here, real, pred, lacking):
+    fill(here / "real", *real)
+    fill(here / "pred", *pred)
+    refused(f"--pred pred has nothing for {lacking}; files", "real", "pred")
 
 
 def test_the_limit_takes_the_first_names_in_sorted_order(here):
@@ -112,19 +103,15 @@ def test_the_order_does_not_depend_on_extensions(here):
 
 @pytest.mark.parametrize("names", [("x.png", "y.png"), ("x_mask.png", "y_mask.bmp"),
                                    ("x_mask000.png", "y_mask.png"), ("x_mask.png", "y_mask07.png")])
-def test_masks_bear_the_pictures_name_or_that_with_mask(here, names):
+def test_masks_and_lamas_predictions_bear_the_pictures_name_or_that_with_mask(here, names):
     fill(here / "real", "x.png", "y.png")
+    fill(here / "pred", *names)
     draw(here / "masks" / names[0], half_white())
     draw(here / "masks" / names[1], 255 - half_white())
-    matched = MatchedFolders("real", masks="masks")
+    matched = MatchedFolders("real", "pred", "masks")
+    assert [colour(matched.read(k)[1])[0] for k in range(2)] == [0, 1]
     assert matched.read(0)[2][0].tolist() == (half_white() > 0).tolist()
     assert matched.read(1)[2][0].tolist() == (half_white() == 0).tolist()
-
-
-def test_lamas_predictions_are_called_after_its_masks(here):
-    fill(here / "real", "x.png", "y.png")
-    fill(here / "pred", "x_mask000.png", "y_mask000.png")
-    assert [colour(MatchedFolders("real", "pred").read(k)[1])[0] for k in range(2)] == [0, 1]
 
 
 def test_a_photo_of_a_gas_mask_is_a_photo(here):
@@ -274,14 +261,8 @@ def test_what_was_given_comes_in_minus_one_to_one_and_the_rest_is_none(here):
     assert all(-1 <= ref.min() <= ref.max() <= 1 for ref in first.refs)
     alone, = MatchedFolders("real").batches(4, CPU)
     assert alone.pred is alone.mask is alone.refs is None
-
-
-def test_black_is_generated_where_the_masks_are_inverted(here):
-    fill(here / "real", "0.png")
-    draw(here / "masks" / "0.png", half_white())
-    white, black = (MatchedFolders("real", masks="masks", invert_mask=invert).read(0)[2]
-                    for invert in (False, True))
-    assert torch.equal(white, ~black)
+    (black,) = MatchedFolders("real", masks="masks", invert_mask=True).batches(4, CPU)
+    assert torch.equal(black.mask[:2], 1 - first.mask)
 
 
 # -- LaMa's evaluation set -------------------------------------------------------------------------

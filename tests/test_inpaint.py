@@ -1,5 +1,4 @@
-"""inpaint.py: what is known stays, what is hidden is never looked at, the same seed gives the same
-bytes; the windows cover the hole; and the program, whole and misused."""
+"""inpaint.py: windows, what is known and what is hidden, held-out images, the program."""
 
 import itertools
 import os
@@ -61,24 +60,18 @@ def x_of(photo):
 # -- windows and codes -----------------------------------------------------------------------------
 
 
-def generators(B):
-    return [torch.Generator().manual_seed(n) for n in range(B)]
+@pytest.fixture
+def asked(monkeypatch):
+    """What `complete` is asked for, which leaves the codes as they are."""
+    calls = []
 
+    def note(prior, indices, known, generators, steps=None, resample=1):
+        calls.append(SimpleNamespace(indices=indices, known=known, count=len(generators),
+                                     how=(steps, resample)))
+        return indices
 
-class Recorder(MultinomialDiffusion):
-    """A process that notes what it is asked to inpaint and answers with the number of the call."""
-
-    def __init__(self):
-        super().__init__(K=100, T=4)
-        self.asked = []
-
-    def inpaint(self, model, indices, known, steps, resample, generator):
-        self.asked.append((indices.clone(), known.clone(), (steps, resample)))
-        return torch.where(known, indices, len(self.asked))
-
-
-def prior_of(grid, diffusion=None, unet=None):
-    return SimpleNamespace(grid=grid, diffusion=diffusion or Recorder(), unet=unet)
+    monkeypatch.setattr(inpaint, "complete", note)
+    return calls
 
 
 def corners(shape, grid, *boxes):
@@ -121,44 +114,34 @@ def test_a_hole_with_its_context_in_one_window_gets_just_that_one_centred():
     assert corners((40, 50), (16, 12), (0, 4, 44, 50)) == [(0, 38)]      # no context at the border
     assert corners((16, 12), (16, 12), (0, 16, 0, 12)) == [(0, 0)]
     assert corners((16, 12), (16, 12)) == []
-
-
-def test_a_larger_hole_is_begun_in_the_context_above_and_left_of_it():
+    # A larger one is begun in the context above and left of it.
     assert corners((40, 40), (16, 16), (10, 24, 12, 16)) == [(6, 6), (12, 6)]
 
 
 def test_each_window_sees_what_is_known_and_what_was_drawn_before():
-    unknown = torch.tensor(box(12, 20, 3, 9, 4, 17))
-    indices = torch.arange(50, 290).view(1, 12, 20)
-    known, prior = ~unknown[None], prior_of((4, 4))
+    unknown, asked = torch.tensor(box(12, 20, 3, 9, 4, 17)), []
+    indices, known = torch.arange(50, 290).view(1, 12, 20), ~unknown[None]
     before = indices.clone(), known.clone()
-    drawn = inpaint.complete(prior, indices, known, generators(1), 3, 2)
+
+    def answer(unet, codes, given, steps, resample, generators):          # the number of the call
+        asked.append((codes.clone(), given.clone()))
+        assert (steps, resample) == (3, 2)
+        return torch.where(given, codes, len(asked))
+
+    prior = SimpleNamespace(grid=(4, 4), unet=None, diffusion=SimpleNamespace(inpaint=answer))
+    drawn = inpaint.complete(prior, indices, known, None, 3, 2)
     assert torch.equal(indices, before[0])                       # what was given is not changed
     assert torch.equal(known, before[1])
     now, seen = indices.clone(), known.clone()
     places = inpaint.windows(unknown, (4, 4))
-    assert len(places) == len(prior.diffusion.asked) > 4
-    for number, ((rows, columns), (codes, given, how)) in enumerate(
-            zip(places, prior.diffusion.asked), 1):
-        assert how == (3, 2)
+    assert len(places) == len(asked) > 4
+    for number, ((rows, columns), (codes, given)) in enumerate(zip(places, asked), 1):
         assert torch.equal(given, seen[:, rows, columns])
         assert torch.equal(codes[given], now[:, rows, columns][given])
         now[:, rows, columns] = torch.where(given, codes, number)
         seen[:, rows, columns] = True
     assert torch.equal(drawn, now)
     assert torch.equal(drawn[known], indices[known])
-
-
-def test_a_map_of_the_priors_grid_is_inpainted_at_once_whatever_is_unknown():
-    def unet(z_t, t):
-        return torch.nn.functional.one_hot(z_t.roll(1, 2), 5).permute(0, 3, 1, 2) * 2.0
-
-    diffusion, known = MultinomialDiffusion(5, 6), torch.rand(3, 6, 8) < 0.4
-    indices = torch.randint(5, (3, 6, 8))
-    whole = inpaint.complete(prior_of((6, 8), diffusion, unet), indices, known, generators(3), 4, 2)
-    assert torch.equal(whole, diffusion.inpaint(unet, indices, known, 4, 2, generators(3)))
-    assert torch.equal(whole[known], indices[known])
-    assert not torch.equal(whole, indices)
 
 
 def test_a_hole_becomes_the_mean_colour_of_what_is_known_in_its_image():
@@ -227,30 +210,21 @@ def test_the_known_pixels_are_the_photos_only_where_they_are_pasted(models, deco
 
 @pytest.mark.parametrize(("size", "padded"), [((16, 20), (16, 20)), ((17, 20), (18, 20)),
                                               ((5, 3), (16, 16)), ((15, 41), (16, 42))])
-def test_the_padding_is_a_mirror_to_multiples_of_f_and_to_the_grid_at_least(models, monkeypatch,
-                                                                            size, padded):
+def test_the_padding_is_a_mirror_to_multiples_of_f_and_to_the_grid_at_least(models, asked, size,
+                                                                            padded, monkeypatch):
     """A mirrored hole is a hole, and a cell is known unless one of its pixels is in the hole."""
     model, prior = models
     photo, hole, seen = photo_of(*size), box(*size, 2, 4, 1, 3), {}
-
-    def note(prior, indices, known, *_):
-        seen["known"] = known[0]
-        return indices
-
-    def decode(z, image, mask):
-        seen["x"], seen["mask"] = image, mask[0, 0].bool().numpy()
-        return image
-
-    monkeypatch.setattr(inpaint, "complete", note)
-    monkeypatch.setattr(model, "decode", decode)
+    monkeypatch.setattr(model, "decode", lambda z, **given: seen.update(given) or given["image"])
     assert np.array_equal(inpaint_photo(model, photo, hole, prior), photo)         # cut again
     rows, columns = ([*range(n), *reversed(range(n))] * 4 for n in size)
     rows, columns = rows[:padded[0]], columns[:padded[1]]
-    assert torch.equal(seen["x"], x_of(photo[rows][:, columns]))
-    assert np.array_equal(seen["mask"], hole[rows][:, columns])
-    assert np.array_equal(seen["known"].numpy(), [[not seen["mask"][i:i + 2, j:j + 2].any()
-                                                   for j in range(0, padded[1], 2)]
-                                                  for i in range(0, padded[0], 2)])
+    mask = seen["mask"][0, 0].bool().numpy()
+    assert torch.equal(seen["image"], x_of(photo[rows][:, columns]))
+    assert np.array_equal(mask, hole[rows][:, columns])
+    assert asked[0].known[0].tolist() == [[not mask[i:i + 2, j:j + 2].any()
+                                           for j in range(0, padded[1], 2)]
+                                          for i in range(0, padded[0], 2)]
 
 
 def test_sample_i_depends_on_the_seed_and_i_alone(models):
@@ -310,32 +284,19 @@ def test_a_hole_drawn_in_a_smaller_copy_is_enlarged_and_encoded_with_the_photo_a
     ((40, 60), (20, 24, 10, 18), (20, 30)),              # with its context in one window: as it is
     ((40, 60), (0, 40, 10, 50), (8, 12)), ((60, 40), (0, 50, 0, 30), (12, 8)),
     ((16, 60), (0, 16, 10, 50), (8, 30))])               # no smaller copy has a whole window
-def test_the_smaller_copys_short_side_is_the_grids(models, monkeypatch, size, hole, drawn):
-    shapes = []
-
-    def note(prior, indices, *_):
-        shapes.append(tuple(indices.shape[1:]))
-        return indices
-
-    monkeypatch.setattr(inpaint, "complete", note)
+def test_the_smaller_copys_short_side_is_the_grids(models, asked, size, hole, drawn):
     inpaint_photo(models[0], photo_of(*size), box(*size, *hole), models[1])
-    assert shapes == [drawn]
+    assert [call.indices.shape[1:] for call in asked] == [drawn]
 
 
-def test_unless_told_a_prior_takes_all_its_steps_up_to_100(models, monkeypatch):
+def test_unless_told_a_prior_takes_all_its_steps_up_to_100(models, asked):
     model, prior = models
-    photo, hole, asked = photo_of(16, 16), box(16, 16, 2, 9, 3, 9), []
-
-    def note(prior, indices, known, generators, steps, resample):
-        asked.append((steps, resample))
-        return indices
-
-    monkeypatch.setattr(inpaint, "complete", note)
+    photo, hole = photo_of(16, 16), box(16, 16, 2, 9, 3, 9)
     inpaint_photo(model, photo, hole, prior)
     longer = replace(prior, diffusion=MultinomialDiffusion(prior.diffusion.K, 400))
     inpaint_photo(model, photo, hole, longer)
     inpaint_photo(model, photo, hole, prior, steps=5, resample=2)
-    assert asked == [(PRIOR["T"], 1), (100, 1), (5, 2)]
+    assert [call.how for call in asked] == [(PRIOR["T"], 1), (100, 1), (5, 2)]
 
 
 def test_models_that_do_not_belong_together_are_refused(models, tmp_path):
@@ -383,56 +344,44 @@ def test_completions_stand_beside_their_picture_and_differ_from_each_other(held_
     assert not torch.equal(first[0], second[0])                    # other pictures for each mask
 
 
-def test_the_network_is_given_the_known_codes_under_the_papers_three_masks(held_out, monkeypatch):
-    prior, calls = held_out[0], []
+def test_the_network_is_given_the_known_codes_under_the_papers_three_masks(held_out, asked):
+    class WithoutTop(Signs):
+        def image(self, index, rng=None):
+            picture = super().image(index, rng).copy()
+            picture[:5 * SIZE // 8] = 0
+            return picture
 
-    def spy(prior, indices, known, generators, steps, resample):
-        calls.append((indices, known, len(generators), steps, resample))
-        return indices
-
-    def image_without_top(index, rng=None):
-        picture = Signs("val", SIZE).image(index).copy()
-        picture[:5 * SIZE // 8] = 0
-        return picture
-
-    monkeypatch.setattr(inpaint, "complete", spy)
-    hidden = Signs("val", SIZE)
-    monkeypatch.setattr(hidden, "image", image_without_top)
     with torch.inference_mode():
-        inpaint.completion_rows(prior, Signs("val", SIZE), 4)
-        inpaint.completion_rows(prior, hidden, 4)
-    assert torch.equal(calls[0][0], calls[3][0])   # what is hidden was never looked at
+        inpaint.completion_rows(held_out[0], Signs("val", SIZE), 4)
+        inpaint.completion_rows(held_out[0], WithoutTop("val", SIZE), 4)
+    assert torch.equal(asked[0].indices, asked[3].indices)       # what is hidden was not looked at
     known = torch.zeros(3, 16, 16, dtype=torch.bool)
     known[0, 10:], known[1, 8:, 8:], known[2, 4:12, 4:12] = True, True, True
-    for (_, given, count, steps, resample), expected in zip(calls, known, strict=False):
-        assert (count, steps, resample) == (PICTURES * COMPLETIONS, 4, RESAMPLE)
-        assert torch.equal(given, expected.expand(count, -1, -1))
+    for call, expected in zip(asked, known):
+        assert (call.count, call.how) == (PICTURES * COMPLETIONS, (4, RESAMPLE))
+        assert torch.equal(call.known, expected.expand(call.count, -1, -1))
 
 
 def test_inpainting_shows_both_decoders_on_the_same_codes(held_out, monkeypatch):
-    (prior, model), seen = held_out, {}
+    (prior, model), seen = held_out, []
 
-    def note(name, decode):
-        def noting(z, **condition):
-            seen[name] = z, condition
-            return decode(z, **condition)
-        return noting
+    def note(z, image=None, mask=None):
+        seen.append((z, image, mask))
+        return image if mask is not None else -z[:, :3]
 
-    monkeypatch.setattr(prior.first_stage, "decode", note("vanilla", prior.first_stage.decode))
-    monkeypatch.setattr(model, "decode", note("ours", model.decode))
-    signs = Signs("val", SIZE, limit=4)
+    monkeypatch.setattr(prior.first_stage, "decode", note)
+    monkeypatch.setattr(model, "decode", note)
     with torch.inference_mode():
-        columns = inpaint.inpainting_columns(prior, model, signs, 2)
+        columns = inpaint.inpainting_columns(prior, model, Signs("val", SIZE, limit=4), 2)
     assert [len(images) for images in columns.values()] == [ROWS] * 4
+    (z, *without), (same, image, mask) = seen
+    assert without == [None, None]
+    assert torch.equal(z, same)
     x, masked, vanilla, ours = (torch.stack(images) for images in columns.values())
     assert torch.equal(x[2], x[0])                                 # of four, from the start again
     assert not torch.equal(x[1], x[0])
-    assert torch.equal(seen["vanilla"][0], seen["ours"][0])
-    assert seen["vanilla"][1] == {}
-    mask = seen["ours"][1]["mask"]
-    assert torch.equal(masked, x * (1 - mask))
-    assert torch.equal(seen["ours"][1]["image"], x)
-    assert not torch.equal(vanilla, ours)
+    for shown, expected in ((image, x), (masked, x * (1 - mask)), (vanilla, -z[:, :3]), (ours, x)):
+        assert torch.equal(shown, expected)
 
 
 # -- the program -----------------------------------------------------------------------------------

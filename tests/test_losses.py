@@ -138,14 +138,6 @@ def test_lpips_equals_the_lpips_package_with_the_same_weights(net):
     assert (ours - peer).abs().max() < 1e-5 * peer.abs().max()
 
 
-def test_lpips_of_equal_images_is_zero_and_it_is_symmetric():
-    lpips = LPIPS("alex", random_weights("alex"))
-    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    assert lpips(a, a).tolist() == [0, 0]
-    torch.testing.assert_close(lpips(a, b), lpips(b, a))
-    assert (lpips(a, b) > 0).all()
-
-
 @pytest.mark.parametrize("net", NETS)
 def test_lpips_has_a_finite_gradient_where_all_features_are_zero(net):
     image = torch.randn(1, 3, 64, 64, requires_grad=True)
@@ -223,13 +215,9 @@ def refusal(folder):
 
 @pytest.mark.parametrize(("which", "change", "complaint"), [
     (0, {"features.99.weight": torch.ones(1)}, "unknown key features.99.weight"),
-    (0, {"net.features.0.bias": torch.ones(1)}, "unknown key net.features.0.bias"),
-    (0, {"features.0.bias": None}, "no key features.0.bias"),
     (0, {"features.0.bias": torch.ones(7)}, "features.0.bias is (7,), not (64,)"),
-    (1, {"lins.0.model.1.weight": torch.ones(1)}, "unknown key lins.0.model.1.weight"),
     (1, {"classifier.0": torch.ones(1)}, "unknown key classifier.0"),
-    (1, {"lin4.model.1.weight": None}, "no key lin4.model.1.weight"),
-])
+    (1, {"lin4.model.1.weight": None}, "no key lin4.model.1.weight")])
 def test_other_keys_and_shapes_are_refused_in_one_line(which, change, complaint, tmp_path):
     paths = write_files(tmp_path, "alex", random_weights("alex"))
     state = torch.load(paths[which]) | change
@@ -263,6 +251,9 @@ def test_the_discriminator_has_tamings_parameters_and_key_names():
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     assert keys == {f"main.{n}.{k}" for n in (0, 11) for k in ("weight", "bias")} | {
         f"main.{n}.weight" for n in (2, 5, 8)} | {f"main.{n}.{k}" for n in (3, 6, 9) for k in norm}
+    convolutions = [m for m in PatchDiscriminator(3, 4, 5).main if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [4, 8, 16, 32, 32, 32, 1]   # to eightfold
+    assert [m.stride[0] for m in convolutions] == [2, 2, 2, 2, 2, 1, 1]
 
 
 def test_the_discriminator_is_the_layers_written_out():
@@ -277,12 +268,6 @@ def test_the_discriminator_is_the_layers_written_out():
     h = F.conv2d(h, state["main.8.weight"], state["main.8.bias"], 1, 1)
     assert h.shape == (2, 1, 6, 6)
     torch.testing.assert_close(discriminator(image), h)
-
-
-def test_widths_double_up_to_eightfold():
-    convolutions = [m for m in PatchDiscriminator(3, 4, 5).main if isinstance(m, nn.Conv2d)]
-    assert [m.out_channels for m in convolutions] == [4, 8, 16, 32, 32, 32, 1]
-    assert [m.stride[0] for m in convolutions] == [2, 2, 2, 2, 2, 1, 1]
 
 
 def test_the_discriminator_starts_from_tamings_distributions():
@@ -330,9 +315,6 @@ def test_an_undecided_discriminator_pays_1_by_hinge_and_2_log_2_by_log():
     zero = torch.zeros(2, 1, 6, 6)
     assert discriminator_loss(zero, zero).item() == 1
     assert discriminator_loss(zero, zero, "log").item() == pytest.approx(1.3862944)
-    images = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    at_init = discriminator_loss(*map(PatchDiscriminator(), images))
-    assert at_init.item() == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("gan", ["hinge", "log"])
@@ -368,7 +350,6 @@ def test_the_papers_lambda_is_the_ratio_of_norms_without_clamp():
     weight, (rec, gan, nothing) = losses_with_gradients([3.0, 4.0], [0.0, 0.5], [0.0, 0.0])
     assert adaptive_weight(rec, gan, weight).item() == pytest.approx(5 / (0.5 + 1e-4))
     assert adaptive_weight(rec, nothing, weight).item() == pytest.approx(5e4)
-    assert adaptive_weight(rec, gan, weight).shape == ()
 
 
 def test_tamings_lambda_is_clamped_at_1e4_and_scaled_by_0_8():
