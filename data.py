@@ -290,9 +290,9 @@ def views(dataset, batches, workers=0):
 
 @dataclass
 class Batch:
-    """Pictures of a data set on the device, in their fixed view."""
+    """Pictures on the device."""
 
-    index: list                         # their numbers in the data set
+    index: list                         # positions in the run, or numbers of held-out pictures
     x:     torch.Tensor                 # (B,3,H,W) in [-1,1]
     mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}
 

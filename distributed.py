@@ -190,7 +190,7 @@ def exit_on_user_error(main):
         status, complaint = 2, error
     except torch.OutOfMemoryError as error:
         status = 2
-        complaint = f"{str(error).split('. ')[0]}; give a smaller --micro-batch or --batch-size"
+        complaint = f"{str(error).split('. ')[0]}; give fewer images at once, or smaller ones"
     except KeyboardInterrupt:
         status, complaint = 128 + signal.SIGINT, None
     except Exception as error:

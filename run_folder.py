@@ -48,8 +48,12 @@ class Run:
     val_set:   object
 
     def __post_init__(self):
-        self.bf16 = self.settings["precision"] == "bf16"
         self.channels_last = self.device.type != "mps"   # a pixel's channels side by side in memory
+
+    def autocast(self):
+        """Run the networks in the precision that was asked for."""
+        bf16 = self.settings["precision"] == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
 # ---------------------------------------------------------------- the folder
@@ -158,7 +162,7 @@ def save(path, state):
     """Write `state` to `path` so that at every moment at least one complete file exists.
 
     The file that stood at `path` becomes previous.pt beside it. Raises UserError where the disk
-    refuses (full, read-only, ...): the files of before are as they were.
+    refuses (full, read-only, ...); one of the two is still whole.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -332,7 +336,8 @@ class Progress:
 def stop_signals():
     """Yield a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
 
-    A later Ctrl-C is a KeyboardInterrupt; launchers repeat a signal within milliseconds.
+    A later Ctrl-C is a KeyboardInterrupt, but not at once: launchers repeat a signal within
+    milliseconds.
     """
     received, first = [], math.inf
 

@@ -50,12 +50,13 @@ from vqgan import VQGAN_PRESETS
 
 STAGES = {"vqgan": FirstStage, "refit": Refit, "decoder": DecoderStage, "prior": PriorStage}
 SAMPLE_IMAGES = 6              # rows of samples/step_N.png
+VALIDATION_BATCH = 8           # held-out images at once
 OVERFIT_STEPS = 500
 
 # Flags about how a run is computed, which may change from one call to the next, and flags whose
 # numbers stand in the settings under a stage's or a recipe's name.
 HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out", "root",
-       "weights"}
+       "weights", "checkpointing"}
 NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
           "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
 
@@ -114,7 +115,7 @@ def train_stage(run, name, args, signals, deadline):
                         " --out must be on a file system that all machines share")
     torch.manual_seed(stage_seed(settings["seed"], name))
     stage = STAGES[name](run, recipe, state)
-    done, known = 0, {}
+    done, extra = 0, {}
     if state is not None:
         if state["parent"] != stage.parent:
             where = stage.config.get("vqgan") or settings["vqgan"] or run.out
@@ -122,52 +123,58 @@ def train_stage(run, name, args, signals, deadline):
                             f"bring the old one back, or train a {name} on the new one: "
                             f"--stage {name} --vqgan {where} --out NEW_RUN")
         stage.load_state_dict(state)
-        done, known = state["step"], state["extra"]
+        for key, optimizer in stage.optimizers.items():
+            run_folder.load_optimizer(optimizer, state["optimizers"][key])
+        done, extra = state["step"], state["extra"]
     if done == steps:
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
 
     # Say what will be done.
-    micro_batch = micro_batch_size(args.micro_batch, known.get("micro_batch"), settings, name,
+    micro_batch = micro_batch_size(args.micro_batch, extra.get("micro_batch"), settings, name,
                                    run.device)
     items = stage.items(steps)
     announce(run, stage, steps, disc_start, done, micro_batch)
-    held_out = None
-    if rank() == 0:
-        held_out = stage.held_out(max(micro_batch, min(SAMPLE_IMAGES, len(run.val_set))))
+    val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
     log = Log(folder / "log.jsonl", -1 if state is None else done)
-    first_score, score = known.get("first_score"), known.get("score")
+    first_score, score = extra.get("first_score"), extra.get("score")
 
     def keep(record, judge=True):
         """Log the step and save the state; judge it by held-out images first, by default."""
         nonlocal first_score, score
         if judge:
-            record |= stage.validate(held_out)
+            record |= stage.validate(val_batches)
             stop_unless_finite(name, record["step"], record)
             score = sum(value for key, value in record.items()
                         if key.startswith(("val_pixel", "val_vlb")))
             first_score = score if first_score is None else first_score
-            image_grid(stage.pictures(held_out, SAMPLE_IMAGES),
+            image_grid(stage.pictures(val_batches, SAMPLE_IMAGES),
                        folder / "samples" / f"step_{record['step']:07d}.png")
         # Before the checkpoint: a log is cut back, never filled up.
         log.write(record, durable=True)
         parts = stage.state_dict()
-        extra = {"finished": record["step"] == steps, "micro_batch": micro_batch, "score": score,
-                 "first_score": first_score}
+        parts["extra"] |= {"finished": record["step"] == steps, "micro_batch": micro_batch,
+                           "score": score, "first_score": first_score}
         run_folder.save(folder / "last.pt", {
             "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
-            **parts, "images": record["images"], "step": record["step"], "parent": stage.parent,
-            "extra": extra | parts["extra"]})
+            "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
+            "images": record["images"], "step": record["step"], "parent": stage.parent, **parts})
         if judge:
             curves(folder / "log.jsonl", folder / "curves.png")
 
     if state is None:                # a stage begins with a checkpoint, so that trouble shows early
         on_rank0(partial(keep, {"step": 0, "images": 0}))
-    if settings["compile"]:
-        stage.model.compile()        # its forward ends before conv_out, which lambda looks at twice
+    if run.device.type == "cuda":    # try the largest step now: D may begin in days
+        trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
+        before = stage.snapshot()
+        _, micro_batch = gradients(stage, trial, True, micro_batch)
+        undo(stage, before)
+    if settings["compile"]:          # not conv_out, at which lambda's two gradients stop
+        stage.model.compile()
     save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
-    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
-                               run.workers if stage.workers else 0, pin=run.device.type == "cuda")
+    workers = run.workers if stage.reads_files else 0
+    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(), workers,
+                               pin=run.device.type == "cuda")
     leave = False
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
@@ -226,15 +233,13 @@ def gradients(stage, batch, gan_on, micro_batch):
             reason = str(error).split(". ")[0]
         # Outside of the handler, so that the failed step's tensors are free.
         if world_size() > 1 or micro_batch == 1:
-            raise UserError(f"{stage.name}: {reason}; give a --micro-batch smaller than "
-                            f"{micro_batch}, or --checkpointing")
+            mend = f"--micro-batch below {micro_batch}" if micro_batch > 1 else "smaller --size"
+            raise UserError(f"{stage.name}: {reason}; give a {mend}, or --checkpointing")
         smaller = max(d for d in range(1, micro_batch // 2 + 1) if local % d == 0)
         print0(f"{stage.name}: {micro_batch} images at a time do not fit into the memory; "
                f"{smaller} from now on")
         micro_batch = smaller
-        stage.restore(before)
-        for optimizer in stage.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        undo(stage, before)
         torch.cuda.empty_cache()
     # Average the terms over micro-batches and processes; a term that is not finite stays so.
     parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
@@ -243,6 +248,13 @@ def gradients(stage, batch, gan_on, micro_batch):
     values = torch.stack([torch.stack([term[name].float() for term in terms]).mean()
                           for name in names] + [norm.float()])
     return dict(zip([*names, "grad_norm"], mean_over_ranks(values).tolist())), micro_batch
+
+
+def undo(stage, before):
+    """Put back what a step changed before the optimisers moved; before: the stage's snapshot."""
+    stage.restore(before)
+    for optimizer in stage.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
 
 
 def stop_unless_finite(name, step, terms):
@@ -265,8 +277,9 @@ def micro_batch_size(asked, kept, settings, name, device):
         raise UserError(f"{name}: --batch-size {local * world_size() + rest} does not divide over "
                         f"{world_size()} processes; give a multiple of {world_size()}")
     if asked and local % asked:
+        near = max(d for d in range(1, asked + 1) if local % d == 0)
         raise UserError(f"{name}: --micro-batch {asked} does not divide the {local} images of a "
-                        "process; give a number that does")
+                        f"process; {near} does")
     if asked or (kept and local % kept == 0):
         return asked or kept
     most = local
@@ -277,10 +290,10 @@ def micro_batch_size(asked, kept, settings, name, device):
 
 def announce(run, stage, steps, disc_start, done, micro_batch):
     """Print what the stage will do, and what a reader of its results must know."""
-    name, r, plays = stage.name, stage.recipe, "discriminator" in stage.optimizers
+    name, r, has_gan = stage.name, stage.recipe, "discriminator" in stage.optimizers
     count = sum(p.numel() for g in stage.optimizers["generator"].param_groups for p in g["params"])
     begun = f", from step {done}" if done else ""
-    game = f", discriminator from step {disc_start}" if plays else ""
+    game = f", discriminator from step {disc_start}" if has_gan else ""
     print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images{begun}; "
            f"lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps{game}; {micro_batch} images "
            "at a time in each process")
@@ -289,10 +302,10 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
     if steps * r.batch_size < full_steps * full.batch_size:
         print0(f"{name}: a short run, not the reported one of {full_steps} steps of "
                f"{full.batch_size} images")
-    if plays and disc_start >= steps:
+    if has_gan and disc_start >= steps:
         print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
                "no GAN loss in this run")
-    if plays and world_size() > 1 and run.device.type == "cpu":
+    if has_gan and world_size() > 1 and run.device.type == "cpu":
         print0(f"{name}: the discriminator's BatchNorm statistics are per process (PyTorch "
                "synchronises them on CUDA only)")
 
@@ -305,10 +318,11 @@ def number(kind, low=None, below=math.inf):
     def parse_number(text):
         value = kind(text)
         if not (value < below and (value > 0 if low is None else value >= low)):
-            least = "positive" if low is None else f"at least {low}"
-            limit = f" and less than {below}" if below < math.inf else " and finite"
+            least = "above 0" if low is None else f"at least {low}"
+            limit = f" and less than {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text}: must be {least}{limit}")
         return value
+    parse_number.__name__ = kind.__name__                # what argparse says is invalid
     return parse_number
 
 
@@ -341,16 +355,17 @@ def parse(argv=None):
            ": embedded; ImageNet; any photos (signs)", "signs")
     add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
     add("--size", type=count, metavar="PX", help="side of the images (64 for signs, else 256)")
-    choice(what, "--stage", ["all", *STAGE_IDS], ": of a KL latent vqgan, decoder (all)", "all")
+    choice(what, "--stage", ["all", *STAGE_IDS], ": a KL latent has two of them (all)", "all")
     choice(what, "--first-stage", VQGAN_PRESETS, " (tiny for signs, else vq-f16)")
     choice(what, "--preset", ASYM_PRESETS, ": the decoder's size (tiny on tiny, else base)")
     choice(what, "--blend", ["add", "concat"], ": AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
     add("--vqgan", metavar="PATH", help="a trained first stage: run, our file, public checkpoint")
-    add("--codes", type=count, metavar="K", help="of the rebuilt codebook (128 for tiny, else all)")
+    add("--codes", type=number(int, 2), metavar="K",
+        help="codes of the rebuilt codebook (128 for tiny, else unchanged)")
     add("--refit-samples", type=count, metavar="P",
         help="features it is built from (5000 for tiny, else 20000 or 16 a code)")
     choice(what, "--unet", UNET_PRESETS, ": the prior's network (tiny on tiny, else paper117)")
-    add("--timesteps", type=number(int, 2), metavar="T", help="(100 for tiny, else 4000)")
+    add("--timesteps", type=number(int, 2), metavar="T", help="times t (100 for tiny, else 4000)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY",
         help="of the average of its weights (0.995 for tiny, else 0.9999)")
     add("--overfit", type=count, metavar="N",
@@ -459,7 +474,7 @@ def resolve(args):
     settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
     settings |= {
         "root": absolute(args.root or default_root(args.data)), "weights": absolute(args.weights),
-        "vqgan": absolute(args.vqgan), "size": size,
+        "vqgan": absolute(args.vqgan), "size": size, "checkpointing": args.checkpointing,
         "perceptual": args.perceptual or ("none" if signs else "vgg"),
         "first_stage": asdict(plan), "first_stage_name": plan_name,
         "decoder": {"preset": preset, "blend": args.blend, "ch": round(factor * plan.ch),

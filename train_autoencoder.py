@@ -16,7 +16,7 @@ from torch import nn
 
 import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
-from convert import load_first_stage
+from convert import load, load_first_stage
 from data import Batch, TrainingItems, held_out, pixels, views
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size, wrap
 from losses import (
@@ -47,7 +47,7 @@ class Autoencoder:
     """
 
     masks = False                  # whether training draws masks; without, every mask is full
-    workers = True                 # whether loading an item is slow enough for worker processes
+    reads_files = True             # whether worker processes load the items
     FACTS = ()                     # the names of `facts`
 
     def __init__(self, run, name, recipe, model, groups, parent=None, config=None, facts=None):
@@ -107,7 +107,7 @@ class Autoencoder:
         """
         r = self.recipe
         # The reconstruction, and what the latent costs.
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
+        with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
         pixel = rec = pixel_loss(x_hat, batch.x)
         terms = {"pixel": pixel}
@@ -165,7 +165,7 @@ class Autoencoder:
         self.model.eval()
         sums, count = {}, 0
         for batch in batches:
-            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
+            with self.run.autocast():
                 values, plain = self.measures(batch)
             if self.perceptual is not None:
                 values["val_perceptual"] = self.perceptual(plain, batch.x).mean()
@@ -185,7 +185,7 @@ class Autoencoder:
         """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
         batch = batches[0]
         self.model.eval()
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
+        with self.run.autocast():
             columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
         self.model.train()
         return columns
@@ -201,7 +201,6 @@ class Autoencoder:
         weights = {name: value for name, value in self.model.state_dict().items()
                    if not name.startswith("first_stage.")}
         return {"model": weights, "ema": None,
-                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
                 "extra": self.facts | {"discriminator": self.discriminator.state_dict()}}
 
     def load_state_dict(self, state):
@@ -210,13 +209,14 @@ class Autoencoder:
                  if name.startswith("first_stage.")}
         self.model.load_state_dict(below | state["model"])
         self.discriminator.load_state_dict(state["extra"]["discriminator"])
-        for name, optimizer in self.optimizers.items():
-            run_folder.load_optimizer(optimizer, state["optimizers"][name])
         self.facts = {name: state["extra"][name] for name in self.FACTS}
 
 
 class FirstStage(Autoencoder):
-    """Train encoder, latent and decoder together. [AVQ Sec. 3.1]"""
+    """Train encoder, latent and decoder together. [AVQ Sec. 3.1]
+
+    state: the stage's checkpoint or None; only a refit takes something from it, its codes.
+    """
 
     def __init__(self, run, recipe, state):
         model = VQGAN(VQGANConfig(**run.settings["first_stage"]))
@@ -229,8 +229,8 @@ class Refit(Autoencoder):
     FACTS = ("K", "samples", "inertia", "moves", "val")
 
     def __init__(self, run, recipe, state):
-        source = Path(run.settings["vqgan"] or run.out / "vqgan" / "last.pt")
-        first_stage = load_first_stage(source)
+        given, source = run.settings["vqgan"], Path(run.settings["vqgan"] or run.out)
+        first_stage = load_first_stage(given) if given else load(run.out, stages=["vqgan"])
         warn_unless_finished("refit", first_stage, source)
         model, facts = first_stage.model.to(run.device), {}
         if state is None:

@@ -2,7 +2,7 @@
 
     images --frozen encoder--> codes (n,h,w), kept in RUN/codes             code_maps
     position in the run -> epoch, permuted row -> a map (h,w)               CodeItems
-    z_0, t --noise--> z_t --UNet--> logits --> one draw of the bound        Prior.step
+    z_0, t --noise--> z_t --UNet--> logits --> one draw of the bound        PriorStage.step
     weights --> their running average, which samples are drawn with         EMA
 
 The first stage is frozen, so an image's codes are the same each time: encoding it again in each
@@ -13,14 +13,13 @@ import hashlib
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import run_folder
 from convert import denoiser
 from data import Order, pixels, views
 from diffusion import Timesteps, held_out_bound, histogram_nats
@@ -48,7 +47,7 @@ class PriorStage:
     The interface is train_autoencoder.Autoencoder's.
     """
 
-    workers = False                # an item is a row of an array: no worker processes
+    reads_files = False            # an item is a row of an array: no worker processes
 
     def __init__(self, run, recipe, state):
         first_stage, where = trained_first_stage(run, "prior")
@@ -100,8 +99,7 @@ class PriorStage:
         """
         generators = image_generators(self.run.settings["seed"], "prior", batch.index)
         t, p = self.timesteps.draw(generators)                              # (B), (B)
-        # The network in bf16, if asked for; the diffusion computes in float32.
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.bf16):
+        with self.run.autocast():        # of the network; the diffusion computes in float32
             loss, terms = self.diffusion.loss(self.ddp_model, batch.indices, t, p, generators)
         (loss * scale).backward()
         self.timesteps.observe(t, terms)
@@ -125,10 +123,14 @@ class PriorStage:
 
     @torch.no_grad()
     def held_out(self, size):
-        """Encode the first held-out images: [(CodeBatch, x)]; note what two baselines cost."""
+        """Encode the first held-out images: [(CodeBatch, the first one's x or None)].
+
+        Notes what two baselines cost.
+        """
         run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        batches = [(CodeBatch(list(places), self.encode(image)), pixels(image, run.device))
+        batches = [(CodeBatch(list(places), self.encode(image)),
+                    None if places[0] else pixels(image, run.device))
                    for places, image in zip(ranges, views(run.val_set, ranges))]
         maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
         K = self.first_stage.config.K
@@ -175,7 +177,6 @@ class PriorStage:
     def state_dict(self):
         """Collect what a checkpoint holds of the stage."""
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
-                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
                 "extra": self.facts | {"timesteps": self.timesteps.state_dict()}}
 
     def load_state_dict(self, state):
@@ -183,8 +184,6 @@ class PriorStage:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.timesteps.load_state_dict(state["extra"]["timesteps"])
-        for name, optimizer in self.optimizers.items():
-            run_folder.load_optimizer(optimizer, state["optimizers"][name])
 
 
 @torch.no_grad()
@@ -222,30 +221,32 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
     path = Path(folder) / f"{dataset.split}-{key}.npy"
     part, side = path.with_suffix(".part"), dataset.size // config.f
+    dtype = np.dtype(np.uint16 if config.K <= 2**16 else np.int32)
     if on_rank0(path.exists):
         return np.load(path, mmap_mode="r")
-    maps = None
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        dtype = np.uint16 if config.K <= 2**16 else np.int32
-        maps = np.lib.format.open_memmap(part, "w+", dtype, (n, side, side))
     starts = range(0, n, ENCODED)
     mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
     images, next_line = views(dataset, mine, workers), time.monotonic() + 10
-    for start in starts[::world_size()]:         # a round: one batch on each process
-        image = next(images, None)
-        codes = None if image is None else encode(image).cpu().numpy()      # (b, h, w)
-        for number, share in enumerate(gather_objects(codes)):
-            if maps is not None and share is not None:
-                first = start + number * ENCODED
-                maps[first:first + len(share)] = share
-        if time.monotonic() > next_line:
-            print0(f"encoding: {start:,} of {n:,} images")
-            next_line = time.monotonic() + 10
-    if maps is not None:
-        maps.flush()
-        os.replace(part, path)
-    gather_objects(None)                         # wait until rank 0 has renamed the file
+    try:
+        with ExitStack() as held:
+            if rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(part, "wb"))
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": dtype.str, "fortran_order": False, "shape": (n, side, side)})
+            for start in starts[::world_size()]:         # a round: one batch on each process
+                image = next(images, None)
+                codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
+                shares = gather_objects(codes)                              # (b, h, w) each
+                if rank() == 0:
+                    file.write(b"".join(share.tobytes() for share in shares if share is not None))
+                if time.monotonic() > next_line:
+                    print0(f"encoding: {start:,} of {n:,} images")
+                    next_line = time.monotonic() + 10
+        on_rank0(lambda: os.replace(part, path))
+    finally:
+        if rank() == 0:
+            part.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 

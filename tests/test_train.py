@@ -446,14 +446,14 @@ def test_where_one_image_does_not_fit_the_run_ends_in_one_line(tmp_path):
     status, text = train(tmp_path / "run", "--stage", "vqgan", "--micro-batch", "1",
                          prepare=partial(run_out_of_memory, "vqgan"))
     assert status == 2
-    assert "error: vqgan: CUDA out of memory; give a --micro-batch smaller than 1" in text
+    assert "error: vqgan: CUDA out of memory; give a smaller --size, or --checkpointing" in text
 
 
 def test_several_processes_end_in_one_line_that_names_the_flag(tmp_path):
     results = ranks(tmp_path / "run", "--stage", "vqgan",
                     prepare=partial(run_out_of_memory, "vqgan"))
     assert all(status == 2 for status, _ in results), results
-    assert "give a --micro-batch smaller than 2" in results[0][1]
+    assert "give a --micro-batch below 2" in results[0][1]
     assert "Traceback" not in results[0][1] + results[1][1]
 
 
@@ -686,11 +686,12 @@ def test_a_mistake_names_the_flag_and_the_mend(words, message, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--steps 0", "--steps: 0: must be positive"), ("--lr nan", "--lr: nan: must be positive"),
-    ("--lr inf", "--lr: inf: must be positive and finite"),
+    ("--steps 0", "--steps: 0: must be above 0"), ("--lr nan", "--lr: nan: must be above 0"),
+    ("--lr inf", "--lr: inf: must be above 0"),
     ("--seed -1", "--seed: -1: must be at least 0"),
     ("--disc-start -0.5", "--disc-start: -0.5: must be at least 0"),
     ("--timesteps 1", "--timesteps: 1: must be at least 2"),
+    ("--codes 1", "--codes: 1: must be at least 2"), ("--steps x", "invalid int value: 'x'"),
     ("--ema 1", "--ema: 1: must be at least 0 and less than 1")])
 def test_a_number_out_of_range_names_its_flag(words, message, capsys):
     with pytest.raises(SystemExit) as left:
@@ -807,7 +808,7 @@ def test_the_micro_batch_is_what_was_asked_for_else_what_was_kept_else_what_a_cp
     assert micro_batch_size(None, None, found | {"size": 512}, "decoder", cpu) == 1
     assert micro_batch_size(None, None, found, "decoder", cuda) == 80
     assert micro_batch_size(None, None, found, "prior", cpu) == 16
-    with pytest.raises(UserError, match=r"--micro-batch 3 does not divide the 80 images"):
+    with pytest.raises(UserError, match=r"--micro-batch 3 does not divide the 80 images .* 2 does"):
         micro_batch_size(3, None, found, "decoder", cpu)
 
 

@@ -16,7 +16,7 @@ from data import Batch, Signs
 from distributed import UserError
 from recipes import RECIPES
 from refit import install_codebook
-from run_folder import Run
+from run_folder import Run, load_optimizer
 from seeding import image_generators
 from train_autoencoder import (
     Autoencoder,
@@ -76,6 +76,15 @@ def refit(recipe=SMALL_RECIPE, **more):
     trained = [p for p in model.parameters() if p.requires_grad]
     Autoencoder.__init__(stage, a_run(**more), "refit", recipe, model, [(trained, 1.0)])
     return stage
+
+
+def save_and_load(first, second, path):
+    """As train.py: what a stage is, and its optimizers."""
+    torch.save([first.state_dict(), {n: o.state_dict() for n, o in first.optimizers.items()}], path)
+    state, optimizers = torch.load(path, weights_only=True)
+    second.load_state_dict(state)
+    for name, optimizer in second.optimizers.items():
+        load_optimizer(optimizer, optimizers[name])
 
 
 STAGES = {"vqgan": vqgan, "decoder": decoder, "refit": refit}
@@ -269,9 +278,8 @@ def test_a_stage_that_is_saved_and_loaded_continues_bit_for_bit(name, tmp_path):
     steps(whole, 4)
     steps(first, 2)
     first.facts = dict.fromkeys(first.FACTS, 1)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
     second = STAGES[name](recipe=replace(SMALL_RECIPE, start_trunk=False))
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    save_and_load(first, second, tmp_path / "state.pt")
     assert second.facts == first.facts
     steps(second, 2)
     a, b = whole.state_dict()["model"], second.state_dict()["model"]
@@ -329,7 +337,7 @@ def test_a_refit_that_is_not_finished_is_passed_over_and_that_is_said(tmp_path, 
 
 
 def test_a_refit_without_a_first_stage_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"vqgan/last.pt: no such run folder or checkpoint"):
+    with pytest.raises(UserError, match=r"vqgan/last.pt is not in it"):
         Refit(a_run(tmp_path), SMALL_RECIPE, None)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train_autoencoder import a_run, assert_close, float64, gradients
+from test_train_autoencoder import a_run, assert_close, float64, gradients, save_and_load
 from torch import nn
 from train_process import SMALL, SMALL_UNET, call
 
 import train_prior
-from data import ImageFiles, Order, Signs, training_batches
+from data import ImageFiles, Order, Signs, held_out, training_batches
 from diffusion import MultinomialDiffusion
 from recipes import RECIPES, Recipe
 from seeding import image_generators
@@ -110,8 +110,7 @@ def test_a_prior_that_is_saved_and_loaded_continues_bit_for_bit(tmp_path):
     whole, first, second = prior(), prior(), prior()
     steps(whole, 4)
     steps(first, 2)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    save_and_load(first, second, tmp_path / "state.pt")
     steps(second, 2)
     for a, b in ((whole.model.state_dict(), second.model.state_dict()),
                  (whole.ema.weights, second.ema.weights),
@@ -171,8 +170,10 @@ def test_held_out_maps_are_the_images_codes_and_chance_costs_their_logarithm(tmp
     stage.items(steps=2)
     batches = stage.held_out(4)
     assert [len(batch.indices) for batch, _ in batches] == [4, 4, 2]
-    for batch, x in batches:
-        assert torch.equal(batch.indices, stage.first_stage.indices(x))
+    x = torch.cat([batch.x for batch in held_out(stage.run.val_set, 10, 4, stage.run.device)])
+    indices = torch.cat([batch.indices for batch, _ in batches])
+    assert torch.equal(indices, stage.first_stage.indices(x))
+    assert torch.equal(batches[0][1], x[:4])                         # the images to be shown
     assert stage.facts["uniform_nats"] == pytest.approx(256 * math.log(16))
     assert (stage.facts["grid"], stage.facts["maps"], stage.facts["K"]) == ([16, 16], 8, 16)
     assert stage.facts["histogram_nats"] > 0
