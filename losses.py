@@ -207,8 +207,6 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-# ---------------------------------------------------------------- the balance, Eq. 9
-
 def adaptive_weight(rec, gan, last_layer, rule="paper"):
     """Weigh the GAN loss by the ratio of gradient norms: lambda, a 0-d tensor. [AVQ Eq. 9]
 

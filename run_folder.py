@@ -56,9 +56,6 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
-# ---------------------------------------------------------------- the folder
-
-
 @contextmanager
 def open_run(out, settings, may_change=frozenset()):
     """Hold the run folder `out`, made or continued for `settings`, while the block runs.
@@ -153,9 +150,6 @@ def write_text(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 def save(path, state):
@@ -266,9 +260,6 @@ def weights_hash(state_dict):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- while a run goes on
 
 
 class Log:

@@ -310,9 +310,6 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
                "synchronises them on CUDA only)")
 
 
-# ---------------------------------------------------------------- flags and settings
-
-
 def number(kind, low=None, below=math.inf):
     """Make an argparse type: a number from `low` on, or above 0, and less than `below`."""
     def parse_number(text):

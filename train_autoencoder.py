@@ -79,8 +79,6 @@ class Autoencoder:
         return TrainingItems(self.run.train_set, seed, STAGE_IDS[self.name], self.masks, r.p_full,
                              r.mask_kind)
 
-    # ---------------------------------------------------------------- one step
-
     def batch(self, items):
         """Bring a training loader's dict to the device."""
         x = pixels(items["image"], self.run.device, self.run.channels_last)         # (B, 3, H, W)
@@ -153,8 +151,6 @@ class Autoencoder:
         """Put back what `snapshot` copied."""
         self.discriminator.load_state_dict(snapshot, strict=False)
 
-    # ---------------------------------------------------------------- on held-out images
-
     def held_out(self, size):
         """List the first held-out images in batches, with their evaluation masks."""
         return list(held_out(self.run.val_set, VALIDATION_IMAGES, size, self.run.device))
@@ -193,8 +189,6 @@ class Autoencoder:
     def columns(self, batch):
         x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
         return {"original": batch.x, "reconstruction": x_hat}
-
-    # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self):
         """Collect what a checkpoint holds of the stage: taming's or the authors' weight names."""
@@ -299,9 +293,6 @@ class DecoderStage(Autoencoder):
                 "vanilla": self.model.first_stage.decode(z),
                 "ours, with mask": self.model.decode(z, image=batch.x, mask=batch.mask),
                 "ours, without": self.model.decode(z)}
-
-
-# ---------------------------------------------------------------- what a stage starts from
 
 
 def trained_first_stage(run, name):

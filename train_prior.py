@@ -84,8 +84,6 @@ class PriorStage:
         """Encode uint8 (b,3,H,W) in float32, as sampling and inpainting do: codes (b,h,w)."""
         return self.first_stage.indices(pixels(image, self.run.device, self.run.channels_last))
 
-    # ---------------------------------------------------------------- one step
-
     def batch(self, items):
         """Bring a training loader's dict to the device."""
         return CodeBatch(items["position"],
@@ -118,8 +116,6 @@ class PriorStage:
 
     def restore(self, snapshot):
         self.timesteps.observed = snapshot
-
-    # ---------------------------------------------------------------- on held-out maps
 
     @torch.no_grad()
     def held_out(self, size):
@@ -172,8 +168,6 @@ class PriorStage:
             self.model.load_state_dict(weights)
             self.model.train()
 
-    # ---------------------------------------------------------------- checkpoints
-
     def state_dict(self):
         """Collect what a checkpoint holds of the stage."""
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
@@ -205,9 +199,6 @@ def start_from_codes(unet, codebook):
     embedding.mul_(0.1)
     embedding[:, :into] += places[:, :into]
     logits[:, :out, 0, 0] += 0.1 * places[:, :out]
-
-
-# ---------------------------------------------------------------- the codes of the images
 
 
 def code_maps(encode, dataset, n, config, parent, folder, workers=0):
