@@ -60,9 +60,8 @@ class Run:
 def open_run(out, settings, may_change=frozenset()):
     """Hold the run folder `out`, made or continued for `settings`, while the block runs.
 
-    settings: plain values only. may_change: keys that need not be as they were. Raises UserError,
-    on every rank, where another process writes there, where the folder holds a run with other
-    settings (listing them), or where it holds something that is no run.
+    may_change: keys that need not be as they were. Raises UserError, on every rank, for a folder
+    that another process writes to, a run with other settings, or something that is no run.
     """
     out = Path(out)
 
@@ -104,10 +103,9 @@ def _flat(settings, prefix=""):
 
 @contextmanager
 def lock(folder):
-    """Hold `folder` (made if missing) for this process while the block runs.
+    """Hold `folder` (made if missing) for this process; UserError where another one holds it.
 
-    Raises UserError where another process holds it, or where it cannot be written. The kernel
-    releases the lock even after SIGKILL, and data workers that outlive a killed run do not hold it.
+    The kernel releases the lock even after SIGKILL; data workers that outlive a run do not hold it.
     """
     folder = make_folder(Path(folder))
     try:
@@ -153,10 +151,9 @@ def write_text(path, text):
 
 
 def save(path, state):
-    """Write `state` to `path` so that at every moment at least one complete file exists.
+    """Write `state` to `path`; the file that stood there becomes previous.pt beside it.
 
-    The file that stood at `path` becomes previous.pt beside it. Raises UserError where the disk
-    refuses (full, read-only, ...); one of the two is still whole.
+    At every moment one of the two is whole. Raises UserError where the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -213,10 +210,10 @@ def load(path):
 
 
 def latest(folder):
-    """Read the newest whole state in a stage's `folder`: last.pt, else previous.pt, else None.
+    """Read the newest whole state in a stage's `folder`: last.pt, else previous.pt; None: neither.
 
-    None means that neither file exists. Falling back prints a line that names the bad file. Raises
-    UserError where files exist but none can be read: a run never starts again in silence.
+    Falling back prints a line that names the bad file. Raises UserError where no file can be read:
+    a run never starts again in silence.
     """
     failures = []
     for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):

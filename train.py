@@ -53,8 +53,7 @@ SAMPLE_IMAGES = 6              # rows of samples/step_N.png
 VALIDATION_BATCH = 8           # held-out images at once
 OVERFIT_STEPS = 500
 
-# Flags about how a run is computed, which may change from one call to the next, and flags whose
-# numbers stand in the settings under a stage's or a recipe's name.
+# Flags that may change from one call to the next; flags that the settings have by other names.
 HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out", "root",
        "weights", "checkpointing"}
 NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
@@ -210,11 +209,10 @@ def train_stage(run, name, args, signals, deadline):
 
 
 def gradients(stage, batch, gan_on, micro_batch):
-    """Make one step's gradients, `micro_batch` images at a time.
+    """Make one step's gradients, `micro_batch` images at a time; half as many if memory is short.
 
     -> (the terms of the losses as floats, means over the global batch; the micro-batch that fitted)
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
-    Where CUDA's memory does not suffice, the step starts again with half as many images at a time.
     """
     local, before = len(batch["position"]), stage.snapshot()
     while True:
@@ -267,11 +265,7 @@ def stop_unless_finite(name, step, terms):
 
 
 def micro_batch_size(asked, kept, settings, name, device):
-    """Choose how many images a process takes at once; a checkpoint's number is kept.
-
-    Raises UserError where the number of processes does not divide the batch, or `asked` not the
-    share of a process.
-    """
+    """Choose how many images a process takes at once; kept: a checkpoint's number, or None."""
     local, rest = divmod(settings["recipes"][name]["batch_size"], world_size())
     if rest:
         raise UserError(f"{name}: --batch-size {local * world_size() + rest} does not divide over "
@@ -305,9 +299,6 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
     if has_gan and disc_start >= steps:
         print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
                "no GAN loss in this run")
-    if has_gan and world_size() > 1 and run.device.type == "cpu":
-        print0(f"{name}: the discriminator's BatchNorm statistics are per process (PyTorch "
-               "synchronises them on CUDA only)")
 
 
 def number(kind, low=None, below=math.inf):
@@ -399,10 +390,7 @@ def parse(argv=None):
 
 
 def resolve(args):
-    """Turn flags into (settings: the run's config.json; the convert.Loaded of --vqgan or None).
-
-    Sets args.out. Raises UserError for flags that contradict one another.
-    """
+    """Turn flags into (settings: the run's config.json; the Loaded of --vqgan); set args.out."""
     signs = args.data == "signs"
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing twice; give one")
@@ -485,10 +473,7 @@ def resolve(args):
 
 
 def chosen_stages(args, settings, trained):
-    """List the stages that this call runs, in order; trained: the Loaded of --vqgan, or None.
-
-    Raises UserError for a stage that cannot be, and for maps of codes that the prior cannot take.
-    """
+    """List the stages that this call runs, in order; trained: the Loaded of --vqgan, or None."""
     names, asked = list(STAGE_IDS), args.stage
     if settings["refit"] is None:
         why = (f"{settings['first_stage_name']} has a KL latent, no codes: refit and prior are for "

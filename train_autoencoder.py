@@ -41,9 +41,8 @@ VALIDATION_IMAGES = 64
 class Autoencoder:
     """Hold an image network and its discriminator, and train both with one step. [AVQ App. A]
 
-    run: a run_folder.Run. groups: the trained parameters, as recipes.adam takes them. parent: the
-    hash of the frozen weights below. config, facts: what the checkpoint adds to the run's settings
-    and to its `extra`.
+    groups: the trained parameters, for recipes.adam. parent: the hash of the frozen weights below.
+    config, facts: what the checkpoint adds to the run's settings and to its `extra`.
     """
 
     masks = False                  # whether training draws masks; without, every mask is full
@@ -97,11 +96,11 @@ class Autoencoder:
         return self.model.decoder.conv_out(h).float(), latent_loss
 
     def step(self, batch, gan_on, scale=1.0):
-        """Add one micro-batch's gradients to .grad.
+        """Add one micro-batch's gradients to .grad; return the losses' terms by name, detached.
 
         gan_on: whether the discriminator has started. scale: the micro-batch's share of the step.
-        Returns the terms of the losses, detached, by name. Both players see the one x_hat: the
-        network runs once a step, before either of them moves.  deviation D12
+        Both players see one x_hat: the network runs once, before either of them moves.
+        deviation D12
         """
         r = self.recipe
         # The reconstruction, and what the latent costs.
@@ -321,10 +320,7 @@ def warn_unless_finished(name, first_stage, where):
 
 @torch.no_grad()
 def rebuild(run, model):
-    """Rebuild the codebook of a VQGAN from training images: (codebook (K,d), facts). [DDM Sec. 3.2]
-
-    Every process must call this.
-    """
+    """Rebuild a codebook from training images, on all processes: (K,d), facts. [DDM Sec. 3.2]"""
     seed, size = run.settings["seed"], run.settings["refit"]
     K, P = size["K"], size["samples"]
     print0(f"\nrefit: sampling {P:,} features of {len(run.train_set):,} images for {K:,} codes")
