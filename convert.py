@@ -51,11 +51,10 @@ class Loaded:
 
 
 def load(path, device="cpu", stages=STAGES):
-    """Load the VQGAN or AsymVQGAN at `path`, with what the file says about it: a Loaded.
+    """Load the VQGAN or AsymVQGAN at `path`, strictly: a Loaded. Raises UserError.
 
     path: a run folder (of the first of `stages` that it has; a refit must be finished), one of our
-    files, a public file, or a folder of diffusers. A public asymmetric one has a first stage
-    without a decoder of its own. Loading is strict. Raises UserError.
+    files, a public file, or a folder of diffusers. A public asymmetric one has no vanilla decoder.
     """
     path = Path(path)
     if _is_public(path):
@@ -112,10 +111,7 @@ def _tuples(fields):
 
 
 def first_stage_of(state, source):
-    """Load the first stage that the decoder or prior `state`, of file or run `source`, stands on.
-
-    Raises UserError where it is missing or has changed.
-    """
+    """Load the first stage of a decoder or prior in `source`; UserError: missing or changed."""
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
         raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
@@ -232,10 +228,7 @@ class Prior:
 
 
 def denoiser(settings, K):
-    """Build settings["prior"] for K codes: a UNet, untrained, and its MultinomialDiffusion.
-
-    Raises UserError for a process that is not the papers'.
-    """
+    """Build settings["prior"]: an untrained UNet and its process. UserError: not the papers'."""
     for name, ours in (("schedule", "cosine"), ("form", "theta")):
         if settings.get(name, ours) != ours:
             raise UserError(f"this prior was trained with {name} {settings[name]!r}, which is no "
@@ -271,10 +264,7 @@ def chosen_steps(asked, T, most=STEPS):
 
 
 def save_model(loaded, path):
-    """Write all of a Loaded's model, of two decoders the asymmetric one, into a file for `load`.
-
-    Raises UserError where `path` exists already, and where the disk refuses.
-    """
+    """Write a Loaded's model, of two decoders the asymmetric, to a new file. Raises UserError."""
     _check_new(path)
     state = {"format": run_folder.FORMAT, "stage": loaded.stage,
              "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),

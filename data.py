@@ -33,10 +33,7 @@ BAD_IN_A_ROW = 100                  # so many files that cannot be decoded stop 
 
 
 class Signs:
-    """Street scenes with signs: picture i is a pure function of (split, seed, i, size).
-
-    val has pairs of words that train never shows. limit: the first N.
-    """
+    """Street scenes, each a function of (split, seed, i, size); val has word pairs of its own."""
 
     def __init__(self, split, size, seed=0, limit=None):
         if size < 32:
@@ -55,8 +52,7 @@ class Signs:
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
 
-    def identity(self):
-        """A text that data sets with other pictures do not share."""
+    def identity(self):              # a text that data sets with other pictures do not share
         return f"{self.describe()}, {self.size} px"
 
 
@@ -136,7 +132,6 @@ def list_images(folder):
     """
     def fail(error):
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
-
     names, seen = [], set()
     for here, below, files in os.walk(folder, followlinks=True, onerror=fail):
         if os.path.realpath(here) in seen:
@@ -211,10 +206,9 @@ def read_pair(photo, mask, invert=False):
 
 
 def square_crop(image, size, rng=None):
-    """Cut a square out of the picture and resize it: uint8 (size,size,3).
+    """Cut a square, the centre one without `rng`, and resize it: uint8 (size,size,3).
 
-    With `rng` its side is 0.5 to 1 times the short side and its place random; else it is the centre
-    square. Smaller pictures are enlarged.
+    With `rng` its side is 0.5 to 1 times the short side, its place random. Small ones are enlarged.
     """
     (width, height), side = image.size, min(image.size)
     left, top = (width - side) // 2, (height - side) // 2
@@ -248,10 +242,7 @@ class Order:
 
 
 class TrainingItems:
-    """What position 0, 1, 2, ... of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position.
-
-    p_full, kind: training_mask's; masks=False: all masks full.
-    """
+    """What each position of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position."""
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)
@@ -291,7 +282,6 @@ def views(dataset, batches, workers=0):
 @dataclass
 class Batch:
     """Pictures on the device."""
-
     index: list                         # positions in the run, or numbers of held-out pictures
     x:     torch.Tensor                 # (B,3,H,W) in [-1,1]
     mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}

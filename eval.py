@@ -45,9 +45,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
              device="cpu", out=None):
     """Measure runs, or pictures of anything; print the tables, write the report and return it.
 
-    The arguments are the program's flags; None stands for the run's own. Each picture in pred is
-    measured beside its original or, unpaired, all of them by FID and inception score alone against
-    other ones. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
+    The arguments are the flags; None stands for the run's own. Unpaired pictures are compared as
+    sets, by FID and inception score alone. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
     """
     device, paths = torch.device(device), [Path(path) for path in runs]
     runs = open_runs(paths, device)
@@ -97,7 +96,6 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     with distributed.exact_float32(), torch.inference_mode():
         # Show the first images; what a device does once, at its first batch, is not timed then.
         columns = first_images(batches(pictures, n), models) if models else {}
-
         # Decode the same latents by every decoder, and measure.
         ranks = distributed.rank(), distributed.world_size()
         rows, counts = tabulate(batches(pictures, n, *ranks), n, batch_size, networks, models, pred)
@@ -313,7 +311,35 @@ def draw(folder, dataset, device, out):
 
 
 def main():
-    args = _parser().parse_args()
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="The papers' tables, of runs or of pictures by anything.")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN",
+        help="run folders, their stage files, or public checkpoints, on one first stage")
+    add("--pred", metavar="DIR", help="pictures made by anything, instead of runs")
+    add("--real", metavar="DIR", help="the originals, matched by file name")
+    add("--masks", metavar="DIR", help="masks of the same names; white = generated")
+    add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
+    add("--invert-mask", action="store_true", help="the masks are black where generated")
+    add("--unpaired", action="store_true", help="compare sets: PRED with REAL, or with --data")
+    add("--data", choices=("signs", "imagenet", "folder"),
+        help="held-out pictures (default: the run's --data; else imagenet)")
+    add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
+    add("--size", type=int, metavar="PX", help="their size (default: the run's, PRED's, else 256)")
+    add("-n", "--n", type=int, metavar="N", help="pictures (default: all given ones; of held-out "
+        "ones at most 1000, signs 500; --table ddm1 counts all)")
+    add("--table", choices=(*tables.PAPER_TABLES, "ddm1"),
+        help="print this table of the AVQ paper as well; ddm1: DDM's Table 1, codes in use")
+    add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
+    add("--weights", metavar="DIR", help="networks' files (default: the run's, else torch hub's)")
+    add("--clip", metavar="DIR", help="folder of a CLIP model, for the CLIP score")
+    add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score")
+    add("--per-image", metavar="FILE", help="write the measures of each picture as a CSV table")
+    add("--batch-size", type=int, metavar="B", help="pictures at once (default: 16 up to 128 px, "
+        "4 at 256, 1 at 512; with --pred 8; of runs with --real 4)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--out", metavar="DIR", help="of the report (default: RUN, RUN/compare or PRED-report)")
+    args = parser.parse_args()
     table, samples = f"--table {args.table}", args.table in ("6", "10")
     numbers = {"-n": args.n, "--batch-size": args.batch_size, "--size": args.size}
     small = ", ".join(flag for flag, value in numbers.items() if value is not None and value < 1)
@@ -345,38 +371,6 @@ def main():
     if args.per_image:
         run_folder.make_folder(Path(args.per_image).parent, "--per-image")
     evaluate(**vars(args))
-
-
-def _parser():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="The papers' tables, of runs or of pictures by anything.")
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN",
-        help="run folders, their stage files, or public checkpoints, on one first stage")
-    add("--pred", metavar="DIR", help="pictures made by anything, instead of runs")
-    add("--real", metavar="DIR", help="the originals, matched by file name")
-    add("--masks", metavar="DIR", help="masks of the same names; white = generated")
-    add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
-    add("--invert-mask", action="store_true", help="the masks are black where generated")
-    add("--unpaired", action="store_true", help="compare sets: PRED with REAL, or with --data")
-    add("--data", choices=("signs", "imagenet", "folder"),
-        help="held-out pictures (default: the run's --data; else imagenet)")
-    add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
-    add("--size", type=int, metavar="PX", help="their size (default: the run's, PRED's, else 256)")
-    add("-n", "--n", type=int, metavar="N", help="pictures (default: all given ones; of held-out "
-        "ones at most 1000, signs 500; --table ddm1 counts all)")
-    add("--table", choices=(*tables.PAPER_TABLES, "ddm1"),
-        help="print this table of the AVQ paper as well; ddm1: DDM's Table 1, codes in use")
-    add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
-    add("--weights", metavar="DIR", help="networks' files (default: the run's, else torch hub's)")
-    add("--clip", metavar="DIR", help="folder of a CLIP model, for the CLIP score")
-    add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score")
-    add("--per-image", metavar="FILE", help="write the measures of each picture as a CSV table")
-    add("--batch-size", type=int, metavar="B", help="pictures at once (default: 16 up to 128 px, "
-        "4 at 256, 1 at 512; with --pred 8; of runs with --real 4)")
-    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--out", metavar="DIR", help="of the report (default: RUN, RUN/compare or PRED-report)")
-    return parser
 
 
 if __name__ == "__main__":

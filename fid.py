@@ -5,10 +5,9 @@
     the same of the other images ─────────────────────────────────────────────┴─frechet──► FID
     logits (N,1008) ──inception_score──► mean, std over splits
 
-Scores are comparable only between programs that run this very network, Inception v3 as TensorFlow
-published it in 2015, so it reads pytorch-fid's conversion of those weights. torchvision's network
-of that name has other classes, pools and another last block. The distance falls as n grows, which
-is bias, not quality, and below D = 2048 images it is large.
+Scores are comparable only between programs that run this very network, TensorFlow's Inception v3 of
+2015, in pytorch-fid's conversion; torchvision's has other classes, pools and last block. The
+distance falls as n grows, which is bias, not quality, and below D = 2048 images it is large.
 """
 
 from functools import partial
@@ -27,9 +26,8 @@ SIZE = 299                                                 # pixels a side that 
 class InceptionV3(nn.Module):
     """images (B,3,H,W) in [-1,1] -> features (B,2048) and logits (B,1008), both float32.
 
-    weights: the folder of the published file (default: torch hub's cache; see `find_weights`), or
-    a float32 state dict with its keys. Frozen, always in eval mode, in float32 also under autocast.
-    Raises UserError for a missing, unreadable or foreign file.
+    weights: the folder of the published file (see `find_weights`), or a float32 state dict. Frozen,
+    in eval mode, in float32 also under autocast. Raises UserError for a file that does not fit.
     """
 
     def __init__(self, weights=None):
@@ -238,8 +236,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 class FeatureStatistics:
     """Number, mean and covariance of feature vectors (D = `dim`) that come in any batches.
 
-    Any batches and any order of `merge` give the same to rounding, also where the mean is large
-    beside the deviation.
+    Any batches and order of `merge` give the same to rounding, also where the mean is large.
     """
 
     def __init__(self, dim):
@@ -301,9 +298,8 @@ def inception_score(logits, splits=10):
 
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
-    Fewer images than splits are a split each. The deviation is divided by the number of splits.
-    Source: Salimans et al., arXiv 1606.03498, and their program; torch-fidelity and torchmetrics
-    shuffle before. Raises ValueError for no images or logits not finite.
+    Fewer images than splits are a split each; std is the population's. Source: Salimans et al.,
+    arXiv 1606.03498; torchmetrics shuffles before. Raises ValueError: no images, or not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

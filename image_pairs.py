@@ -4,10 +4,9 @@
     --pred, --unpaired              --PictureFolder.batches---> PairBatch, x alone
     python image_pairs.py PHOTOS -o SET --kind thick --size 512     SET/images, masks, manifest.json
 
-Nothing is resized or left out: what does not fit is an error that names the file. Files belong
-together when their paths below their folders agree but for the extension, or where no path of a
-folder does, when their names agree: a flat folder fits one with classes. NAME_mask.png and
-NAME_mask000.png stand for NAME, as LaMa calls masks and predictions.
+Nothing is resized or left out: what does not fit is an error. Files belong together when their
+paths below their folders agree but for the extension or, where none does, their names: a flat
+folder fits one with classes. NAME_mask.png and NAME_mask000.png, LaMa's, stand for NAME.
 """
 
 import argparse
@@ -35,7 +34,6 @@ WARNINGS = 3                                     # about masks, that are printed
 @dataclass
 class PairBatch(Batch):
     """Originals of one size, and what goes with them; None where it was not given."""
-
     names: list | None = None                    # paths below the folder, without extension
     pred:  torch.Tensor | None = None            # (B,3,H,W) in [-1,1]
     refs:  list | None = None                    # (3,h,w) in [-1,1] each, any sizes
@@ -44,9 +42,8 @@ class PairBatch(Batch):
 class MatchedFolders:
     """Originals and what goes with them, matched by file name; sorted by name, then path.
 
-    real: folder of the originals. pred: of pictures, exactly one for each original. masks, refs
-    (what the holes were to look like) may hold more. limit: the first N. Raises UserError: a folder
-    that is missing or empty, files that lack a partner, two files for one name.
+    real: folder of the originals; pred: of exactly one picture for each; masks, refs (what the
+    holes were to look like) may hold more; limit: the first N. Raises UserError for a bad match.
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):
@@ -171,8 +168,7 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
     Image i of the sorted list has evaluation mask i, as in eval.py; a photo that cannot be decoded
     is left out with its mask. [AVQ Tab. 1]  deviation D29
     """
-    photos, out, files = Path(photos), Path(out), []
-    sources = _listed("PHOTOS", photos)
+    photos, out, sources, files = Path(photos), Path(out), _listed("PHOTOS", photos), []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"-o {out}: is not empty; choose another")
     if out.resolve().is_relative_to(photos.resolve()):

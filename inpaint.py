@@ -52,10 +52,9 @@ def windows(unknown, grid):
     quarter of a window of context fits around it. Else those that have anything left to draw, half
     a window apart, line by line from the context's top left.
     """
-    left, chosen = unknown.cpu().numpy().copy(), []                                 # (H, W)
+    left, chosen, starts = unknown.cpu().numpy().copy(), [], []     # (H, W); starts: by axis
     if not left.any():
         return chosen
-    starts = []                                  # of the windows, along each axis
     for axis, length in enumerate(grid):
         n, where = left.shape[axis], left.any(1 - axis).nonzero()[0].tolist()
         first, end, context = where[0], where[-1] + 1, length // 4
@@ -90,8 +89,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 seed=0, steps=None, resample=1, show=False):
     """Yield {decoder: the filled photo, uint8 (H,W,3)} for each sample, a function of (seed, i).
 
-    [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
-    decoders: those that draw each sample; show: progress; the rest as for inpaint_photo.
+    decoders: all that draw; else as inpaint_photo. [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
     """
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
     lacks = {"asym": model is first_stage, "vanilla": first_stage.decoder is None}
@@ -114,7 +112,6 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
     def padded(array):                                              # (H, W, C) -> (1, C, H', W')
         array = np.pad(array, [*ends, (0, 0)], mode="symmetric")
         return torch.from_numpy(array).permute(2, 0, 1)[None]
-
     x, mask = pixels(padded(photo), device), padded(hole[..., None]).to(device).float()
     if prior is None:
         latents = [model.encode(fill_with_mean(x, mask))]
@@ -148,7 +145,6 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                     if done == calls:
                         progress.close()
                     return logits
-
                 prior = replace(prior, unet=unet)
             indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
             codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
@@ -169,10 +165,9 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
 def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
     """Fill the hole of a photo: uint8 (H,W,3); under a mask of zeros the photo itself.
 
-    model: an AsymVQGAN, or a VQGAN with decoder "vanilla". photo: uint8 (H,W,3), any size; mask:
-    (H,W), other than 0 = to be generated. prior: from load_prior; None keeps the codes of the photo
-    with its hole in one colour. options: seed, steps, resample; composite puts the photo's known
-    pixels over the decoder's. Raises UserError for models that do not fit, ValueError for shapes.
+    model: an AsymVQGAN, or a VQGAN for decoder "vanilla". photo: uint8 (H,W,3); mask: (H,W), other
+    than 0 = to be generated. prior: None encodes the photo, its hole in one colour. options: seed,
+    steps, resample, composite (known pixels pasted). Raises UserError, and ValueError for shapes.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
@@ -225,8 +220,7 @@ def _completed(prior, dataset, places, masks, number, steps, times=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Fill the hole that a mask leaves in a photo.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Fill the hole in a photo.")
     add = parser.add_argument
     add("photo", metavar="PHOTO", help="the photo, of any size")
     add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")

@@ -4,8 +4,7 @@
     x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
     the table --summary--> means of one decoder in one bucket --report_rows--> report.json's rows
 
-Images stay float all the way: 8-bit truncation alone adds 5e-6, the size of what is measured. With
-FID, a row takes 12 KB.
+Images stay float: truncation to 8 bits adds 5e-6, as much as is measured. With FID, a row is 12 KB.
 """
 
 import math
@@ -106,7 +105,6 @@ def decode_all(models, z, x, mask=None):
 @dataclass
 class Networks:
     """The networks that columns need; where one is None, its columns have a reason."""
-
     lpips:     LPIPS | None = None
     inception: InceptionV3 | None = None
     clip:      CLIPImageEncoder | None = None
@@ -141,7 +139,6 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
                 networks.missing |= dict.fromkeys(columns, reason)
                 return None
         return network.to(device)
-
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips")
         networks.lpips_net = lpips if networks.lpips else None
@@ -175,8 +172,7 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
                         "finite; train it again from its last good checkpoint")
-    x, mask, columns = batch.x, batch.mask, {}
-    x_hat = x_hat.clamp(-1, 1)
+    x_hat, x, mask, columns = x_hat.clamp(-1, 1), batch.x, batch.mask, {}
     refs, names = getattr(batch, "refs", None), getattr(batch, "names", None)
     if decoder != REAL:
         if mask is not None:
@@ -213,7 +209,6 @@ def summary(table, run, decoder, bucket="all"):
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"]) == key
                 and bucket in ("all", row["bucket"])]
-
     rows, real = chosen(run, decoder), chosen(None, REAL)
     result = {"bucket": bucket, "n": len(rows), **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
     for name in MEASURES:

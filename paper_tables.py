@@ -147,10 +147,7 @@ def paper_table(report, number):
 
 
 def report_text(report, about, missing, off, number=None):
-    """Write which images, which units, the tables, and why a column is empty.
-
-    about: the images, a line; missing, off: metrics.Networks'; number: also this table of AVQ's.
-    """
+    """Write images (`about`), units, tables (AVQ's `number` too), and why columns are empty."""
     masks, net = report["masks"], report["rows"][0]["lpips_net"]
     if masks["size"]:
         about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "

@@ -18,7 +18,6 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 GAP, LINE, INK = 6, 21, (30, 30, 30)                 # px, px of a line of text, its colour
-
 TITLES = {                                           # in the order of the panels
     "pixel": "pixel loss, mean |x̂ - x|",
     "pixel_masked": "pixel loss, with the mask",
@@ -68,8 +67,7 @@ def image_rows(groups, path, across=None):
 def _draw(lines, path, side):
     """Write a PNG of `lines`, each a list of images in [-1,1] (clamped) or of captions.
 
-    Images are enlarged by the whole number that makes them about `side` px wide. Raises ValueError
-    for images of several sizes, or none.
+    Images are enlarged to about `side` px, by a whole number. ValueError: several sizes, or none.
     """
     rows = [line for line in lines if not isinstance(line[0], str)]
     shapes = {tuple(image.shape) for row in rows for image in row}
@@ -111,9 +109,8 @@ def _wrapped(caption, font, room):
 def curves(log_path, png_path):
     """Draw a run's log as small multiples: a panel for each number, train and val together.
 
-    `val_NAME` is NAME on held-out images. Long logs are drawn as means of neighbouring steps,
-    log-scaled where values are positive and span more than a factor of ten. A log without numbers
-    makes no picture.
+    `val_NAME` is NAME on held-out images. Long logs are drawn as means of neighbouring steps; the
+    scale is logarithmic for positive values over a factor of ten. Without numbers: no picture.
     """
     series = {}                                      # {key: [(step, value), ...]}
     with open(log_path, encoding="utf-8") as file:

@@ -4,8 +4,7 @@
       --first_stage_config, asym_decoder_size--> the sizes to build, read from the shapes
     our names --diffusers_names--> diffusers' names, beside a diffusers_config
 
-We name weights as taming-transformers, latent-diffusion and the authors do; diffusers has other
-names for the same layers, and two generations of them for attention.
+Ours are taming's, latent-diffusion's and the authors'; diffusers has others, two for attention.
 """
 
 import re
@@ -18,8 +17,7 @@ from vqgan import VQGANConfig
 
 TAMING, DIFFUSERS = 0, 1                        # columns of the two tables
 
-# Inside encoder and decoder; both columns are read. `up` counts levels from the highest resolution,
-# `up_blocks` from the lowest.
+# In encoder and decoder; `up` counts levels from the highest, `up_blocks` from the lowest.
 MODULES = (
     ("mid.block_1",        "mid_block.resnets.0"),
     ("mid.attn_1",         "mid_block.attentions.0"),
@@ -84,8 +82,7 @@ def _rename(name, source, target, levels):
         return name
     for row in MODULES:
         pattern = re.escape(row[source]).replace(r"\{i\}", r"(?P<i>\d+)")
-        found = re.match(pattern.replace(r"\{j\}", r"(?P<j>\d+)") + r"\.", rest)
-        if found:
+        if found := re.match(pattern.replace(r"\{j\}", r"(?P<j>\d+)") + r"\.", rest):
             numbers, layer = found.groupdict(), rest[found.end():]
             if row[TAMING].startswith("up."):
                 numbers["i"] = levels - 1 - int(numbers["i"])
@@ -130,9 +127,8 @@ def first_stage_config(state, norm_groups=32):
 
     Raises KeyError: no autoencoder of this kind; ValueError: widths that norm_groups do not divide.
     """
-    ch = len(state["encoder.conv_in.weight"])
+    ch, z_channels = len(state["encoder.conv_in.weight"]), len(state["encoder.conv_out.weight"])
     blocks = _blocks(state, "encoder.down")
-    z_channels = len(state["encoder.conv_out.weight"])
     levels = range(max(len(blocks), 1))
     widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
     if any(width % norm_groups for width in widths):

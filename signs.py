@@ -77,8 +77,7 @@ class Scene:
     """A canvas in 64ths of the picture, its light, and the boards that hang already."""
 
     def __init__(self, rng, size, held_out):
-        self.rng, self.size, self.held_out = rng, size, held_out
-        self.unit = size / 64
+        self.rng, self.size, self.unit, self.held_out = rng, size, size / 64, held_out
         self.letter = max(1, round(self.unit))           # px: the width of a stroke
         self.image = Image.new("RGB", (size, size))
         self.draw, self.boards = ImageDraw.Draw(self.image), []   # boards: (x0, y0, x1, y1) in px
@@ -114,11 +113,9 @@ class Scene:
         self.draw.ellipse(((x - rx) * u, (y - ry) * u, (x + rx) * u, (y + ry) * u), fill=colour)
 
 
-
 def _street_from_the_front(scene):
     """Draw a shop with its sign between other houses, and the road before them."""
-    rng = scene.rng
-    ground = rng.uniform(49, 54)
+    rng, ground = scene.rng, scene.rng.uniform(49, 54)
     _skyline(scene, ground)
     # Build a shop as wide as its words need, and houses to both sides until the picture ends.
     lines = _words(scene, pair_share=0.45)
@@ -179,8 +176,7 @@ def _street_from_the_front(scene):
 
 
 def _skyline(scene, ground):
-    haze = shade(np.add(scene.sky[0], scene.sky[1]) / 2, 0.82)
-    x = 0.0
+    haze, x = shade(np.add(scene.sky[0], scene.sky[1]) / 2, 0.82), 0.0
     while x < 64:
         width = scene.rng.uniform(4, 12)
         scene.box(x, scene.rng.uniform(16, 30), x + width, ground, haze)
@@ -246,7 +242,6 @@ def _street_along(scene):
         """Fill part of a wall from depth `near` to `far`; it stands at x = `edge` at depth 1."""
         corners = (near, top), (far, top), (far, bottom), (near, bottom)
         scene.shape([(x + (edge - x) / depth, y + h / depth) for depth, h in corners], colour)
-
     _skyline(scene, y + 2)
     # Lay the road, and dashes on it that shrink with their depth.
     scene.box(0, y, 64, 64, scene.lit((182, 176, 168)))
@@ -280,7 +275,6 @@ def _street_along(scene):
             _blade(scene, x, rng.uniform(8, 24), 56)
 
 
-
 @lru_cache(maxsize=4096)
 def word_mask(text, scale, upright=False):
     """Draw the ink of `text`: a Pillow "L" image, 7·scale px high; `upright` stacks the letters."""
@@ -304,10 +298,7 @@ def word_mask(text, scale, upright=False):
 
 @lru_cache
 def _sign_texts(scale, room, held_out):
-    """List (texts of one word, texts of two) that fit into `room` px.
-
-    Every fifth pair of words is for held-out pictures only, which show no other.
-    """
+    """List texts of one word and of two within `room` px; each fifth pair is held out's alone."""
     first, last, short = ([word for word in words if word_mask(word, scale).width <= room]
                           for words in (FIRST_WORDS, LAST_WORDS, SHORT_WORDS))
     pairs = [(a, b) for a in first for b in last

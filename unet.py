@@ -20,7 +20,6 @@ TIME_SCALE = 4000       # the embedding sees t · 4000/T: one setting for every 
 @dataclass(frozen=True)
 class UNetConfig:
     """Every width and level of a denoiser; level i has 1/2^i of h and w."""
-
     width:       int   = 128             # of the embedded codes
     mults:       tuple = (1, 2, 4, 8)    # level i has width * mults[i] channels
     num_blocks:  int   = 2               # residual blocks a level, each way
@@ -144,14 +143,11 @@ class Trunk(nn.Module):
         super().__init__()
         widths = config.widths
 
-        def level(i, in_channels, out_channels):
-            return Level(in_channels, out_channels, config.num_blocks, i in config.attn_levels,
-                         config)
-
+        def level(i, a, b):
+            return Level(a, b, config.num_blocks, i in config.attn_levels, config)
         self.down = nn.ModuleList(
             level(i, a, b) for i, (a, b) in enumerate(pairwise([config.width, *widths])))
-        self.downsample = nn.ModuleList(
-            nn.Conv2d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.downsample = nn.ModuleList(nn.Conv2d(a, a, 3, 2, padding=1) for a in widths[:-1])
         self.middle = Middle(widths[-1], config)
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(1, len(widths))):                # up[0] is the lowest level's
@@ -188,8 +184,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.K, self.T = config, K, T
         self.embedding = nn.Embedding(K, config.width)
-        # The blocks' own activation of the time is the same for all: here, once.
-        self.time = nn.Sequential(
+        self.time = nn.Sequential(      # the blocks' own activation of it is the same for all: once
             nn.Linear(config.width, 4 * config.width), nn.Mish(),
             nn.Linear(4 * config.width, config.time_width), nn.Mish())
         self.trunk = Trunk(config)

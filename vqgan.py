@@ -5,8 +5,7 @@ AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
     x (B,3,H,W) --Encoder--> (B,z,h,w) --quant_conv--> z_e (B,d,h,w) --VectorQuantizer--> z_q
     z_q (B,d,h,w) --post_quant_conv--> (B,z,h,w) --Decoder--> x_hat (B,3,H,W)
 
-Attribute names are those of taming-transformers and latent-diffusion, so that their checkpoints
-load with no renaming: hence `up[0]` is the highest resolution.
+Names are those of taming's and latent-diffusion's checkpoints: `up[0]` is the highest resolution.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from quantize import DiagonalGaussian, VectorQuantizer
 @dataclass(frozen=True)
 class VQGANConfig:
     """Every width and level of a first stage."""
-
     latent:         str   = "vq"              # "vq" (codebook) or "kl" (diagonal Gaussian)
     ch:             int   = 128               # width of the highest level
     ch_mult:        tuple = (1, 1, 2, 2, 4)   # level i has ch * ch_mult[i] channels, 1/2^i of H, W
@@ -47,8 +45,7 @@ class VQGANConfig:
         return [self.ch * multiplier for multiplier in self.ch_mult]
 
 
-# "tiny" is our own, for 64 px; "vq-f16" is taming's ImageNet model, the last two are
-# latent-diffusion's, and "kl-f8" is Stable Diffusion's first stage.
+# "tiny": ours, 64 px; "vq-f16": taming's; "vq-f8": latent-diffusion's; "kl-f8": Stable Diffusion's.
 VQGAN_PRESETS = {
     "tiny":   VQGANConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), z_channels=32,
                           embed_dim=8, K=256, code_range=0.3, norm_groups=4),
@@ -126,9 +123,8 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList()
-        if attention:
-            self.attn.extend(AttnBlock(out_channels, norm_groups) for _ in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, norm_groups)
+                                  for _ in range(num_blocks if attention else 0))
 
     def forward(self, h):
         for j, block in enumerate(self.block):

@@ -5,8 +5,7 @@
     a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> the same, config
     a published name --find_weights--> path, downloaded once --read_weights--> state dict
 
-Files are mapped into memory, and only what is kept is read: a Stable Diffusion checkpoint is mostly
-U-Net.
+Files are mapped into memory, and only what is kept is read: most of Stable Diffusion is not.
 """
 
 import hashlib
@@ -141,10 +140,7 @@ class Public:
 
 
 def read_public(path):
-    """Read the first stage at `path`, a file or a folder of diffusers: a Public.
-
-    Raises UserError: nothing there, a file that cannot be read, no first stage in it, or two.
-    """
+    """Read the first stage in a file or a folder of diffusers: a Public. Raises UserError."""
     # Find the file, and diffusers' config.json beside it.
     file, notes = Path(path), []
     folder, config = diffusers_folder(file)
@@ -168,8 +164,7 @@ def read_public(path):
     for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-    # Find the first stage by the start of its keys: decoder.encoder. is the condition branch, and
-    # text encoders have an encoder. inside.
+    # Find the first stage by how its keys start: text encoders have an encoder. inside.
     keys = list(weights) if isinstance(weights, dict) else []
     found = [p for p in PREFIXES
              if any(str(key).startswith((f"{p}encoder.", f"{p}decoder.")) for key in keys)]
@@ -215,17 +210,16 @@ def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
 
 
 _TORCHVISION = "https://download.pytorch.org/models/"
-_LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
+_LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
 _PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 PUBLISHED_FILES = {
     # file name: (its public address, its sha256 or the first digits of it that are published)
     "vgg16-397923af.pth": (_TORCHVISION, "397923af"),
     "alexnet-owt-7be5be79.pth": (_TORCHVISION, "7be5be79"),
     "squeezenet1_1-b8a52dc0.pth": (_TORCHVISION, "b8a52dc0"),
-    "vgg.pth": (_LPIPS_HEADS, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-    "alex.pth": (_LPIPS_HEADS, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
-    "squeeze.pth": (_LPIPS_HEADS,
-                    "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
+    "vgg.pth": (_LPIPS, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    "alex.pth": (_LPIPS, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+    "squeeze.pth": (_LPIPS, "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
     "pt_inception-2015-12-05-6726825d.pth": (_PYTORCH_FID, "6726825d"),
 }
 _told = set()             # paths of files whose hash was compared
@@ -238,8 +232,7 @@ def find_weights(name, folder=None):
     wait. A file with another hash is used, and said. Raises UserError where it cannot be had.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
-    address, sha256 = PUBLISHED_FILES[name]
-    path = folder / name
+    path, (address, sha256) = folder / name, PUBLISHED_FILES[name]
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print0(f"downloading {address}{name} to {folder}")
         try:

@@ -63,6 +63,13 @@ def test_the_presets_have_their_parameter_counts(preset, codes, parameters):
     assert sum(p.numel() for p in on_meta(preset, codes).parameters()) == parameters
 
 
+@pytest.mark.parametrize("preset", UNET_PRESETS)
+def test_every_group_norm_of_a_preset_has_the_groups_of_its_config(preset):
+    groups = [m.num_groups for m in on_meta(preset, 16).modules() if isinstance(m, nn.GroupNorm)]
+    assert groups
+    assert set(groups) == {UNET_PRESETS[preset].norm_groups}
+
+
 @pytest.mark.parametrize(("codes", "printed", "in_convolutions", "in_all"), [
     (1024, 1.06, 1_055_916_032, 1_110_867_968), (512, 1.04, 1_039_138_816, 1_094_090_752)])
 def test_table_2s_operations_are_the_multiplications_of_the_plain_convolutions(
