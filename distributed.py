@@ -34,10 +34,9 @@ def setup(device="auto"):
     device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes. Under torchrun each
     process takes the CUDA device of its own number. Raises UserError for a device that is not here.
     """
-    name = device
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+    name = device if device != "auto" else (
+        "cuda" if torch.cuda.is_available() else
+        "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -164,8 +163,8 @@ def no_sync(module, last):
 
 @contextmanager
 def exact_float32():
-    """Switch TF32 off for the block: CUDA's convolutions would round their factors to 10 bits."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    """Switch off TF32 and oneDNN's bf16 for the block: they round factors to 10 and 7 bits."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -13,7 +13,6 @@ from torch import nn
 from distributed import mean_over_ranks
 from weight_files import read_weights
 
-# ---------------------------------------------------------------- reconstruction, Eq. 5-6
 
 def pixel_loss(x_hat, x):
     """Average the absolute error over all pixels and channels: a 0-d tensor. [AVQ App. A]
@@ -142,7 +141,6 @@ TRUNKS = {
                 (64, 128, 256, 384, 384, 512, 512)),
 }
 
-# ---------------------------------------------------------------- the two players, Eq. 7
 
 class PatchDiscriminator(nn.Module):
     """Judge patches, D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> logits (B,1,h,w).

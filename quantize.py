@@ -8,28 +8,13 @@ Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
     counts (K) of a split's indices --> usage, perplexity                          code_statistics
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distributed import exact_float32
+
 MAX_SCORES = 2**21       # held at once, 8 MiB in float32: what keeps a large codebook affordable
-
-
-@contextmanager
-def _plain_float32(device_type):
-    """Neither autocast nor TF32 nor oneDNN's bf16 inside: each of them moves the argmin."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
 
 
 @torch.compiler.disable
@@ -43,7 +28,8 @@ def nearest_code(z, codebook):
     not move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    with _plain_float32(z.device.type):
+    # Autocast, TF32 and oneDNN's bf16 would each move the argmin.
+    with torch.autocast(z.device.type, enabled=False), exact_float32():
         centre = codebook.to(dtype).median(0).values                        # (d)
         codes = codebook - centre                                           # (K, d)
         square = codes.square().sum(1)                                      # (K)

@@ -41,7 +41,6 @@ def sample_features(encode, batches, images, P, key, batch_size=32):
     return values[rows.argsort()]
 
 
-
 def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
     """Cluster features (P,d): codebook (K,d), inertia as kmeans. [DDM Sec. 3.2]  deviation D43
 
@@ -142,7 +141,6 @@ def _fill_empty(features, assignment, distance, K):
             assignment[i] = empty.pop(0)
         if not empty:
             break
-
 
 
 def install_codebook(model, codebook):

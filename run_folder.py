@@ -309,11 +309,8 @@ class Progress:
         words.append(f"{rate * self.batch_size:.3g} images/s")
         if step - self.first >= 20:
             words.append(f"{duration((self.steps - step) / rate)} left")
-        line = "  ".join(words)
-        if self.terminal:
-            print(f"\r{line:<110}", end="", flush=True)
-        else:
-            print(line, flush=True)
+        start, width, end = ("\r", 110, "") if self.terminal else ("", 0, "\n")
+        print(f"{start}{'  '.join(words):<{width}}", end=end, flush=True)
 
     def close(self):
         if self.terminal and rank() == 0:

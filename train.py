@@ -96,7 +96,7 @@ def report_unless_there(run):
         print0(f"the report is there already: {run.out / 'report.md'}")
     else:
         evaluate([run.out], device=run.device, root=run.settings["root"],
-                      weights=run.settings["weights"], fid=False)
+                 weights=run.settings["weights"], fid=False)
 
 
 def train_stage(run, name, args, signals, deadline):

@@ -86,8 +86,7 @@ class PriorStage:
 
     def batch(self, items):
         """Bring a training loader's dict to the device."""
-        return CodeBatch(items["position"],
-                         items["indices"].to(self.run.device, non_blocking=True))
+        return CodeBatch(items["position"], items["indices"].to(self.run.device, non_blocking=True))
 
     def step(self, batch, gan_on, scale=1.0):
         """Add one micro-batch's gradients to .grad: one draw of the bound. [DDM Eq. 7]
