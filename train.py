@@ -53,11 +53,9 @@ SAMPLE_IMAGES = 6              # rows of samples/step_N.png
 VALIDATION_BATCH = 8           # held-out images at once
 OVERFIT_STEPS = 500
 
-# Flags that may change from one call to the next; flags that the settings have by other names.
+# Flags that may change from one call to the next.
 HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out", "root",
        "weights", "checkpointing"}
-NESTED = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start", "preset",
-          "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
 
 
 def main():
@@ -276,10 +274,9 @@ def micro_batch_size(asked, kept, settings, name, device):
                         f"process; {near} does")
     if asked or (kept and local % kept == 0):
         return asked or kept
-    most = local
-    if device.type == "cpu" and name != "prior":
-        most = max(1, 8 * (128 / settings["size"])**2)       # what a laptop's memory holds
-    return max(d for d in range(1, local + 1) if local % d == 0 and d <= most)
+    # On a CPU: what a laptop's memory holds.
+    most = 8 * (128 / settings["size"])**2 if device.type == "cpu" and name != "prior" else local
+    return max(d for d in range(1, local + 1) if local % d == 0 and d <= max(1, most))
 
 
 def announce(run, stage, steps, disc_start, done, micro_batch):
@@ -456,10 +453,10 @@ def resolve(args):
     def absolute(path):
         return str(Path(path).expanduser().resolve()) if path else None
 
-    settings = {key: value for key, value in vars(args).items() if key not in HOW | NESTED}
-    settings |= {
+    plain = ("data", "overfit", "seed", "precision", "compile", "checkpointing")
+    settings = {key: getattr(args, key) for key in plain} | {
         "root": absolute(args.root or default_root(args.data)), "weights": absolute(args.weights),
-        "vqgan": absolute(args.vqgan), "size": size, "checkpointing": args.checkpointing,
+        "vqgan": absolute(args.vqgan), "size": size,
         "perceptual": args.perceptual or ("none" if signs else "vgg"),
         "first_stage": asdict(plan), "first_stage_name": plan_name,
         "decoder": {"preset": preset, "blend": args.blend, "ch": round(factor * plan.ch),

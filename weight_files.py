@@ -164,7 +164,8 @@ def read_public(path):
     for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-    # Find the first stage by how its keys start: text encoders have an encoder. inside.
+    # Find the first stage by the start of its keys: decoder.encoder. is the condition branch, and
+    # text encoders have an encoder. inside.
     keys = list(weights) if isinstance(weights, dict) else []
     found = [p for p in PREFIXES
              if any(str(key).startswith((f"{p}encoder.", f"{p}decoder.")) for key in keys)]
