@@ -111,7 +111,7 @@ def _tuples(fields):
 
 
 def first_stage_of(state, source):
-    """Load the first stage of a decoder or prior in `source`; UserError: missing or changed."""
+    """Load the first stage that `state`, of `source`, stands on; UserError: missing or changed."""
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
         raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
@@ -228,7 +228,7 @@ class Prior:
 
 
 def denoiser(settings, K):
-    """Build settings["prior"]: an untrained UNet and its process. UserError: not the papers'."""
+    """Build a UNet and its process for K codes; UserError: a kind that is no longer here."""
     for name, ours in (("schedule", "cosine"), ("form", "theta")):
         if settings.get(name, ours) != ours:
             raise UserError(f"this prior was trained with {name} {settings[name]!r}, which is no "
@@ -264,7 +264,7 @@ def chosen_steps(asked, T, most=STEPS):
 
 
 def save_model(loaded, path):
-    """Write a Loaded's model, of two decoders the asymmetric, to a new file. Raises UserError."""
+    """Write a Loaded's model, of two decoders the asymmetric one, to a new file; or UserError."""
     _check_new(path)
     state = {"format": run_folder.FORMAT, "stage": loaded.stage,
              "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),

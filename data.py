@@ -246,7 +246,7 @@ class TrainingItems:
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)
-        self.kind, self.p_full = kind, p_full if masks else 1.0
+        self.kind, self.p_full = kind, p_full if masks else 1.0     # without masks all are full
         self.order = Order(len(dataset), self.key)
 
     def __getitem__(self, position):

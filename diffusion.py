@@ -132,10 +132,10 @@ class MultinomialDiffusion:
         a_0s, b_0s, a_st, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
         i = z_t[:, None]                                                            # (B, 1, h, w)
         code = torch.arange(self.K, device=z_t.device).view(-1, 1, 1)               # (K, 1, 1)
-        first = torch.where(code == i, (a_st + b_st).log(), b_st.log())       # (B, K, h, w)
-        second = torch.logaddexp(log_x + a_0s.log(), b_0s.log())                # (B, K, h, w)
+        first = torch.where(code == i, (a_st + b_st).log(), b_st.log())             # (B, K, h, w)
+        second = torch.logaddexp(log_x + a_0s.log(), b_0s.log())                    # (B, K, h, w)
         log_x_i = log_x.gather(1, i)                                                # (B, 1, h, w)
-        log_S = torch.logaddexp(log_x_i + a_0t.log(), b_0t.log())               # (B, 1, h, w)
+        log_S = torch.logaddexp(log_x_i + a_0t.log(), b_0t.log())                   # (B, 1, h, w)
         return first + second - log_S
 
     def draw(self, log_x, z_t, t, s, u):
@@ -148,7 +148,7 @@ class MultinomialDiffusion:
         in float32 would lose b_st, which is 1e-8 near t = 1.
         """
         _, b_0s, _, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
-        S = a_0t * log_x.gather(1, z_t[:, None]).exp() + b_0t                   # (B, 1, h, w)
+        S = a_0t * log_x.gather(1, z_t[:, None]).exp() + b_0t                       # (B, 1, h, w)
         leave, noise = u[:2, :, None].to(log_x.dtype).to(log_x.device)              # (B, 1, h, w)
         elsewhere = torch.where((noise < self.K * b_0s)[:, 0],
                                 (u[2] * self.K).long().to(z_t.device),
@@ -186,7 +186,7 @@ class MultinomialDiffusion:
         same, last = i == j, b_0s == 0
         log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
 
-        S = torch.where(same, a_0t + b_0t, b_0t)                              # (B, 1, h, w)
+        S = torch.where(same, a_0t + b_0t, b_0t)                                    # (B, 1, h, w)
         q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
         q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
         q_k = b_st * b_0s / S

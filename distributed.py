@@ -163,7 +163,7 @@ def no_sync(module, last):
 
 @contextmanager
 def exact_float32():
-    """Switch off TF32 and oneDNN's bf16 for the block: they round factors to 10 and 7 bits."""
+    """Switch off TF32 and oneDNN's bf16 products in the block: factors of 10 and 7 bits."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:

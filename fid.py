@@ -27,7 +27,7 @@ class InceptionV3(nn.Module):
     """images (B,3,H,W) in [-1,1] -> features (B,2048) and logits (B,1008), both float32.
 
     weights: the folder of the published file (see `find_weights`), or a float32 state dict. Frozen,
-    in eval mode, in float32 also under autocast. Raises UserError for a file that does not fit.
+    in eval mode, in float32 also under autocast. Raises UserError: no such file, or another one.
     """
 
     def __init__(self, weights=None):
@@ -299,7 +299,7 @@ def inception_score(logits, splits=10):
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
     Fewer images than splits are a split each; std is the population's. Source: Salimans et al.,
-    arXiv 1606.03498; torchmetrics shuffles before. Raises ValueError: no images, or not finite.
+    arXiv 1606.03498; torch-fidelity, torchmetrics shuffle before. ValueError: none, or not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

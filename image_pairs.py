@@ -4,8 +4,8 @@
     --pred, --unpaired              --PictureFolder.batches---> PairBatch, x alone
     python image_pairs.py PHOTOS -o SET --kind thick --size 512     SET/images, masks, manifest.json
 
-Nothing is resized or left out: what does not fit is an error. Files belong together when their
-paths below their folders agree but for the extension or, where none does, their names: a flat
+Matching resizes and leaves out nothing: what does not fit is an error. Files belong together when
+their paths below their folders agree but for the extension or, where none does, their names: a flat
 folder fits one with classes. NAME_mask.png and NAME_mask000.png, LaMa's, stand for NAME.
 """
 
@@ -43,7 +43,7 @@ class MatchedFolders:
     """Originals and what goes with them, matched by file name; sorted by name, then path.
 
     real: folder of the originals; pred: of exactly one picture for each; masks, refs (what the
-    holes were to look like) may hold more; limit: the first N. Raises UserError for a bad match.
+    holes were to look like) may hold more; limit: the first N. UserError: none, no partner, two.
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):

@@ -52,7 +52,7 @@ def windows(unknown, grid):
     quarter of a window of context fits around it. Else those that have anything left to draw, half
     a window apart, line by line from the context's top left.
     """
-    left, chosen, starts = unknown.cpu().numpy().copy(), [], []     # (H, W); starts: by axis
+    left, chosen, starts = unknown.cpu().numpy().copy(), [], []                     # (H, W)
     if not left.any():
         return chosen
     for axis, length in enumerate(grid):
@@ -89,7 +89,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 seed=0, steps=None, resample=1, show=False):
     """Yield {decoder: the filled photo, uint8 (H,W,3)} for each sample, a function of (seed, i).
 
-    decoders: all that draw; else as inpaint_photo. [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
+    show: progress; the rest as inpaint_photo. [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
     """
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
     lacks = {"asym": model is first_stage, "vanilla": first_stage.decoder is None}
@@ -166,7 +166,7 @@ def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
     """Fill the hole of a photo: uint8 (H,W,3); under a mask of zeros the photo itself.
 
     model: an AsymVQGAN, or a VQGAN for decoder "vanilla". photo: uint8 (H,W,3); mask: (H,W), other
-    than 0 = to be generated. prior: None encodes the photo, its hole in one colour. options: seed,
+    than 0 = to be generated. prior: load_prior's, or None: the hole in one colour. options: seed,
     steps, resample, composite (known pixels pasted). Raises UserError, and ValueError for shapes.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)

@@ -176,7 +176,7 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
     refs, names = getattr(batch, "refs", None), getattr(batch, "names", None)
     if decoder != REAL:
         if mask is not None:
-            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),                     # (B)
+            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),         # (B)
                        "psnr_known": psnr_known(x_hat, x, mask).tolist(),
                        "seam": seam(x_hat, x, mask).tolist()}
         if networks.lpips is not None:

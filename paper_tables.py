@@ -147,7 +147,9 @@ def paper_table(report, number):
 
 
 def report_text(report, about, missing, off, number=None):
-    """Write images (`about`), units, tables (AVQ's `number` too), and why columns are empty."""
+    """Write images (`about`), units, tables (AVQ's `number` too), and why columns are empty.
+
+    missing, off: metrics.Networks'."""
     masks, net = report["masks"], report["rows"][0]["lpips_net"]
     if masks["size"]:
         about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "

@@ -4,7 +4,7 @@
       --first_stage_config, asym_decoder_size--> the sizes to build, read from the shapes
     our names --diffusers_names--> diffusers' names, beside a diffusers_config
 
-Ours are taming's, latent-diffusion's and the authors'; diffusers has others, two for attention.
+Our names are taming's, latent-diffusion's, the authors'; diffusers has others, of two generations.
 """
 
 import re

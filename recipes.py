@@ -9,7 +9,6 @@ import torch
 @dataclass(frozen=True)
 class Recipe:
     """Hold the numbers of one stage; lr scales linearly with the batch size.  deviation D25"""
-
     batch_size:    int   = 80          # global, over all processes
     lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
     betas:         tuple = (0.5, 0.9)  # Adam

@@ -39,7 +39,6 @@ PATIENCE = 3            # seconds from one signal to the next that is meant as a
 @dataclass
 class Run:
     """Hold what all stages of one call of train.py share."""
-
     settings:  dict             # what the flags resolved to, the run's config.json
     out:       Path
     device:    torch.device

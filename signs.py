@@ -298,7 +298,7 @@ def word_mask(text, scale, upright=False):
 
 @lru_cache
 def _sign_texts(scale, room, held_out):
-    """List texts of one word and of two within `room` px; each fifth pair is held out's alone."""
+    """([one word each], [pairs]) that fit `room` px: each fifth pair if held_out, else the rest."""
     first, last, short = ([word for word in words if word_mask(word, scale).width <= room]
                           for words in (FIRST_WORDS, LAST_WORDS, SHORT_WORDS))
     pairs = [(a, b) for a in first for b in last

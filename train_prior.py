@@ -36,7 +36,6 @@ ENCODED = 64                   # images encoded at once; another number might ro
 @dataclass
 class CodeBatch:
     """One micro-batch of maps on the device."""
-
     index:   list              # positions in the run; of held-out maps, places in the data set
     indices: torch.Tensor      # (B,h,w) int64, z_0
 

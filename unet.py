@@ -184,7 +184,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.K, self.T = config, K, T
         self.embedding = nn.Embedding(K, config.width)
-        self.time = nn.Sequential(      # the blocks' own activation of it is the same for all: once
+        self.time = nn.Sequential(      # ends with the Mish that each block would apply to it
             nn.Linear(config.width, 4 * config.width), nn.Mish(),
             nn.Linear(4 * config.width, config.time_width), nn.Mish())
         self.trunk = Trunk(config)
