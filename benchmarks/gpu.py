@@ -182,11 +182,10 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
     device = device or DEVICE
     torch.manual_seed(0)
     net = UNET_PRESETS[unet] if isinstance(unet, str) else unet
-    settings = {"seed": 0, "vqgan": "", "first_stage": asdict(config), "precision": precision,
+    settings = {"seed": 0, "vqgan": "below", "first_stage": asdict(config), "precision": precision,
                 "checkpointing": False, "perceptual": perceptual, "weights": None,
                 "decoder": {"preset": preset, "blend": blend},
-                "prior": {"net": asdict(net), "T": 4000, "schedule": "cosine", "form": "theta",
-                          "residual": "onehot", "ema": 0.9999}}
+                "prior": {"net": asdict(net), "T": 4000, "residual": "onehot", "ema": 0.9999}}
     if perceptual != "none":
         settings["weights"] = lpips_weights(perceptual)
     run = Run(settings, FOLDER, device, workers=0, train_set=None, val_set=None)
