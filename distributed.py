@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -159,20 +159,6 @@ def wrap(module, device):
 def no_sync(module, last):
     """Keep gradients on their rank in all but the last of a step's micro-batches."""
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
-
-
-@contextmanager
-def exact_float32():
-    """Switch off TF32 and oneDNN's bf16 products in the block: factors of 10 and 7 bits."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
 
 
 def exit_on_user_error(main):

@@ -32,7 +32,7 @@ from image_pairs import MatchedFolders, PictureFolder
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from losses import TRUNKS
 from pictures import image_grid, image_rows, show_masked
-from quantize import code_statistics
+from quantize import code_statistics, exact_float32
 
 EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # of the report's pictures
 WORKERS = 2                                      # that decode where a whole split is counted
@@ -93,7 +93,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     out = run_folder.make_folder(Path(out or made))
     print0(f"evaluating {', '.join(runs) or pred}: {n:,} of {about}; the report goes to {out}")
 
-    with distributed.exact_float32(), torch.inference_mode():
+    with exact_float32(), torch.inference_mode():
         # Show the first images; what a device does once, at its first batch, is not timed then.
         columns = first_images(batches(pictures, n), models) if models else {}
         # Decode the same latents by every decoder, and measure.

@@ -24,9 +24,10 @@ from PIL import Image
 from convert import STEPS, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
-from distributed import UserError, exact_float32, exit_on_user_error, print0, setup
+from distributed import UserError, exit_on_user_error, print0, setup
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
+from quantize import exact_float32
 from run_folder import Progress, duration, make_folder
 from seeding import COMPLETION, FIGURE, keyed_generators
 

@@ -8,11 +8,11 @@ Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
     counts (K) of a split's indices --> usage, perplexity                          code_statistics
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from distributed import exact_float32
 
 MAX_SCORES = 2**21       # held at once, 8 MiB in float32: what keeps a large codebook affordable
 
@@ -119,3 +119,17 @@ def code_statistics(counts):
     frequency = counts.double() / counts.sum()                              # (K)
     return {"K": len(counts), "usage": (counts > 0).double().mean().item(),
             "perplexity": torch.special.entr(frequency).sum().exp().item()}
+
+
+@contextmanager
+def exact_float32():
+    """Switch off TF32 and oneDNN's bf16 products in the block: factors of 10 and 7 bits."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision

@@ -20,9 +20,10 @@ from PIL import Image
 from asym_decoder import AsymVQGAN
 from convert import STEPS, chosen_steps, load, load_prior, run_of
 from diffusion import held_out_bound
-from distributed import UserError, exact_float32, exit_on_user_error, print0, setup, wait_for
+from distributed import UserError, exit_on_user_error, print0, setup, wait_for
 from paper_tables import steps_table
 from pictures import image_rows
+from quantize import exact_float32
 from run_folder import Progress, make_folder
 from seeding import SAMPLE, keyed_generators
 

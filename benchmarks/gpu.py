@@ -43,7 +43,7 @@ import train_prior
 from data import Signs, TrainingItems, open_dataset, training_batches
 from diffusion import MultinomialDiffusion
 from losses import TRUNKS
-from quantize import nearest_code
+from quantize import exact_float32, nearest_code
 from recipes import RECIPES
 from refit import rebuild_codebook
 from run_folder import Run
@@ -456,7 +456,7 @@ def parity():
         for form, precision, channels_last, ieee in (
                 ("ieee", "fp32", True, True), ("ieee NCHW", "fp32", False, True),
                 ("tf32", "fp32", True, False), ("bf16", "bf16", True, False)):
-            with distributed.exact_float32() if ieee else nullcontext():
+            with exact_float32() if ieee else nullcontext():
                 stage = build(name, latent, more, None, precision, channels_last)
                 found[form] = error(gradients(stage), true)
         if CUDA:

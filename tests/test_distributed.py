@@ -178,11 +178,3 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path):
     start = time.monotonic()
     assert call(one_fails, str(tmp_path), ranks=2) == [1, 1]
     assert time.monotonic() - start < 30
-
-
-def test_neither_tf32_nor_bf16_products_inside_exact_float32_and_as_before_outside():
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    with distributed.exact_float32():
-        assert [backend.fp32_precision for backend in backends] == 3 * ["ieee"]
-    assert [backend.fp32_precision for backend in backends] == before

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 import quantize
-from quantize import DiagonalGaussian, VectorQuantizer, code_statistics, nearest_code
+from quantize import (
+    DiagonalGaussian,
+    VectorQuantizer,
+    code_statistics,
+    exact_float32,
+    nearest_code,
+)
 
 # ---------------------------------------------------------------- the nearest code
 
@@ -59,6 +65,12 @@ def test_the_index_is_that_of_the_definition_on_hard_data(data, N, K, d):
     expected, decided = definition(z, codes)
     assert decided.float().mean() > 0.9, "the case says too little"
     assert torch.equal(nearest_code(z, codes)[decided], expected[decided])
+
+
+def test_none_of_16384_vectors_gets_another_code_at_the_start_of_training():
+    z, codes = initial(16384, 1024, 256)
+    expected = torch.cdist(z.double(), codes.double()).argmin(1)
+    assert (nearest_code(z, codes) != expected).sum() == 0
 
 
 def test_the_usual_expression_would_be_wrong_on_the_hard_data():
@@ -147,6 +159,14 @@ def test_scores_are_plain_float32_without_a_graph_whatever_the_surroundings(scor
     with pytest.raises(RuntimeError):            # after an error, too, the setting is as before
         nearest_code(torch.randn(4, 3), torch.randn(4, 5))
     assert before == precisions()
+
+
+def test_neither_tf32_nor_bf16_products_inside_exact_float32_and_as_before_outside():
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    with exact_float32():
+        assert [backend.fp32_precision for backend in backends] == 3 * ["ieee"]
+    assert [backend.fp32_precision for backend in backends] == before
 
 
 def test_a_large_codebooks_scores_are_never_held_at_once_and_chunks_change_nothing(scores,
