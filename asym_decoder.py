@@ -17,7 +17,8 @@ from torch import nn
 from pconv import PartialConv2d
 from vqgan import Decoder, check_image
 
-# Relative to the first stage: width factor, ResBlocks a level (the decoder adds one).
+# Relative to the first stage: width factor, ResBlocks per level (the decoder adds one).
+# A new size needs this row only; it trains by base's recipe unless recipes.py has one for it.
 # [AVQ App. D]  deviation D20
 ASYM_PRESETS = {
     "tiny":   (1.0, 1),

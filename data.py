@@ -28,6 +28,7 @@ from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
 
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
+DATASETS = ("signs", "imagenet", "folder")      # the choices of --data; open_dataset opens them
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 BAD_IN_A_ROW = 100                  # so many files that cannot be decoded stop the run
 
@@ -116,8 +117,8 @@ def open_dataset(name, root, split, size, seed=0, limit=None):
     """Open the data set of `--data name --root root`, or its first `limit` pictures."""
     if name == "signs":
         return Signs(split, size, seed, limit)
-    if name not in ("imagenet", "folder"):
-        raise UserError(f"--data {name}: choose signs, folder or imagenet")
+    if name not in DATASETS:
+        raise UserError(f"--data {name}: choose from {', '.join(DATASETS)}")
     root = root or default_root(name)
     if not root:
         raise UserError("--data folder: say where the pictures are with --root DIR")

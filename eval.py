@@ -26,7 +26,7 @@ import run_folder
 import sample
 from asym_decoder import AsymVQGAN
 from convert import chosen_steps, load, load_first_stage, load_prior
-from data import Signs, held_out, open_dataset
+from data import DATASETS, Signs, held_out, open_dataset
 from distributed import UserError, exit_on_user_error, print0
 from image_pairs import MatchedFolders, PictureFolder
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
@@ -322,8 +322,7 @@ def main():
     add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
     add("--invert-mask", action="store_true", help="the masks are black where generated")
     add("--unpaired", action="store_true", help="compare sets: PRED with REAL, or with --data")
-    add("--data", choices=("signs", "imagenet", "folder"),
-        help="held-out pictures (default: the run's --data; else imagenet)")
+    add("--data", choices=DATASETS, help="held-out pictures (default: the run's, else imagenet)")
     add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
     add("--size", type=int, metavar="PX", help="their size (default: the run's, PRED's, else 256)")
     add("-n", "--n", type=int, metavar="N", help="pictures (default: all given ones; of held-out "

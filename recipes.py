@@ -51,7 +51,7 @@ RECIPES = {
         "tiny": Recipe(batch_size=8, lr=5e-5, steps=150, lambda_rule="taming", disc_start=0,
                        disc_factor=2.0, ndf=32, disc_layers=2),
     },
-    "decoder": {
+    "decoder": {               # an ASYM_PRESETS size without a row of its own trains as base
         # AVQ Sec. 4; start and discriminator as in the authors' configuration
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
                        start_trunk=True, trunk_factor=0.1),

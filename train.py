@@ -23,7 +23,7 @@ import torch
 import run_folder
 from asym_decoder import ASYM_PRESETS, AsymDecoder
 from convert import load_first_stage
-from data import default_root, open_dataset, training_batches
+from data import DATASETS, default_root, open_dataset, training_batches
 from distributed import (
     UserError,
     any_rank,
@@ -336,8 +336,7 @@ def parse(argv=None):
 
     what = parser.add_argument_group("what to train")
     add, count = what.add_argument, number(int)
-    choice(what, "--data", ["signs", "imagenet", "folder"],
-           ": embedded; ImageNet; any photos (signs)", "signs")
+    choice(what, "--data", DATASETS, ": drawn scenes, ImageNet, your own photos (signs)", "signs")
     add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
     add("--size", type=count, metavar="PX", help="side of the images (64 for signs, else 256)")
     choice(what, "--stage", ["all", *STAGE_IDS], ": a KL latent has two of them (all)", "all")
@@ -414,7 +413,8 @@ def resolve(args):
                         f"{error}") from None
     # Choose what is done with the codes, if there are any.
     tiny, refit, prior = plan_name == "tiny", None, None
-    recipe_names = {"vqgan": "tiny" if tiny else plan.latent, "decoder": preset}
+    recipe_names = {"vqgan": "tiny" if tiny else plan.latent,
+                    "decoder": preset if preset in RECIPES["decoder"] else "base"}
     if plan.latent == "vq":
         K = args.codes or (min(plan.K, 128) if tiny else plan.K)    # half as many as in DDM Tab. 1
         refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}

@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,14 @@ def test_every_file_that_a_module_points_to_exists(path):
     named = set(re.findall(r"\b\w+(?:/\w+)*\.py\b", path.read_text(encoding="utf-8")))
     missing = sorted(name for name in named if not (ROOT / name).exists())
     assert not missing, f"{path.name} points to {missing}"
+
+
+def test_the_run_time_dependencies_are_what_the_modules_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"\w+", line).group() for line in project["dependencies"]}
+    imported = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
+    foreign = imported - sys.stdlib_module_names - {path.stem for path in MODULES}
+    assert {"pillow" if name == "PIL" else name for name in foreign} == names
+    pinned = re.findall(r"^(\w+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    tests = {re.match(r"\w+", line).group() for line in project["optional-dependencies"]["test"]}
+    assert set(pinned) == names | tests
