@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import EXTENSIONS, Batch, decoded, list_images, load_image, pixels, read_mask, square_crop
+from data import EXTENSIONS, Batch, list_images, load_image, pixels, read_mask, square_crop
 from distributed import UserError, exit_on_user_error, print0, rank, world_size
 from masks import MASK_KINDS, area_bucket, evaluation_mask
 from run_folder import Progress, make_folder, write_text
@@ -122,7 +122,7 @@ def _batches(read, n, batch_size, shape):
 
 
 def _photo(path):
-    return torch.from_numpy(np.array(decoded(path, load_image))).permute(2, 0, 1)   # (3, H, W)
+    return torch.from_numpy(np.array(load_image(path))).permute(2, 0, 1)            # (3, H, W)
 
 
 def _stem(file):
@@ -180,7 +180,7 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
         alone = stems[_stem(source)] == 1 and _stem(source) not in sources
         name = Path(f"{_stem(source) if alone else source}.png").as_posix()
         try:
-            image = square_crop(decoded(photos / source, load_image, 2 * size), size)
+            image = square_crop(load_image(photos / source, 2 * size), size)
         except UserError as error:
             print0(f"left out: {error}")
             continue
