@@ -1,10 +1,10 @@
-"""Measure decoders: errors on known pixels, seam, LPIPS, FID; one table, a row for each image.
+"""Measure decoders in one table, a row for each image: errors, seam, LPIPS, CLIP score, FID.
 
     z --decode_all--> {(run, decoder): x_hat}                several decoders on the same latents
     x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
     the table --summary--> means of one decoder in one bucket --report_rows--> report.json's rows
 
-Images stay float: truncation to 8 bits adds 5e-6, as much as is measured. With FID, a row is 12 KB.
+Images stay float, because truncation to 8 bits adds an error of 5e-6, as much as is measured.
 """
 
 import math
@@ -22,23 +22,23 @@ from losses import LPIPS
 from masks import area_bucket
 
 DECODERS = ("vanilla", "asym", "asym-nomask", "paste", "files")
-SHARED = ("vanilla", "paste")            # the same for all runs on one first stage; run is None
-REAL = "real"                            # the decoder of the originals' own rows
-MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")      # means over images
-SETS = ("fid", "is_mean", "is_std")                                        # of a whole set
-FID_BUCKETS = ("all", "40-50")           # that AVQ's tables print; a distance takes seconds
+SHARED = ("vanilla", "paste")            # equal for all runs on one first stage: their run is None
+REAL = "real"                            # stands for the decoder in the rows of the originals
+MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")    # one value for each image
+SETS = ("fid", "is_mean", "is_std")                                      # one value for a whole set
+FID_BUCKETS = ("all", "40-50")           # as in AVQ's tables; each FID takes seconds
 
 
 def _unit(image):
-    """(B,3,H,W) in [-1,1], any device and float type -> float64 in [0,1] on the CPU, clamped."""
+    """Clamp (B,3,H,W) in [-1,1], of any device and float type, to float64 in [0,1] on the CPU."""
     return (image.detach().cpu().double().clamp(-1, 1) + 1) / 2
 
 
 def pre_error(x_hat, x, mask):
-    """Mean squared error on known pixels, (B,) float64. [AVQ Tab. 2]  deviation D17
+    """Compute the mean squared error of known pixels, (B,) float64. [AVQ Tab. 2]  deviation D17
 
-    x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated. The paper has no formula;
-    this is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it is 4 times that.
+    x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated. The paper has no formula.
+    Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1], 4 times that in [-1,1].
     An image without a known pixel gives NaN.
     """
     known = 1 - mask.cpu().double()                                         # (B, 1, H, W)
@@ -47,16 +47,20 @@ def pre_error(x_hat, x, mask):
 
 
 def psnr_known(x_hat, x, mask):
-    """Peak signal-to-noise ratio of the known pixels in dB, (B,); inf for an exact copy."""
+    """Compute the peak signal-to-noise ratio of known pixels in dB, (B,); inf for exact copies."""
     return -10 * torch.log10(pre_error(x_hat, x, mask))
 
 
 def seam(x_hat, x, mask):
-    """How much sharper the step across the mask's border is than in the original, (B,) float64.
+    """Measure the edge that the mask's border leaves, (B,) float64. [AVQ Sec. 4.1] [AVQ Fig. 4]
 
-    The mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all pairs of neighbours with one pixel known
-    and one not, images in [0,1]. 0 for the original, negative = smoother than it, positive = a
-    visible edge. An image without such a pair gives NaN.
+    This is the mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all pairs of neighbours with one
+    pixel known and one not, images in [0,1]. 0: as in the original, positive: a visible edge,
+    negative: blurred. An image without such a pair gives NaN.
+
+    It says why one does not simply paste the known pixels over the vanilla picture, though their
+    error would then be 0: the generated side keeps the colours of the lossy latent, so pasting
+    leaves a step at the border. Decoding both sides together avoids it (the paper: harmonisation).
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -69,17 +73,17 @@ def seam(x_hat, x, mask):
 
 
 def first_stage_of(models):
-    """Find a first stage of `models`, which have equal ones: one that can decode, if any can."""
+    """Choose one of the models' equal first stages, preferably one with its own decoder."""
     stages = [model.first_stage for model in models]
     return next((stage for stage in stages if stage.decoder is not None), stages[0])
 
 
 def decode_all(models, z, x, mask=None):
-    """{(run, decoder): (x_hat, seconds of decoding)} from one set of latents. [AVQ Tab. 2]
+    """Decode z by every decoder: {(run, decoder): (x_hat, seconds)}. [AVQ Tab. 2]
 
     models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): latents of the whole x (B,3,H,W). Decoders:
     "vanilla", the first stage's own; "paste", vanilla with the known pixels copied over it; "asym",
-    ours, given x and mask; "asym-nomask", ours alone. Without a mask: those that need none.
+    ours, given x and mask; "asym-nomask", ours without them. "paste" and "asym" need a mask.
     """
     def timed(decode, **condition):
         wait_for(z.device)
@@ -104,25 +108,25 @@ def decode_all(models, z, x, mask=None):
 
 @dataclass
 class Networks:
-    """The networks that columns need; where one is None, its columns have a reason."""
+    """Hold the networks that columns need. Where one is None, `missing` or `off` has the reason."""
     lpips:     LPIPS | None = None
     inception: InceptionV3 | None = None
     clip:      CLIPImageEncoder | None = None
     lpips_net: str | None = None
-    missing:   dict = field(default_factory=dict)    # {column: why it cannot be had}
-    off:       dict = field(default_factory=dict)    # {column: why nobody asked for it}
+    missing:   dict = field(default_factory=dict)    # {column: why it cannot be computed}
+    off:       dict = field(default_factory=dict)    # {column: why it is not wanted}
 
     def reasons(self):
-        """Give both, as report.json's notes have them."""
+        """Give the notes of report.json on empty columns."""
         return ({name: f"n/a: {reason}" for name, reason in self.missing.items()}
                 | {name: f"not computed: {reason}" for name, reason in self.off.items()})
 
 
 def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None, refs=False):
-    """Open the Networks of the columns that are wanted, their files found or downloaded.
+    """Open the networks of the wanted columns, from files found in `weights` or downloaded.
 
-    weights: their folder. lpips: its net, or "none"; asked: for by the user, so that a missing file
-    raises UserError. clip: the folder of an image tower; refs: whether there are references.
+    lpips: its network or "none"; asked: whether the user chose it, when a missing file raises
+    UserError. clip: the folder of an image tower; refs: whether there are reference images.
     """
     networks = Networks()
 
@@ -139,6 +143,7 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
                 networks.missing |= dict.fromkeys(columns, reason)
                 return None
         return network.to(device)
+
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips")
         networks.lpips_net = lpips if networks.lpips else None
@@ -147,13 +152,13 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     else:
         networks.off["lpips"] = ("--lpips none" if asked else
                                  "the run has --perceptual none; choose one with --lpips")
-    if fid:                                          # on a CPU, channels_last is 1.4 times as fast
+    if fid:                                          # channels_last: 1.4 times as fast on a CPU
         networks.inception = opened(
             lambda: InceptionV3(weights).to(memory_format=torch.channels_last), *SETS)
     else:
         networks.off |= dict.fromkeys(SETS, "--no-fid")
     if not refs:
-        networks.off["clip_score"] = "it compares with references (--refs)"
+        networks.off["clip_score"] = "it needs reference images (--refs)"
     elif clip:
         networks.clip = CLIPImageEncoder(clip).to(device)
     else:
@@ -164,19 +169,21 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
 def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
     """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
-    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: of decoding
-    it. LPIPS is of the whole image. A row has a measure only where its network is there, NaN where
-    an image has no value, and for FID "features" (2048,) and "logits" (1008,); of the originals
-    (decoder REAL) these alone. Raises UserError where x_hat is not finite.
+    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
+    decoding it took. LPIPS is over the whole image. A row lacks the measures whose network is None;
+    NaN means that the image has no value. For FID it holds "features" (2048,) and "logits" (1008,),
+    12 KB; rows of the originals (decoder REAL) hold no other measure. Raises UserError where x_hat
+    is not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
                         "finite; train it again from its last good checkpoint")
-    x_hat, x, mask, columns = x_hat.clamp(-1, 1), batch.x, batch.mask, {}
+    x_hat, x, mask = x_hat.clamp(-1, 1), batch.x, batch.mask
+    columns = {}                                                            # {measure: B values}
     refs, names = getattr(batch, "refs", None), getattr(batch, "names", None)
     if decoder != REAL:
         if mask is not None:
-            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),         # (B)
+            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),
                        "psnr_known": psnr_known(x_hat, x, mask).tolist(),
                        "seam": seam(x_hat, x, mask).tolist()}
         if networks.lpips is not None:
@@ -200,15 +207,16 @@ def over_ranks(table):
 
 
 def summary(table, run, decoder, bucket="all"):
-    """Sum up what the table says of one decoder in one bucket of mask area: {column: number}.
+    """Average the rows of one decoder in one bucket of mask area: {column: number}.
 
-    None where there is no number or where it is infinite. An image without a value is left out of
-    that mean only. FID is against the originals of the same bucket, of FID_BUCKETS only. The
-    inception score is of all images, in order, in 10 splits or as many as there are images.
+    A number is None where it is missing or infinite. A mean leaves out images without a value. FID
+    compares with the originals of the same bucket, in FID_BUCKETS only. The inception score is
+    over all images in order.
     """
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"]) == key
                 and bucket in ("all", row["bucket"])]
+
     rows, real = chosen(run, decoder), chosen(None, REAL)
     result = {"bucket": bucket, "n": len(rows), **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
     for name in MEASURES:
@@ -223,14 +231,14 @@ def summary(table, run, decoder, bucket="all"):
     if bucket == "all":
         if "logits" in rows[0]:
             logits = torch.from_numpy(np.stack([row["logits"] for row in rows]))    # (N, 1008)
-            result["is_mean"], result["is_std"] = inception_score(logits, min(10, len(rows)))
+            result["is_mean"], result["is_std"] = inception_score(logits)
         seconds = sum(row["seconds"] for row in rows)
         result["images_per_s"] = len(rows) / seconds if seconds else None
     return result
 
 
 def report_rows(table, runs, lpips_net=None):
-    """Sum up each (run, decoder, bucket) of the table in a row; what runs share is repeated.
+    """Give the summary of each (run, decoder, bucket); the shared decoders' for each run again.
 
     runs: {name: {"preset", "blend"} of its decoder, or None}, in the report's order.
     """

@@ -1,21 +1,22 @@
-"""Set ours beside the papers' own figures: report.json, and Markdown to read. [AVQ Tab. 2]
+"""Write the tables of our measurements, the papers' own figures beside them. [AVQ Tab. 2]
 
-    rows of metrics.py --make_report--> report.json's contents: numbers or null, and notes
-    report --table, bucket_table, paper_table--> AVQ's tables, the paper's own rows below ours
-    codebooks --codebook_table--> DDM's Table 1; its "prior" --prior_table, steps_table--> two more
+    rows of metrics.py --make_report--> the contents of report.json
+    report --table, bucket_table, paper_table--> our tables, and AVQ's with our rows above its own
+    codebooks --codebook_table--> DDM's Table 1; prior --prior_table, steps_table--> two more
 
-report.json holds no NaN and no infinity: null is what is missing or infinite, `notes` says why.
+report.json holds no NaN and no infinity: such a value is null, and `notes` gives the reason.
 """
 
 import math
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-# {measure: (head, how a number is written)}; pre_error in units of 1e-5 as in the paper.
+# {measure: (head, how a number is written)}; pre_error in 1e-5, as the paper prints it.
 COLUMNS = {
     "pre_error": ("pre_error/1e-5", lambda v: short(1e5 * v)),
     "psnr_known": ("PSNR known", "{:.2f}".format),
@@ -26,66 +27,76 @@ COLUMNS = {
     "seam": ("seam", "{:+.4f}".format),
 }
 
-ABOUT_PAPER = ("The paper's own figures are of other pictures and of inpainted holes; it states no "
-               "range for Pre_error, and Tables 4 and 5 print it without e-5, taken here as meant.")
-ABOUT_SAMPLES = ("Ours are samples of VQ-DDM, compared with the run's own data set, not COCO's "
-                 "captions painted by Stable Diffusion: compare the decoders with one another.")
+ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
+ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions. Ours are VQ-DDM's "
+                 "samples, compared with the run's data set: compare our decoders with one another "
+                 "only.")
+ABOUT_ERROR = ("Pre_error: ours is for images in [-1,1], 4 times that in [0,1]. The paper states "
+               "no range; that it is [-1,1] is inferred from its figures (PAPERS.md, D17).")
+_ERROR = "Pre_error/1e-5 in [-1,1]"
 _HARD = ("40-50", "fid"), ("40-50", "lpips"), ("all", "fid"), ("all", "lpips")
 _INPAINTED = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
 _EXAMPLE = ("all", "clip_score"), ("all", "pre_error")
 _SAMPLED = ("all", "fid"), ("all", "is_mean")
 _MODULES = "files", "vanilla", "asym", "asym-nomask"
 
-# {number: (title, (bucket, measure) of each column, decoders that belong into it, {row: figures})}
+# {number: (title, (bucket, measure) of each column, our decoders to show, {row: its figures})}, all
+# rows and figures as the paper prints them, Pre_error in 1e-5. "*": reproduced by AVQ's authors.
 PAPER_TABLES = {
-    # [AVQ Tab. 1] [AVQ Tab. 2] [AVQ Tab. 3] [AVQ Tab. 4] [AVQ Tab. 5]
+    # [AVQ Tab. 1] [AVQ Tab. 2] [AVQ Tab. 3]
     "1": ("inpainting on Places, 30k of 512 px, LaMa's protocol", _HARD, _MODULES[:3], {
-        "LaMa": (12.0, 0.24, 2.21, 0.14), "CoModGAN": (10.4, 0.26, 1.82, 0.15),
-        "StableDiffusion": (8.26, 0.324, 2.27, 0.245), "ours": (6.80, 0.244, 1.03, 0.141)}),
+        "LaMa": "12.0 0.24 2.21 0.14", "CoModGAN": "10.4 0.26 1.82 0.15",
+        "RegionWise": "21.3 0.27 4.75 0.15", "DeepFill v2": "22.1 0.28 5.20 0.16",
+        "EdgeConnect": "30.5 0.28 8.37 0.16", "StableDiffusion*": "8.26 0.324 2.27 0.245",
+        "Ours": "6.80 0.244 1.03 0.141"}),
     "2": ("the modules, inpainting on ImageNet", _INPAINTED, _MODULES, {
-        "StableDiffusion": (9.57, 0.255, 1082.8e-5),
-        "base w/ mask": (7.604, 0.137, 5.7e-5), "base w/o mask": (9.48, 0.248, 1078.6e-5),
-        "large w/ mask": (7.55, 0.136, 2.6e-5), "large w/o mask": (9.17, 0.243, 1047.7e-5)}),
-    "3": ("ways of blending, ImageNet", _INPAINTED, ("asym",), {
-        "base add": (7.60, 0.137, 5.7e-5), "base concat": (7.64, 0.138, 5.3e-5),
-        "large add": (7.55, 0.136, 2.6e-5), "large concat": (7.56, 0.137, 4.4e-5)}),
+        "StableDiffusion": "9.57 0.255 1082.8",
+        "Ours (base) w/ mask": "7.604 0.137 5.7", "Ours (base) w/o mask": "9.48 0.248 1078.6",
+        "Ours (large) w/ mask": "7.55 0.136 2.6", "Ours (large) w/o mask": "9.17 0.243 1047.7"}),
+    "3": ("ways of blending, inpainting on ImageNet", _INPAINTED, ("asym",), {
+        "Ours (base) add.": "7.60 0.137 5.7", "Ours (base) concat.": "7.64 0.138 5.3",
+        "Ours (large) add.": "7.55 0.136 2.6", "Ours (large) concat.": "7.56 0.137 4.4"}),
+    # [AVQ Tab. 4] [AVQ Tab. 5], which print Pre_error without e-5: it is taken as meant.
     "4": ("paint by example, COCOEE", _EXAMPLE, _MODULES[:3], {
-        "Paint-by-Example": (85.67, 588.86e-5), "ours": (86.35, 0.76e-5)}),
+        "Blended Diffusion": "80.65 -", "DCCF": "82.18 -", "StableDiffusion": "75.33 -",
+        "Paint-by-Example": "84.97 -", "Paint-by-Example*": "85.67 588.86", "Ours": "86.35 0.76"}),
     "5": ("the modules, paint by example on COCOEE", _EXAMPLE, _MODULES, {
-        "Paint-by-Example": (85.67, 588.86e-5),
-        "base": (86.24, 1.37e-5), "base w/o mask": (86.15, 478.47e-5),
-        "large": (86.35, 0.76e-5), "large w/o mask": (86.32, 451.67e-5)}),
+        "Paint-by-Example*": "85.67 588.86",
+        "Ours (base)": "86.24 1.37", "Ours (base) w/o mask": "86.15 478.47",
+        "Ours (large)": "86.35 0.76", "Ours (large) w/o mask": "86.32 451.67"}),
     # [AVQ Tab. 6] [AVQ Tab. 9] [AVQ Tab. 10]
-    "6": ("the modules without a mask; samples of our generator, not COCO", _SAMPLED, ("files",), {
-        "StableDiffusion": (19.88, 37.55), "base w/o mask": (19.92, 37.52),
-        "large w/o mask": (19.75, 37.64)}),
-    "9": ("larger decoders, ImageNet", _INPAINTED, ("asym",), {
-        "base": (7.60, 0.137, 5.7e-5), "large": (7.55, 0.136, 2.6e-5),
-        "large2": (7.49, 0.134, 2.1e-5)}),
-    "10": ("larger decoders without a mask; samples of our generator, not COCO", _SAMPLED,
-           ("files",), {"base w/o mask": (19.92, 37.52), "large w/o mask": (19.75, 37.64),
-                        "large2 w/o mask": (19.68, 37.74)}),
+    "6": ("the modules without a mask, text-to-image on MSCOCO", _SAMPLED, ("files",), {
+        "StableDiffusion": "19.88 37.55", "Ours (base) w/o mask": "19.92 37.52",
+        "Ours (large) w/o mask": "19.75 37.64"}),
+    "9": ("larger decoders, inpainting", _INPAINTED, ("asym",), {
+        "Base decoder": "7.60 0.137 5.7", "Large1 decoder": "7.55 0.136 2.6",
+        "Large x2 decoder": "7.49 0.134 2.1"}),
+    "10": ("larger decoders without a mask, text-to-image", _SAMPLED, ("files",), {
+        "Base decoder w/o mask": "19.92 37.52", "Large decoder w/o mask": "19.75 37.64",
+        "Large x2 decoder w/o mask": "19.68 37.74"}),
 }
 
 # What report.json's columns mean, and why they may be null.
 NOTES = {
-    "pre_error": "mean squared error on known pixels, images in [0,1]; 4 times that in [-1,1]",
+    "pre_error": "mean squared error of known pixels, images in [0,1]; 4 times that in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "images in [0,1]; 0 for the original, negative is smoother than it",
+    "seam": "how much larger the step across the mask's border is than in the original, images in "
+            "[0,1]; 0: equal, positive: a visible edge, negative: blurred",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
-    "fid": "of all pictures and of the bin 40-50, as the paper prints it; null for fewer than two",
-    "is_mean": "over 10 splits in order, or as many as there are pictures; of all pictures only",
+    "fid": "over all images and over the bin 40-50, as in Table 1; null for fewer than two images",
+    "is_mean": "over 10 splits in order, or one for each image if fewer; over all images only",
     "is_std": "population standard deviation over the splits",
-    "images_per_s": "decoding alone, of all images, each process; paste costs what vanilla does",
-    "codebook": "not computed: the pictures are not of a run's data set",
-    "prior": "not computed: no run here has one",
+    "images_per_s": "decoding alone, all images, for each process; paste is timed as vanilla",
+    "codebook": "not computed: the images are not of a run's data set",
+    "prior": "not computed: no run here has a prior",
 }
 
 
 def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
-    """Make report.json's contents of metrics.report_rows, eval.codebook_row and eval.draw.
+    """Collect the contents of report.json.
 
-    n: images measured; masks: {"kind", "size", "seed"}; notes: {column: reason} besides NOTES.
+    rows: metrics.report_rows; n: images measured; masks: {"kind", "size", "seed"}; notes: {column:
+    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw.
     """
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
@@ -102,15 +113,18 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
 
 
 def table(report, missing=()):
-    """Write the rows over all masks; the columns with a number and those asked for in vain."""
+    """Write the rows over all masks.
+
+    missing: columns to show as n/a; else a column without any number is left out.
+    """
     rows = [row for row in _distinct(report) if row["bucket"] == "all"]
-    rows.sort(key=lambda row: row["decoder"] == "paste")                        # it comes last
+    rows.sort(key=lambda row: row["decoder"] == "paste")                        # paste comes last
     first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
     columns = {"decoder": lambda row: row_name(report, row)}
     for name in _shown(report, missing):
-        columns[COLUMNS[name][0]] = lambda row, name=name: cell(row, name)
+        columns[COLUMNS[name][0]] = partial(cell, name=name)
         if name == "pre_error":
-            columns["in [-1,1]"] = lambda row: _written(row["pre_error"], lambda v: short(4e5 * v))
+            columns["in [-1,1]"] = wide_error
             if first is not None:
                 columns["gain"] = lambda row: _written(
                     row["pre_error"], lambda v: f"{short(first / v)}x" if v else "∞")
@@ -129,44 +143,59 @@ def bucket_table(report, missing=()):
 
 
 def paper_table(report, number):
-    """Write table `number` of the paper: its columns, our rows, its rows below."""
-    (title, columns, decoders, figures), rows = PAPER_TABLES[number], []
+    """Write table `number` of the paper: its columns, our rows, and its rows below them."""
+    title, columns, decoders, figures = PAPER_TABLES[number]
+    rows = []
     found = {(row["run"], row["decoder"], row["bucket"]): row for row in _distinct(report)}
     for (run, decoder, bucket), row in found.items():
         if bucket == "all" and decoder in decoders:
-            own = [(found.get((run, decoder, place)), name) for place, name in columns]
-            rows.append([row_name(report, row), f"{row['n']:,}",
-                         *(cell(other, name) if other else "n/a" for other, name in own)])
-    for method, values in figures.items():
-        written = [COLUMNS[name][1](value) for value, (_, name) in zip(values, columns)]
-        rows.append([f"paper: {method}", "", *written])
-    heads = [(f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
-             for bucket, name in columns]
-    about = ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER
-    return f"Table {number}: {title}\n\n{markdown(['method', 'n', *heads], rows)}\n\n{about}"
+            cells = []
+            for place, name in columns:
+                own = found.get((run, decoder, place))
+                write = wide_error if name == "pre_error" else partial(cell, name=name)
+                cells.append(write(own) if own else "n/a")
+            rows.append([row_name(report, row), f"{row['n']:,}", *cells])
+    rows += [[f"paper: {method}", "", *values.split()] for method, values in figures.items()]
+    heads = [(f"{bucket} %: " if bucket != "all" else "")
+             + (_ERROR if name == "pre_error" else COLUMNS[name][0]) for bucket, name in columns]
+    about = [ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER]
+    if ("all", "pre_error") in columns:
+        about.append(ABOUT_ERROR)
+    if any(method.endswith("*") for method in figures):
+        about.append("*: reproduced by AVQ's authors.")
+    return "\n\n".join([f"Table {number}: {title}", markdown(["method", "n", *heads], rows),
+                        "\n".join(about)])
 
 
 def report_text(report, about, missing, off, number=None):
-    """Write images (`about`), units, tables (AVQ's `number` too), and why columns are empty.
+    """Write what was measured (`about`), the tables, their units, and why columns are empty.
 
-    missing, off: metrics.Networks'."""
+    number: a table of AVQ to add; missing, off: those of metrics.Networks.
+    """
     masks, net = report["masks"], report["rows"][0]["lpips_net"]
     if masks["size"]:
         about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "
                  f"most half the image, seed {masks['seed']}")
-    lines = [f"{about}; {report['device']}."]
+    lines = [f"{about}; {report['device']}.", "", table(report, missing), ""]
+
+    # Explain the columns, below the table.
     if masks["kind"]:
-        lines += ["pre_error: mean squared error of known pixels in [0,1], in the paper's 1e-5; 4 "
-                  "times that in [-1,1]; gain: vanilla's over the row's.",
-                  "PSNR in dB on known pixels; seam in [0,1]."]
+        lines += [f"pre_error: {NOTES['pre_error']}.",
+                  "gain: vanilla's pre_error divided by the row's. PSNR: of known pixels, in dB.",
+                  f"seam: {NOTES['seam']}."]
     if net:
-        lines.append(f"LPIPS by {net}.")
-    lines += ["", table(report, missing), ""]
+        lines.append(f"LPIPS: by {net}, over the whole image.")
+    if lines[-1]:
+        lines.append("")
+
+    # Add the paper's table and the one by mask area.
     if number in PAPER_TABLES:
         lines += [paper_table(report, number), ""]
     if buckets := bucket_table(report, missing):
         lines += ["By the share of the image that is to be generated:", "", buckets, ""]
-    empty = {}                                   # one line for columns that lack the same file
+
+    # Say why columns are empty, in one line for all that lack the same file.
+    empty = {}
     for word, reasons in (("n/a", missing), ("not computed", off)):
         for name in filter(COLUMNS.get, reasons):
             empty.setdefault(f"{word}: {reasons[name]}", []).append(COLUMNS[name][0])
@@ -186,11 +215,16 @@ def row_name(report, row):
 
 
 def cell(row, name):
-    """Write one number as the tables do."""
+    """Write one number of a row."""
     if name == "psnr_known" and row["pre_error"] == 0:
         return "∞"
     text = _written(row[name], COLUMNS[name][1])
     return f"{text} ± {row['is_std']:.2f}" if name == "is_mean" and row[name] is not None else text
+
+
+def wide_error(row):
+    """Write pre_error in 1e-5 for images in [-1,1], probably the paper's unit.  deviation D17"""
+    return _written(row["pre_error"], lambda v: short(4e5 * v))
 
 
 def markdown(head, rows):
@@ -211,7 +245,7 @@ def _written(value, how):
 
 
 def _distinct(report):
-    """The rows, those that runs share only once."""
+    """List the report's rows, those that runs share only once."""
     rows = report["rows"]
     return [row for row in rows
             if row["decoder"] not in ("vanilla", "paste") or row["run"] == rows[0]["run"]]
@@ -222,21 +256,21 @@ def _shown(report, missing):
             if name in missing or any(row[name] is not None for row in report["rows"])]
 
 
-DDM_TABLE_1 = (          # [DDM Tab. 1]
+DDM_TABLE_1 = (          # [DDM Tab. 1], as printed
     ("paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
      "rFID, ImageNet"),
-    ("VQ-VAE-2", "cascade", "512", "~65 %", "-", "-", "~10"),
-    ("DALL-E", "32x32", "8,192", "-", "-", "-", "32.01"),
-    ("VQ-GAN", "16x16", "16,384", "-", "5.96 %", "-", "4.98"),
-    ("VQ-GAN", "16x16", "1,024", "31.85 %", "33.67 %", "10.18", "7.94"),
-    ("ReFiT, P = 100k", "16x16", "1,024", "-", "100 %", "-", "4.98"),
-    ("ReFiT, P = 20k", "16x16", "1,024", "97.07 %", "100 %", "5.59", "5.99"),
-    ("ReFiT, P = 20k", "16x16", "512", "93.06 %", "100 %", "5.64", "6.95"))
-HOURS_FOR = 50_000       # samples, as in DDM's Figs. 5 and 6
+    ("VQ-VAE-2", "Cascade", "512", "~65%", "-", "-", "~10"),
+    ("DALL-E", "32x32", "8192", "-", "-", "-", "32.01"),
+    ("VQ-GAN", "16x16", "16384", "-", "5.96%", "-", "4.98"),
+    ("VQ-GAN", "16x16", "1024", "31.85%", "33.67%", "10.18", "7.94"),
+    ("ours (P = 100k)", "16x16", "1024", "-", "100%", "-", "4.98"),
+    ("ours (P = 20k)", "16x16", "1024", "97.07%", "100%", "5.59", "5.99"),
+    ("ours (P = 20k)", "16x16", "512", "93.06%", "100%", "5.64", "6.95"))
+HOURS_FOR = 50_000       # samples, for which DDM's Figs. 5 and 6 give hours
 
 
 def codebook_table(rows):
-    """Write the columns of DDM's Table 1: one row a codebook, as eval.codebook_row. [DDM Tab. 1]"""
+    """Write one row for each codebook (eval.codebook_row), as DDM's Table 1 does. [DDM Tab. 1]"""
     return markdown(
         ["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
          "rFID"],
@@ -246,26 +280,26 @@ def codebook_table(rows):
 
 
 def ddm_table_1():
-    """Write the rows that the paper prints."""
+    """Write DDM's Table 1 with the paper's own figures."""
     return markdown(DDM_TABLE_1[0], DDM_TABLE_1[1:]) + (
-        "\n\nThe paper counts usage on \"the test set or training set\", CelebA-HQ's FID against "
-        "training pictures, ImageNet's against held-out ones; ours is against held-out ones.")
+        "\n\nThe paper counts usage on \"the test set or training set\". Its rFID is against "
+        "training images of CelebA-HQ, validation images of ImageNet; ours against held-out ones.")
 
 
 def prior_table(prior, K):
-    """Write what a held-out map of codes costs by the prior and by simpler models."""
+    """Compare -log p of a held-out map of K codes under the prior and under simpler models."""
     cells = round(prior["uniform_nats"] / math.log(K))
-    models = {"all codes alike": prior["uniform_nats"],
-              "how often each occurs at each cell": prior["histogram_nats"],
+    models = {"uniform": prior["uniform_nats"],
+              "frequency of each code at each cell": prior["histogram_nats"],
               "VQ-DDM, an upper bound": prior["vlb_nats"]}
-    return markdown(["model of the codes", "nats a map", "bits a code", "of the histogram's"], [
+    return markdown(["model of the codes", "nats per map", "bits per code", "of frequencies"], [
         [name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
          _percent(nats / prior["histogram_nats"])] for name, nats in models.items()])
 
 
 def steps_table(steps, batch_size):
-    """Write rows of sample.measure: time, the prior's bound by steps. [DDM Fig. 5] [DDM Fig. 6]"""
-    heads = ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats a map"]
+    """Write time and the prior's bound by steps, of sample.measure. [DDM Fig. 5] [DDM Fig. 6]"""
+    heads = ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats per map"]
     hours = HOURS_FOR / batch_size / 3600
     return markdown(heads, [[f"{row['n']:,}", short(row["seconds"]), short(row["seconds"] * hours),
                              f"{row['nats']:,.1f}"] for row in steps])

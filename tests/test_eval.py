@@ -284,7 +284,7 @@ def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
     assert report["codebook"]["usage_train"] == train
     assert report["codebook"]["rfid"] == pytest.approx(rfid, rel=1e-4)
     assert report["notes"]["codebook"] == "held out: 4 images; train: 4 images"
-    assert "| ReFiT, P = 100k |" in printed
+    assert "| ours (P = 100k) |" in printed
 
 
 def test_a_kl_latent_has_no_codes_and_cannot_be_counted(tmp_path):
@@ -310,7 +310,7 @@ def test_a_finished_prior_has_its_bound_and_its_pictures(with_prior, capsys):
         assert (with_prior / name).stat().st_size
         assert str(with_prior / name) in printed.split("\n")[-2]
     for shown in (text, printed):
-        assert "| VQ-DDM, an upper bound             |       60.0 |" in shown
+        assert "| VQ-DDM, an upper bound              |         60.0 |" in shown
         assert "Codes in use (held out: 3 images" in shown
         assert "seconds for 16 |" in shown
 
@@ -413,7 +413,7 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
     assert (row["run"], row["n"], row["images_per_s"]) == ("pred", 5, None)
     assert report["masks"] == {"kind": "files", "size": None, "seed": None}
     assert sum(row["n"] for row in report["rows"] if row["bucket"] != "all") == 5
-    assert "| paper: StableDiffusion |" in capsys.readouterr().out
+    assert "| paper: StableDiffusion " in capsys.readouterr().out
 
 
 def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatch):
@@ -470,7 +470,7 @@ def test_samples_are_compared_with_a_data_sets_own_pictures(
     assert row["fid"] == pytest.approx(fid(_read("pred"), images("val", 5)), rel=1e-5)
     printed = capsys.readouterr().out
     assert "5 pictures in pred against 5 of 1,000 drawn street scenes" in printed
-    assert "| paper: large w/o mask" in printed
+    assert "| paper: Ours (large) w/o mask" in printed
     (line,) = [line for line in printed.split("\n") if line.startswith("| pred")][1:]
     assert f"{row['fid']:.2f}" in line
 

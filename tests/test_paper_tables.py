@@ -88,25 +88,41 @@ def test_the_bins_are_listed_with_their_numbers_of_pictures():
     assert bucket_table(report | {"rows": [_of(report, "asym")]}) == ""
 
 
+ROWS = {"1": 7, "2": 5, "3": 4, "4": 6, "5": 5, "6": 3, "9": 3, "10": 3}     # that AVQ prints
+
+
+def test_the_papers_tables_are_whole():
+    assert {number: len(figures) for number, (*_, figures) in PAPER_TABLES.items()} == ROWS
+    assert len(DDM_TABLE_1) - 1 == 7
+
+
 @pytest.mark.parametrize("number", PAPER_TABLES)
 def test_a_table_of_the_paper_has_its_columns_ours_above_and_its_figures_below(number):
     report = example_report(fid=7.5, lpips=0.125, clip_score=86.0, is_mean=9.0, is_std=0.5)
     text, (_, columns, decoders, figures) = paper_table(report, number), PAPER_TABLES[number]
     lines = [line for line in text.split("\n") if line.startswith("|")]
-    assert all(len(values) == len(columns) for values in figures.values())
     own = [line for line in lines[2:] if "paper:" not in line]
     expected = {(row["run"] if row["decoder"].startswith("asym") else "", row["decoder"])
                 for row in report["rows"] if row["decoder"] in decoders}
     assert len(own) == len(expected)
-    assert len(lines) == 2 + len(own) + len(figures)
+    assert [_cells(line, 0) for line in lines[2 + len(own):]] == [
+        [f"paper: {method}", "", *values.split()] for method, values in figures.items()]
+    assert {len(_cells(line, 0)) for line in lines} == {2 + len(columns)}
     assert "n/a" not in text
+    assert ("*: reproduced" in text) == ("*" in "".join(figures))
 
 
-def test_table_2_prints_pre_error_in_the_papers_unit():
-    lines = paper_table(example_report(), "2").split("\n\n")[1].split("\n")
-    assert "1,083" in lines[-5]
-    assert "5.700" in lines[-4]
-    assert lines[2].split("|")[3].strip() == "n/a"               # no FID here
+def test_pre_error_beside_the_papers_is_in_one_unit_that_is_said():
+    report = example_report()
+    _of(report, "vanilla")["pre_error"] = 270e-5
+    text = paper_table(report, "2")
+    lines = text.split("\n\n")[1].split("\n")
+    assert _cells(lines[0], 0)[-1] == "Pre_error/1e-5 in [-1,1]"
+    assert _cells(lines[2], 0)[2:] == ["n/a", "n/a", "1,080"]     # no FID, no LPIPS here
+    assert _cells(lines[-5], 0)[2:] == ["9.57", "0.255", "1082.8"]
+    assert "The paper states no range" in text
+    _of(report, "vanilla")["pre_error"] = None
+    assert _cells(paper_table(report, "2").split("\n\n")[1], 2)[-1] == "n/a"
 
 
 def test_table_1_takes_the_hard_masks_from_their_bin():
@@ -132,22 +148,24 @@ def test_pictures_of_another_program_bear_their_folders_name_and_have_no_gain():
 
 def test_tables_about_samples_say_whose_they_are():
     text = paper_table(example_report(fid=7.5, is_mean=9.0, is_std=0.5), "6")
-    assert "samples of our generator, not COCO" in text.split("\n")[0]
-    rows = [_cells(line, 0) for line in text.split("\n") if "paper: base" in line]
-    assert rows == [["paper: base w/o mask", "", "19.92", "37.52"]]
-    assert text.endswith("the decoders with one another.")
+    rows = [_cells(line, 0) for line in text.split("\n") if "(base)" in line]
+    assert rows == [["paper: Ours (base) w/o mask", "", "19.92", "37.52"]]
+    assert text.endswith("compare our decoders with one another only.")
     assert "Pre_error" not in text
     assert "Pre_error" in paper_table(example_report(), "2")
 
 
-def test_units_of_known_pixels_are_explained_only_where_there_are_masks():
+def test_pre_error_and_seam_are_explained_below_the_table_where_there_are_masks():
     report = example_report()
-    assert "pre_error: mean squared error" in report_text(report, "4 of these", {}, {})
+    text = report_text(report, "4 of these", {}, {})
+    assert text.index("(paste)") < text.index("pre_error: mean squared error")
+    assert "seam: how much larger the step across the mask's border" in text
     report["masks"] = {"kind": None, "size": None, "seed": None}
     report["rows"][0]["lpips_net"] = "alex"
     text = report_text(report, "4 of these", {}, {})
     assert "pre_error: mean" not in text
-    assert "LPIPS by alex." in text
+    assert "seam: " not in text
+    assert "LPIPS: by alex, over the whole image." in text
 
 
 def test_codebooks_have_the_columns_of_ddms_table_1():
@@ -155,20 +173,20 @@ def test_codebooks_have_the_columns_of_ddms_table_1():
     assert _cells(text, 2) == ["before ReFiT", "16x16", "16,384", "n/a", "6.0 %", "1,234.6", "4.98"]
     assert _cells(text, 3) == ["after ReFiT", "16x16", "1,024", "100.0 %", "97.1 %", "900.0", "n/a"]
     assert all(len(row) == 7 for row in DDM_TABLE_1)
-    assert _cells(ddm_table_1(), 7) == ["ReFiT, P = 20k", "16x16", "1,024", "97.07 %", "100 %",
+    assert _cells(ddm_table_1(), 7) == ["ours (P = 20k)", "16x16", "1024", "97.07%", "100%",
                                         "5.59", "5.99"]
 
 
 def test_a_priors_bound_stands_between_what_knows_less():
     text = prior_table(PRIOR, 64)
-    assert _cells(text, 2)[2:] == ["6.000", "133.1 %"]             # log2 64 bits a code
+    assert _cells(text, 2)[2:] == ["6.000", "133.1 %"]             # log2 64 bits per code
     assert _cells(text, 3)[1:] == ["800.0", f"{800 / 256 / math.log(2):.3f}", "100.0 %"]
     assert _cells(text, 4)[1:] == ["600.0", f"{600 / 256 / math.log(2):.3f}", "75.0 %"]
 
 
 def test_the_table_of_steps_gives_the_papers_hours_and_the_bound():
     text = steps_table([{"n": 1000, "seconds": 11.52, "nats": 321.06}], 16)
-    assert _cells(text, 0) == ["steps", "seconds for 16", "hours for 50,000", "nats a map"]
+    assert _cells(text, 0) == ["steps", "seconds for 16", "hours for 50,000", "nats per map"]
     assert _cells(text, 2) == ["1,000", "11.52", "10.00", "321.1"]
 
 

@@ -124,7 +124,7 @@ def test_a_list_of_steps_gives_a_row_each(run, tmp_path, monkeypatch, capsys):
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()
              if line.startswith("|")]
     assert [cell.strip() for cell in lines[0]] == ["steps", "seconds for 3", "hours for 50,000",
-                                                   "nats a map"]
+                                                   "nats per map"]
     assert [line[0].strip() for line in lines[2:]] == ["1", "6"]
     picture = Image.open(tmp_path / "s.png")
     assert picture.height < picture.width                # two rows of three
