@@ -82,35 +82,48 @@ def deviations_of(path):
     return {name for mark in marks for name in mark.split()}
 
 
+def told():
+    """The ids of the deviations: tables (c), those that change results, and (d), the others."""
+    return [row[0] for row in table("c") + table("d")]
+
+
+def in_order(ids):
+    """Whether the numbers rise and none comes twice; a number keeps its meaning: gaps may be."""
+    numbers = [int(name[1:]) for name in ids]
+    return numbers == sorted(set(numbers))
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_every_deviation_marked_in_the_code_is_told(path):
-    untold = deviations_of(path) - {row[0] for row in table("c")}
-    assert not untold, f"{path.name} marks {sorted(untold)}, not in PAPERS.md (c)"
+    untold = deviations_of(path) - set(told())
+    assert not untold, f"{path.name} marks {sorted(untold)}, not in PAPERS.md (c) or (d)"
 
 
 def test_every_deviation_that_is_told_is_marked_in_the_code():
-    told = [row[0] for row in table("c")]
-    numbers = [int(name[1:]) for name in told]           # a number keeps its meaning: gaps may be
-    assert numbers == sorted(set(numbers))
     marked = set().union(*(deviations_of(path) for path in MODULES))
-    missing = [name for name in told if name not in marked]
-    assert not missing, f"PAPERS.md (c) tells of {missing}, which no module marks: deviation D3"
+    missing = [name for name in told() if name not in marked]
+    assert not missing, f"PAPERS.md tells of {missing}, which no module marks: deviation D3"
+
+
+def test_no_deviation_is_told_twice_and_each_has_a_row_with_its_switch_and_tests():
+    ids = [row[0] for row in table("e")]
+    assert all(in_order(row[0] for row in table(letter)) for letter in "cde")
+    assert sorted(ids) == sorted(told())
 
 
 def test_every_deviation_names_tests_that_exist():
     written = {node.name for path in (ROOT / "tests").glob("**/*.py")
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                if isinstance(node, ast.FunctionDef)}
-    for row in table("c"):
+    for row in table("e"):
         named = re.findall(r"`(test_\w+)`", row[-1])
         assert named or row[-1].startswith("none:"), f"{row[0]} names neither a test nor a reason"
         assert set(named) <= written, f"{row[0]}: no such test: {set(named) - written}"
 
 
 def test_the_rows_of_each_table_have_as_many_cells_as_its_head():
-    assert {len(row) for row in table("a")} == {4}
-    assert {len(row) for row in table("b")} == {3}
-    assert {len(row) for row in table("c")} == {7}
+    assert {letter: {len(row) for row in table(letter)} for letter in "abcdef"} == {
+        "a": {4}, "b": {3}, "c": {5}, "d": {5}, "e": {3}, "f": {2}}
 
 
 def test_the_files_that_the_table_of_symbols_points_to_exist():
