@@ -1,10 +1,14 @@
-"""Rebuild the codebook, ReFiT's first half: cluster the features that occur. [DDM Sec. 3.2]
+"""Rebuild the codebook from the encoder's outputs: the first half of ReFiT. [DDM Sec. 3.2]
 
-Codes that are trained beside their encoder follow it too slowly: most are never chosen again.
+A VQGAN uses few of its codes because only chosen codes get a gradient, while the encoder's outputs
+move away from the other codes, which are never chosen again. A start in ±1/K makes it worse, as the
+codes then lie so close together that a few of them are nearest to nearly all outputs. ReFiT keeps
+the trained encoder, makes the cluster centres of its outputs the codebook, so that every code is
+chosen, and fine-tunes the decoder (train_autoencoder.Refit).
 
     images --encoder--> z_e (B,d,h,w) --a random cell--> features (P,d)         sample_features
     features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
-    VQGAN, codebook --> the same VQGAN, of which only the decoder trains        install_codebook
+    VQGAN, codebook --> a VQGAN whose decoder alone trains                      install_codebook
 """
 
 from dataclasses import replace
@@ -18,33 +22,35 @@ from seeding import FEATURES, numpy_generator
 
 
 @torch.no_grad()
-def sample_features(encode, batches, images, P, key, batch_size=32):
-    """Sample P features (P,d) float32 on the CPU, alike on every process. [DDM Sec. 4.1]
+def sample_features(encode, batches, n_images, P, key, batch_size=32):
+    """Sample P features (P,d) float32 on the CPU, the same on every process. [DDM Sec. 4.1]
 
-    Each is a uniform cell of an image drawn uniformly, with replacement, out of `images` (a count).
-    Draw p is a function of key = (seed, stage id) and p alone: a larger P only adds.  deviation D41
-    encode: x (b,3,H,W) -> z_e (b,d,h,w). batches: called once, with lists of image indices, yields
-    the x of each list, in this order. Every process must call this: they share the images.
+    A draw is a uniform cell of an image drawn uniformly, with replacement, from `n_images`. Draw p
+    is a function of key = (seed, stage id) and p alone, so a larger P only adds.  deviation D41
+    encode: x (b,3,H,W) -> z_e (b,d,h,w). batches: called once with lists of image indices, yields
+    the x of each list in this order. Every process must call this, because they share the images.
     """
-    draws = torch.from_numpy(numpy_generator(FEATURES, *key).random((P, 2)))
-    image = (draws[:, 0] * images).long()                                   # (P)
-    parts = image.unique().split(batch_size)[rank()::world_size()]          # ascending, (b) each
+    u = torch.from_numpy(numpy_generator(FEATURES, *key).random((P, 2)))
+    index = (u[:, 0] * n_images).long()                                     # (P)
+    # Encode each drawn image once, and take the cells of all draws of it.
+    parts = index.unique().split(batch_size)[rank()::world_size()]          # ascending, (b) each
     found = []
     for part, x in zip(parts, batches([part.tolist() for part in parts]), strict=True):
         z_e = encode(x).float().flatten(2).cpu()                            # (b, d, h·w)
-        rows = ((image >= part[0]) & (image <= part[-1])).nonzero()[:, 0]   # (r), draws from part
-        place = torch.searchsorted(part, image[rows])                       # (r)
-        cell = (draws[rows, 1] * z_e.shape[2]).long()                       # (r)
-        found.append((rows, z_e[place, :, cell]))                           # (r), (r, d)
+        draws = ((index >= part[0]) & (index <= part[-1])).nonzero()[:, 0]  # (r)
+        place = torch.searchsorted(part, index[draws])                      # (r), in the batch
+        cell = (u[draws, 1] * z_e.shape[2]).long()                          # (r)
+        found.append((draws, z_e[place, :, cell]))                          # (r), (r, d)
+    # Gather the features of all processes, in the order of the draws.
     found = [pair for share in gather_objects(found) for pair in share]
-    rows, values = map(torch.cat, zip(*found))                              # (P), (P, d)
-    return values[rows.argsort()]
+    draws, features = map(torch.cat, zip(*found))                           # (P), (P, d)
+    return features[draws.argsort()]
 
 
 def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
-    """Cluster features (P,d): codebook (K,d), inertia as kmeans. [DDM Sec. 3.2]  deviation D43
+    """Cluster features (P,d): codebook (K,d), kmeans' inertia. [DDM Sec. 3.2]  deviation D43
 
-    Raises ValueError where K is larger than P, and for features that are not finite.
+    Raises ValueError for K larger than P and for features that are not finite.
     """
     if not features.isfinite().all():
         raise ValueError("features are not finite: the encoder that made them has diverged")
@@ -55,52 +61,56 @@ def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
 
 @torch.no_grad()
 def afkmc2_seeds(features, K, chain=200, generator=None):
-    """Seed k-means++ by a Markov chain: indices (K,) of features (n,d). [DDM Sec. 3.2]
+    """Draw the seeds of k-means by AFK-MC²: indices (K,) of features (n,d). [DDM Sec. 3.2]
 
-    Bachem et al. 2016, Algorithm 1. k-means++ draws each seed x with probability ~ d(x,C)², its
-    squared distance to the nearest of the seeds C so far: a pass over all features for each seed.
-    Here d(x,C)² is the stationary law of a chain of length `chain` whose proposals come from
+    Bachem et al. 2016, Algorithm 1. k-means++ draws a seed x in proportion to d(x,C)², the squared
+    distance to the nearest of the seeds C so far, in a pass over all features for each seed. Here a
+    Metropolis-Hastings chain of `chain` states approaches that law. Its proposals come from
 
         q(x) = 1/2 d(x,c_1)² / sum_x' d(x',c_1)² + 1/(2n),    c_1 uniform,
 
-    so only K · chain distances are needed. Raises ValueError unless 1 <= K <= n.
+    so it needs K · chain distances in all. Raises ValueError unless 1 <= K <= n.
     """
     n = len(features)
     if not 1 <= K <= n:
         raise ValueError(f"{K} centres from {n} features: K must be from 1 to their number; "
                          "sample more features or ask for fewer codes")
-    chosen = torch.randint(n, (1,), generator=generator).tolist()
-    squared = _squared_distance(features, features[chosen])                 # (n), to c_1
-    # Where all features are alike, no distance tells them apart: q is uniform.
+    # Compute q from the distances to c_1. It is uniform where all features are equal.
+    C = torch.randint(n, (1,), generator=generator).tolist()
+    squared = _squared_distance(features, features[C])                      # (n), to c_1
     share = squared / squared.sum() if squared.any() else torch.full_like(squared, 1 / n)
     q = 0.5 * share + 0.5 / n                                               # (n)
+    # Draw each chain's proposals from q, by its cumulative sums, and the uniform numbers u.
     cdf = q.cumsum(0)                                                       # (n)
-    proposal, level = torch.rand(2, K - 1, chain, dtype=torch.float64, generator=generator)
+    proposal, u = torch.rand(2, K - 1, chain, dtype=torch.float64, generator=generator)
     proposals = torch.searchsorted(cdf / cdf[-1], proposal, right=True)     # (K-1, chain)
-    for candidates, levels in zip(proposals, level.tolist()):
-        part, seeds = features[candidates], features[chosen]                # (chain, d), (k, d)
+    # Run a chain for each seed after c_1. Its last state joins C.
+    for candidates, u_i in zip(proposals, u.tolist()):
+        part, seeds = features[candidates], features[C]                     # (chain, d), (k, d)
         nearest = seeds[nearest_code(part, seeds)]                          # (chain, d)
-        weight = (_squared_distance(part, nearest) / q[candidates]).tolist()
-        x = 0                            # y replaces x with probability min(1, weight_y / weight_x)
-        for y in range(1, chain):
-            if weight[y] >= levels[y] * weight[x]:
+        d2 = _squared_distance(part, nearest).tolist()                      # d(·,C)²
+        q_i = q[candidates].tolist()
+        x = 0
+        for y in range(1, chain):        # accept y where d(y,C)² q(x) / (d(x,C)² q(y)) >= u
+            if d2[y] * q_i[x] >= u_i[y] * d2[x] * q_i[y]:
                 x = y
-        chosen.append(candidates[x].item())
-    return torch.tensor(chosen, device=features.device)
+        C.append(candidates[x].item())
+    return torch.tensor(C, device=features.device)
 
 
 @torch.no_grad()
 def kmeans(features, centres, iterations=100, tolerance=1e-4):
     """Run Lloyd's algorithm on features (n,d): (centres (K,d), assignment (n,), inertia).
 
-    inertia: a list, sum |x - c|² at the start and after each move of the centres; it never rises,
-    and its last value and `assignment` belong to the returned centres. Ends after `iterations`
-    moves or when the squared length of a move, over all centres, is at most `tolerance` times the
-    features' mean variance. An empty cluster takes over a feature far from its own centre.
+    inertia: a list of sum |x - c|², at the start and after each move of the centres. It never
+    rises. Its last value and `assignment` belong to the returned centres. Lloyd's algorithm ends
+    after `iterations` moves, or after a move whose squared length, over all centres, is at most
+    `tolerance` times the features' mean variance. An empty cluster is given a far feature.
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf
     for moves in range(iterations + 1):
+        # Assign each feature to its nearest centre.
         assignment = nearest_code(features, centres)                        # (n)
         distance = _squared_distance(features, centres[assignment])         # (n)
         assignment = assignment.cpu()
@@ -126,14 +136,16 @@ def _squared_distance(a, b):
 
 
 def _fill_empty(features, assignment, distance, K):
-    """Let each empty cluster take over one of the farthest features, in `assignment` (n,) itself.
+    """Give each empty cluster the feature farthest from its centre, in `assignment` (n,) itself.
 
-    Never two equal ones, as one would be empty again; never a cluster's last one; never one on its
-    centre.
+    Two equal features are not both taken, because one of their clusters would be empty again. The
+    last feature of a cluster and a feature that lies on its centre stay.
     """
     count, taken = assignment.bincount(minlength=K), set()
     empty = (count == 0).nonzero()[:, 0].tolist()
-    for i in distance.argsort(descending=True, stable=True).tolist() if empty else []:
+    if not empty:
+        return
+    for i in distance.argsort(descending=True, stable=True).tolist():
         value, own = tuple(features[i].tolist()), assignment[i].item()
         if count[own] > 1 and distance[i] > 0 and value not in taken:
             count[own] -= 1
@@ -144,10 +156,10 @@ def _fill_empty(features, assignment, distance, K):
 
 
 def install_codebook(model, codebook):
-    """Give a VQGAN the codes (K,d) in place, K free. [DDM Sec. 4.1]  deviation D42
+    """Replace the codebook of a VQGAN by codes (K,d), of any K. [DDM Sec. 4.1]  deviation D42
 
-    From then on only decoder and post_quant_conv train. Raises ValueError for a KL latent and for
-    codes of another width.
+    Changes the model in place. Afterwards only decoder and post_quant_conv train. Raises ValueError
+    for a KL latent and for codes of another width.
     """
     config, (K, d) = model.config, codebook.shape
     if config.latent != "vq":
