@@ -14,6 +14,7 @@ from training_step import textbook_step
 import train_autoencoder
 from data import Batch, Signs
 from distributed import UserError
+from losses import discriminator_loss
 from recipes import RECIPES
 from refit import install_codebook
 from run_folder import Run, load_optimizer
@@ -171,6 +172,21 @@ def test_one_forward_of_the_network_serves_both_players():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_the_generators_step_gives_the_discriminators_parameters_no_gradient(name, monkeypatch):
+    stage, seen = STAGES[name](), []
+
+    def after_the_generators_step(*arguments):
+        seen.append(gradients(stage.discriminator))
+        assert gradients(stage.model)
+        return discriminator_loss(*arguments)
+
+    monkeypatch.setattr(train_autoencoder, "discriminator_loss", after_the_generators_step)
+    stage.step(batch(), gan_on=True)
+    assert seen == [{}]
+    assert gradients(stage.discriminator)
+
+
 @pytest.mark.parametrize(("name", "moving"), [
     ("refit", ("decoder.", "post_quant_conv.")), ("decoder", ("decoder.",)),
     ("vqgan", ("encoder.", "quantize.", "quant_conv.", "decoder.", "post_quant_conv."))])
@@ -237,12 +253,28 @@ def test_bf16_networks_learn_with_float32_losses_and_weights():
     pytest.param("vqgan", "inductor", marks=pytest.mark.slow)])
 def test_a_compiled_network_has_the_same_gradients(name, backend):
     eager, compiled = STAGES[name](), STAGES[name]()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled.model.compile(backend=backend)
     for stage in (eager, compiled):
         stage.step(batch(), gan_on=True)
     assert_close(gradients(compiled.model), gradients(eager.model), 1e-3)
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["decoder", "vqgan"])
+def test_the_last_layer_stays_outside_what_is_compiled(name):
+    """Lambda's two gradients then end at it and never enter the compiled part."""
+    stage, compiled = STAGES[name](), set()
+
+    def backend(graph, inputs):
+        compiled.update(each.shape for each in inputs if isinstance(each, torch.Tensor))
+        return graph.forward
+
+    torch.compiler.reset()
+    stage.model.compile(backend=backend)
+    stage.step(batch(), gan_on=True)
+    assert stage.model.decoder.conv_in.weight.shape in compiled
+    assert stage.model.decoder.conv_out.weight.shape not in compiled
 
 
 def test_sync_batchnorm_has_the_keys_of_batchnorm():

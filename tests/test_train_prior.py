@@ -131,7 +131,7 @@ def test_a_bf16_prior_learns_with_a_float32_loss_and_float32_weights():
 
 def test_a_compiled_prior_has_the_same_gradients_and_is_validated_uncompiled():
     eager, compiled = prior(), prior()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled.model.compile(backend="aot_eager")
     for stage in (eager, compiled):
         stage.step(code_batch(), gan_on=False)

@@ -352,7 +352,7 @@ def test_a_compiled_network_is_one_graph_with_the_same_gradients(backend, tolera
         return [logits.detach(), *(p.grad for p in model.parameters())]
 
     eager = run()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.compile(backend=backend, fullgraph=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
