@@ -1,4 +1,4 @@
-"""Compute what images are trained with: L1 and LPIPS, the discriminator, and their balance.
+"""Compute the losses of images: L1, LPIPS, the discriminator's game, and the adaptive weight.
 
 [AVQ App. A], in the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator (Eq. 7), the
 adaptive weight (Eq. 9). train_autoencoder.Autoencoder.step adds them up (Eq. 6 and 8).
@@ -17,7 +17,7 @@ from weight_files import read_weights
 def pixel_loss(x_hat, x):
     """Average the absolute error over all pixels and channels: a 0-d tensor. [AVQ App. A]
 
-    Neither Eq. 2's squared error nor the released code's sum over each image.  deviation D4
+    Eq. 2 has the squared error, the released code a sum over each image.  deviation D4
     """
     return (x_hat - x).abs().mean()
 
@@ -27,19 +27,19 @@ class LPIPS(nn.Module):
 
     net: "vgg" as in the paper, "alex" or "squeeze". weights: the folder of the published files
     (default: torch hub's cache), or a state dict with the float32 weights of both.
-    Eq. 5 prints no normalisation of the features; phi^k here has unit length over its channels, as
-    in the LPIPS that the paper cites and measures with [42].  deviation D5
-    Frozen, always in eval mode, in float32 also under autocast.
+    Eq. 5 prints no normalisation of the features. Here phi^k has unit length over its channels, as
+    in LPIPS, which the paper cites and measures with [42].  deviation D5
+    Frozen, always in eval mode, and in float32 even under autocast.
     """
 
     def __init__(self, net="vgg", weights=None):
         super().__init__()
         _check(net, "LPIPS net", TRUNKS)
         build, trunk_file, self.taps, widths = TRUNKS[net]
-        with torch.device("meta"):  # all numbers come from the files; none is drawn at random
+        with torch.device("meta"):  # no random start, because all weights come from the files
             self.features = build()
             for k, width in enumerate(widths):
-                # f^k of Eq. 5; the dropout at 0 was used only to fit it.
+                # f^k of Eq. 5. The published names count a dropout, which only its fitting used.
                 fitted = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
                 self.add_module(f"lin{k}", nn.ModuleDict({"model": fitted}))
         if not isinstance(weights, dict):
@@ -56,7 +56,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in eval mode: a parent's `.train()` must not reach a frozen measure."""
+        """Stay in eval mode, even when a parent module calls `.train()`."""
         return super().train(False)
 
     def forward(self, a, b):
@@ -68,7 +68,7 @@ class LPIPS(nn.Module):
             return distance
 
     def _phi(self, image):
-        """phi^k of Eq. 5 for k = 0, 1, ...: unit-length features after each tapped layer."""
+        """List phi^k of Eq. 5, k = 0, 1, ...: unit-length features after each tapped layer."""
         h = (image.to(self.shift.dtype) - self.shift) / self.scale
         levels = []
         for index, layer in enumerate(self.features):
@@ -81,8 +81,8 @@ class LPIPS(nn.Module):
 def _unit_length(features):
     """Divide `features` (B,C,H,W) by their Euclidean length over C; zero vectors stay zero."""
     square = features.square().sum(1, keepdim=True)                            # (B, 1, H, W)
-    # sqrt has an infinite slope at 0, and infinity times the zero features would be a NaN gradient;
-    # a zero vector may be divided by anything.
+    # sqrt has an infinite slope at 0, which times the zero features would give a NaN gradient. So
+    # a zero vector is divided by 1.
     length = torch.where(square > 0, square, 1).sqrt()
     return features / (length + 1e-10)
 
@@ -145,8 +145,8 @@ TRUNKS = {
 class PatchDiscriminator(nn.Module):
     """Judge patches, D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> logits (B,1,h,w).
 
-    Layout, key names (`main.N.*`) and initialisation are taming-transformers'. In training mode
-    real and generated images must come in separate calls, as BatchNorm would mix the two.
+    Layout, key names (`main.N.*`) and initialisation are those of taming-transformers. In training
+    mode pass real and generated images in separate calls, because BatchNorm would mix the two.
     """
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):
@@ -171,13 +171,13 @@ class PatchDiscriminator(nn.Module):
 def discriminator_loss(logits_real, logits_fake, gan="hinge"):
     """Compute what the discriminator minimises, a 0-d tensor [AVQ Eq. 7].
 
-    "hinge": taming's and the authors' code, with their factor 0.5: 1.0 for a discriminator that
-    answers 0, and 0 for one that is right by a margin of 1 everywhere.  deviation D6
-    "log": Eq. 7 with its sign turned, D = sigmoid(logit): 2 log 2 = 1.386 for one that answers 0.
+    "hinge": the loss of taming's and the authors' code, with their factor 0.5. It is 1.0 if all
+    logits are 0, and 0 if every patch is right by a margin of 1.  deviation D6
+    "log": Eq. 7 times -1, with D = sigmoid(logit). It is 2 log 2 = 1.386 if all logits are 0.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
-        # -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l): neither overflows
+        # softplus(-l) = -log sigmoid(l) and softplus(l) = -log(1 - sigmoid(l)) never overflow.
         return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
 
@@ -186,8 +186,8 @@ def generator_gan_loss(logits_fake, gan="hinge"):
     """Compute what the decoder minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": -mean(logit). "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual
-    substitute -log D(x_hat). Its gradient fades where the discriminator wins; lambda (Eq. 9)
-    divides by that gradient's norm and so undoes it, down to a norm of delta = 1e-4.
+    substitute -log D(x_hat). Its gradient vanishes where the discriminator wins. Lambda (Eq. 9)
+    divides by that gradient's norm and so makes up for it, down to a norm of delta = 1e-4.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
@@ -197,7 +197,7 @@ def generator_gan_loss(logits_fake, gan="hinge"):
 
 @contextmanager
 def frozen(network):
-    """Give the network's parameters no gradient from what is computed inside the block."""
+    """Give the network's parameters no gradient in the block; its input still gets one."""
     network.requires_grad_(False)
     try:
         yield
@@ -206,19 +206,24 @@ def frozen(network):
 
 
 def adaptive_weight(rec, gan, last_layer, rule="paper"):
-    """Weigh the GAN loss by the ratio of gradient norms: lambda, a 0-d tensor. [AVQ Eq. 9]
+    """Compute lambda, the weight of the GAN loss, from two gradients' norms. [AVQ Eq. 9]
 
-    rec, gan: 0-d losses, whose graph is kept; last_layer: the decoder's last weight. Eq. 9 divides
-    gradients; their norms are meant.
-    rule: "paper", the ratio as printed, with the pixel loss for rec. "taming": clamped to [0, 1e4]
-    and times 0.8, as taming and the authors' code, with pixel + perceptual for rec.  deviation D7
-    On several processes the norms are those of the mean gradients: lambda is the whole batch's.
+    rec, gan: 0-d losses, whose graphs are kept. last_layer: the decoder's last weight G_L. Returns
+    a 0-d tensor. Eq. 9 prints gradients and means their norms.
+    rule: "paper" is Eq. 9, with the pixel loss for rec. "taming" is the rule of taming and of the
+    authors' code, clamped and times 0.8, with pixel + perceptual for rec.  deviation D7
+    Why at the last layer: all of the image's gradients pass through it, so equal norms there let
+    both losses pull about equally hard on the whole decoder. And it is cheap, because neither
+    backward pass has to enter the layers before.
+    On several processes the gradients are averaged first, so lambda is that of the whole batch.
     """
     _check(rule, "lambda", ("paper", "taming"))
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, gan)]
     rec_grad, gan_grad = mean_over_ranks(torch.stack(gradients))            # (3, C, 3, 3) each
-    weight = rec_grad.norm() / (gan_grad.norm() + 1e-4)
-    return 0.8 * weight.clamp(0, 1e4) if rule == "taming" else weight
+    ratio = rec_grad.norm() / (gan_grad.norm() + 1e-4)
+    if rule == "taming":
+        return 0.8 * ratio.clamp(0, 1e4)
+    return ratio
 
 
 def _check(value, flag, allowed):

@@ -1,10 +1,10 @@
 """Train the networks that draw images: first stage, ReFiT's decoder, asymmetric decoder.
 
-    vqgan     x --VQGAN--> x_hat                                   all of it trains
-    refit     x --frozen encoder, rebuilt codes; decoder--> x_hat  the decoder trains
-    decoder   x, mask --frozen first stage; AsymDecoder--> x_hat   the asymmetric decoder trains
+    vqgan     x --VQGAN--> x_hat                                     everything trains
+    refit     x --frozen encoder, rebuilt codes, decoder--> x_hat    the decoder trains
+    decoder   x, mask --frozen first stage, AsymDecoder--> x_hat     the asymmetric decoder trains
 
-All three play against a discriminator, so they share one step.
+All three train against a discriminator, so they share one step.
 """
 
 from dataclasses import asdict
@@ -39,13 +39,13 @@ VALIDATION_IMAGES = 64
 
 
 class Autoencoder:
-    """Hold an image network and its discriminator, and train both with one step. [AVQ App. A]
+    """Hold an image network and its discriminator, and train both in one step. [AVQ App. A]
 
     groups: the trained parameters, for recipes.adam. parent: the hash of the frozen weights below.
     config, facts: what the checkpoint adds to the run's settings and to its `extra`.
     """
 
-    masks = False                  # whether training draws masks; without, every mask is full
+    masks = False                  # whether training draws masks; else every mask is full
     reads_files = True             # whether worker processes load the items
     FACTS = ()                     # the names of `facts`
 
@@ -57,7 +57,7 @@ class Autoencoder:
         self.model.decoder.checkpointing = run.settings["checkpointing"]
         self.discriminator = PatchDiscriminator(ndf=recipe.ndf,
                                                 n_layers=recipe.disc_layers).to(device)
-        if device.type == "cuda":                        # there is none for CPU  deviation D19
+        if device.type == "cuda":                        # PyTorch has none for CPU  deviation D19
             self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
         if run.channels_last:      # before DDP, which copies the memory layout into its buckets
             self.model.to(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ class Autoencoder:
         self.perceptual = LPIPS(net, weights).to(device) if net != "none" else None
 
     def items(self, steps):
-        """Give the training images by position in the run, with crop and mask."""
+        """List the training images by position in the run, with crop and mask."""
         r, seed = self.recipe, self.run.settings["seed"]
         return TrainingItems(self.run.train_set, seed, STAGE_IDS[self.name], self.masks, r.p_full,
                              r.mask_kind)
@@ -85,49 +85,51 @@ class Autoencoder:
         return Batch(items["position"], x, mask)
 
     def generators(self, batch):
-        """Make each image's generator for a KL latent's noise; a VQ latent has none."""
+        """Make one generator per image for a KL latent's noise; a VQ latent needs none."""
         if self.model.config.latent == "kl":
             return image_generators(self.run.settings["seed"], self.name, batch.index)
         return None
 
     def reconstruct(self, batch):
-        """Encode and decode: x_hat (B,3,H,W), and the latent's loss or None."""
+        """Encode and decode: x_hat (B,3,H,W), and the latent loss or None."""
         h, latent_loss = self.ddp_model(batch.x, generator=self.generators(batch))
         return self.model.decoder.conv_out(h).float(), latent_loss
 
     def step(self, batch, gan_on, scale=1.0):
-        """Add one micro-batch's gradients to .grad; return the losses' terms by name, detached.
+        """Add one micro-batch's gradients to .grad; return the losses by name, detached.
 
         gan_on: whether the discriminator has started. scale: the micro-batch's share of the step.
-        Both players see one x_hat: the network runs once, before either of them moves.
+        The network runs once, and generator and discriminator both train on its x_hat.
         deviation D12
         """
         r = self.recipe
-        # The reconstruction, and what the latent costs.
+        # Reconstruct, and compare with the original.
         with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
-        pixel = rec = pixel_loss(x_hat, batch.x)
+        pixel = pixel_loss(x_hat, batch.x)
+        rec = pixel
         terms = {"pixel": pixel}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(x_hat, batch.x).mean()
-            rec = pixel + terms["perceptual"]                               # [AVQ Eq. 6]
+            perceptual = self.perceptual(x_hat, batch.x).mean()
+            rec = pixel + perceptual                                        # [AVQ Eq. 6]
+            terms["perceptual"] = perceptual
         loss = rec
         if latent_loss is not None:
-            terms["latent"] = latent_loss
             # [AVQ Eq. 2] or [AVQ Eq. 11]
             loss = rec + r.latent_weight * latent_loss
-        # The generator's side of the game.
+            terms["latent"] = latent_loss
+        # Train the generator.
         if gan_on:
             with frozen(self.discriminator):
                 gan = generator_gan_loss(self.discriminator(x_hat), r.gan)  # [AVQ Eq. 7]
-            # [AVQ Eq. 9] with the pixel loss; taming's rule takes all of the reconstruction.
-            lam = adaptive_weight(pixel if r.lambda_rule == "paper" else rec, gan,
-                                  self.model.decoder.conv_out.weight, r.lambda_rule)
+            # [AVQ Eq. 9] compares with the pixel loss, taming's rule with the whole of rec.
+            other = pixel if r.lambda_rule == "paper" else rec
+            lam = adaptive_weight(other, gan, self.model.decoder.conv_out.weight, r.lambda_rule)
             loss = loss + lam * gan                                         # [AVQ Eq. 8]
             terms |= {"gan": gan, "lambda": lam}
         (loss * scale).backward()
-        # The discriminator's side. Real and generated images pass separately: BatchNorm would
-        # otherwise see the two mixed.
+        # Train the discriminator. Real and generated images pass separately, because BatchNorm
+        # would mix their statistics.
         if gan_on:
             real, fake = self.ddp_discriminator(batch.x), self.ddp_discriminator(x_hat.detach())
             disc = discriminator_loss(real, fake, r.gan)                    # [AVQ Eq. 7]
@@ -136,14 +138,14 @@ class Autoencoder:
         return {name: value.detach() for name, value in terms.items()}
 
     def update(self, gan_on):
-        """Move the weights by their gradients, then clear these."""
+        """Move the weights by their gradients, then clear the gradients."""
         for name, optimizer in self.optimizers.items():
             if name == "generator" or gan_on:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def snapshot(self):
-        """Copy what `step` changes besides gradients: the discriminator's BatchNorm statistics."""
+        """Copy the discriminator's BatchNorm statistics, which `step` changes."""
         return {name: value.clone() for name, value in self.discriminator.named_buffers()}
 
     def restore(self, snapshot):
@@ -156,7 +158,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def validate(self, batches):
-        """Measure {"val_...": mean over held-out images}; KL latents are modes."""
+        """Measure {"val_...": mean over held-out images}, with a KL latent's mode."""
         self.model.eval()
         sums, count = {}, 0
         for batch in batches:
@@ -171,7 +173,7 @@ class Autoencoder:
         return {name: total / count for name, total in sums.items()}
 
     def measures(self, batch):
-        """({"val_...": mean over the batch}, x_hat that the perceptual loss is taken of)."""
+        """Measure {"val_...": mean over the batch}; add the x_hat for the perceptual loss."""
         x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
         return {"val_pixel": pixel_loss(x_hat, batch.x)}, x_hat
 
@@ -208,7 +210,7 @@ class Autoencoder:
 class FirstStage(Autoencoder):
     """Train encoder, latent and decoder together. [AVQ Sec. 3.1]
 
-    state: the stage's checkpoint or None; only a refit takes something from it, its codes.
+    state: the stage's checkpoint or None; only Refit reads it, for the codes.
     """
 
     def __init__(self, run, recipe, state):
@@ -228,7 +230,7 @@ class Refit(Autoencoder):
         model, facts = first_stage.model.to(run.device), {}
         if state is None:
             codebook, facts = rebuild(run, model)
-        else:                                    # a resumed refit keeps its codes
+        else:                                    # resumed with the codes that it began with
             codebook = state["model"]["quantize.embedding.weight"]
         install_codebook(model, codebook)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -238,7 +240,7 @@ class Refit(Autoencoder):
             self.continue_discriminator(source)
 
     def continue_discriminator(self, source):
-        """Start from the discriminator of a run of ours, which knows the images.  deviation D45"""
+        """Start from the run's discriminator, which is trained on these images.  deviation D45"""
         try:
             state = (run_folder.latest(source / "vqgan") if source.is_dir()
                      else run_folder.load(source))
@@ -255,9 +257,9 @@ class Refit(Autoencoder):
 class DecoderStage(Autoencoder):
     """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2]  deviation D10
 
-    The full image is encoded; only the condition branch sees the masked one. Where the recipe says
-    so and the sizes agree, the trunk starts from the first stage's decoder and learns at
-    `trunk_factor` times the rate; the branch always starts at random.
+    The encoder sees the full image, and only the condition branch sees the masked one. If the
+    recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns
+    at `trunk_factor` times the rate. The branch always starts at random.
     """
 
     masks = True
@@ -295,9 +297,9 @@ class DecoderStage(Autoencoder):
 
 
 def trained_first_stage(run, name):
-    """Load the first stage below the stage `name`: (Loaded, its path or None for the run itself).
+    """Load the first stage for the stage `name`: (Loaded, its path, or None if it is the run's).
 
-    That is the run's refit where it is finished, else what --vqgan names, else the run's vqgan.
+    The run's refit if it is finished, else what --vqgan names, else the run's vqgan.
     """
     refit = run_folder.latest(run.out / "refit")
     if refit is not None and refit["extra"].get("finished"):
@@ -307,7 +309,7 @@ def trained_first_stage(run, name):
     warn_unless_finished(name, first_stage, where or run.out)
     if refit is not None:
         print0(f"{name}: warning: the refit in {run.out} is not finished, so this {name} is "
-               "trained on the first stage before it; to have it on the refit, finish that first")
+               "trained without it; finish the refit first to train on its codes")
     return first_stage, where
 
 
@@ -331,7 +333,7 @@ def rebuild(run, model):
         for image in views(dataset, batches, run.workers):
             yield pixels(image, run.device, run.channels_last)              # (b, 3, H, W)
 
-    # Sample features on all processes, cluster them on one: another CPU may round differently.
+    # Sample features on all processes; cluster on one, because another CPU may round differently.
     features = sample_features(model.moments, partial(images, run.train_set), len(run.train_set), P,
                                (seed, STAGE_IDS["refit"])).to(run.device)   # (P, d)
 
@@ -341,7 +343,7 @@ def rebuild(run, model):
         return codebook.cpu(), inertia
 
     codebook, inertia = on_rank0(cluster)
-    # Count which codes occur in the held-out images, before and after.
+    # Count the codes of the held-out images, with the codebook before and after.
     books = {"before": model.quantize.embedding.weight, "after": codebook.to(run.device)}
     counts = {when: torch.zeros(len(book), dtype=torch.int64) for when, book in books.items()}
     n, share = len(run.val_set), 32

@@ -1,4 +1,4 @@
-"""One training step of an image network, written out: AVQ Eq. 6 to 9, nothing shared or saved."""
+"""Write out one training step of an image network: AVQ Eq. 6 to 9, term by term."""
 
 import torch
 
@@ -7,26 +7,32 @@ from losses import discriminator_loss, generator_gan_loss
 
 def textbook_step(model, discriminator, encode, x, latent_weight=1.0, perceptual=None, gan="hinge",
                   rule="paper"):
-    """(gradients of the generator, gradients of the discriminator, lambda) of one batch.
+    """Compute (gradients of the generator, gradients of the discriminator, lambda) of one batch.
 
-    encode: () -> (input of conv_out (B,ch,H,W), the latent's loss or None).
+    encode: () -> (input of conv_out (B,ch,H,W), the latent loss or None).
     """
-    h, latent = encode()
-    x_hat = model.decoder.conv_out(h)
+    h, latent_loss = encode()
+    x_hat = model.decoder.conv_out(h)                                       # (B, 3, H, W)
     pixel = (x_hat - x).abs().mean()
-    rec = pixel if perceptual is None else pixel + perceptual(x_hat, x).mean()
-    adversarial = generator_gan_loss(discriminator(x_hat), gan)
-    last = model.decoder.conv_out.weight
-    numerator, denominator = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
-                              for loss in (pixel if rule == "paper" else rec, adversarial))
-    weight = numerator / (denominator + 1e-4)
-    if rule == "taming":
-        weight = 0.8 * weight.clamp(0, 1e4)
-    loss = rec + weight.detach() * adversarial
-    if latent is not None:
-        loss = loss + latent_weight * latent
-    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    generator = dict(zip(ours, torch.autograd.grad(loss, list(ours.values()))))
-    theirs = dict(discriminator.named_parameters())
-    disc = discriminator_loss(discriminator(x), discriminator(x_hat.detach()), gan)
-    return generator, dict(zip(theirs, torch.autograd.grad(disc, list(theirs.values())))), weight
+    rec = pixel if perceptual is None else pixel + perceptual(x_hat, x).mean()          # Eq. 6
+    adversarial = generator_gan_loss(discriminator(x_hat), gan)                         # Eq. 7
+
+    # Compare the two pulls on the last layer.
+    def norm(loss):
+        return torch.autograd.grad(loss, model.decoder.conv_out.weight, retain_graph=True)[0].norm()
+
+    if rule == "paper":
+        lam = norm(pixel) / (norm(adversarial) + 1e-4)                                  # Eq. 9
+    else:
+        lam = 0.8 * (norm(rec) / (norm(adversarial) + 1e-4)).clamp(0, 1e4)
+    loss = rec + lam * adversarial                                                      # Eq. 8
+    if latent_loss is not None:
+        loss = loss + latent_weight * latent_loss                                       # Eq. 2, 11
+    generator = gradients(loss, model)
+    disc = discriminator_loss(discriminator(x), discriminator(x_hat.detach()), gan)     # Eq. 7
+    return generator, gradients(disc, discriminator), lam
+
+
+def gradients(loss, network):
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
