@@ -262,14 +262,14 @@ class Log:
     """Write log.jsonl: one JSON object for each step. Only rank 0 writes."""
 
     def __init__(self, path, step):
-        """Keep the lines up to `step` steps; the later ones are about to be made again."""
+        """Keep the lines up to `step`, or none: the later steps are about to be repeated."""
         self.file = None
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # What follows the last newline was cut off by a kill.
+            # A kill may have cut the last line short: it has no newline.
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            write_text(path, "".join(line + "\n" for line in lines
-                                     if json.loads(line)["step"] <= step))
+            write_text(path, "".join(line + "\n" for line in lines if step is not None
+                                     and json.loads(line)["step"] <= step))
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record, durable=False):

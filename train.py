@@ -1,12 +1,13 @@
-"""Train the papers' four stages: the flags, and the one visible loop.
+"""Train the papers' four stages with one loop, `train_stage`, and read the flags.
 
-    python train.py                                        Signs, tiny: all stages, then the report
-    python train.py --data imagenet --root /data/imagenet  the papers' job
+    python train.py                                        tiny models on drawn signs, then a report
+    python train.py --data imagenet --root /data/imagenet  the papers' sizes
     torchrun --nproc_per_node=8 train.py ...               the same on eight GPUs
 
-What a stage starts from and what its step does is a class in train_autoencoder.py or
-train_prior.py. Everything random is a function of the seed, the stage and an image's position in
-the run, so a run that was killed ends with the same weights as one that was not.
+Each stage is a class in train_autoencoder.py or train_prior.py. Everything random is a function of
+the seed, the stage and an image's position in the run, so a run that is killed and continued on the
+same CPU ends with the same weights, bit for bit. A GPU, another processor or another number of
+processes may round differently.
 """
 
 import argparse
@@ -53,9 +54,9 @@ SAMPLE_IMAGES = 6              # rows of samples/step_N.png
 VALIDATION_BATCH = 8           # held-out images at once
 OVERFIT_STEPS = 500
 
-# Flags that may change from one call to the next.
-HOW = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out", "root",
-       "weights", "checkpointing"}
+# Flags that may differ when the same run is continued.
+MAY_CHANGE = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out",
+              "root", "weights", "checkpointing"}
 
 
 def main():
@@ -63,7 +64,7 @@ def main():
     settings, first_stage = resolve(args)
     device = setup(args.device)
     names = chosen_stages(args, settings, first_stage)
-    for name in names:               # a mistake in a later stage shows now
+    for name in names:               # before training, so that a later stage's mistake shows now
         micro_batch_size(args.micro_batch, None, settings, name, device)
     # Open the data.
     where = settings["data"], settings["root"]
@@ -73,21 +74,21 @@ def main():
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{', '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")
-    # Train stage after stage, then report.
+    # Train one stage after another, then write the report.
     run = Run(settings, args.out, device, workers, train_set, val_set)
-    with open_run(args.out, settings, may_change=HOW):
+    with open_run(args.out, settings, may_change=MAY_CHANGE):
         with stop_signals() as signals:
             deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
             for name in names:
                 train_stage(run, name, args, signals, deadline)
-        close()                      # the others need not wait while rank 0 evaluates
+        close()                      # so that no process waits while rank 0 evaluates
         if (args.out / "decoder" / "last.pt").exists() and not args.overfit and rank() == 0:
             report_unless_there(run)
     return 0
 
 
 def report_unless_there(run):
-    """Write the report, unless there is one that is newer than every checkpoint."""
+    """Write the run's report, unless there is one that is newer than every checkpoint."""
     report = run.out / "report.json"
     trained = max(file.stat().st_mtime for file in run.out.glob("*/last.pt"))
     if report.exists() and report.stat().st_mtime >= trained:
@@ -98,26 +99,32 @@ def report_unless_there(run):
 
 
 def train_stage(run, name, args, signals, deadline):
-    """Train one stage from its last checkpoint, or from its start, to its end."""
+    """Train one stage to its end, from its last checkpoint or else from its start.
+
+    signals: see run_folder.stop_signals; deadline: a time.monotonic(). After either the stage is
+    saved and the program exits.
+    """
     folder, settings = run.out / name, run.settings
     recipe = Recipe(**settings["recipes"][name])
     steps = run_length(recipe, len(run.train_set))
     disc_start = first_gan_step(recipe, steps)
 
-    # Build the networks as they start, always the same ones; load the checkpoint, if there is one.
+    # Build the networks, which always start from the same weights.
     state = run_folder.latest(folder)
-    found = gather_objects(state["step"] if state else -1)
+    found = gather_objects(state["step"] if state else None)
     if len(set(found)) > 1:
         raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
                         " --out must be on a file system that all machines share")
     torch.manual_seed(stage_seed(settings["seed"], name))
     stage = STAGES[name](run, recipe, state)
+
+    # Load the last checkpoint, if there is one.
     done, extra = 0, {}
     if state is not None:
         if state["parent"] != stage.parent:
             where = stage.config.get("vqgan") or settings["vqgan"] or run.out
             raise UserError(f"{folder} was trained on another first stage than {where} holds now; "
-                            f"bring the old one back, or train a {name} on the new one: "
+                            f"restore the old one, or train a {name} on the new one: "
                             f"--stage {name} --vqgan {where} --out NEW_RUN")
         stage.load_state_dict(state)
         for key, optimizer in stage.optimizers.items():
@@ -127,19 +134,19 @@ def train_stage(run, name, args, signals, deadline):
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
 
-    # Say what will be done.
+    # Prepare the training images, the held-out images and the log.
     micro_batch = micro_batch_size(args.micro_batch, extra.get("micro_batch"), settings, name,
                                    run.device)
     items = stage.items(steps)
     announce(run, stage, steps, disc_start, done, micro_batch)
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
-    log = Log(folder / "log.jsonl", -1 if state is None else done)
+    log = Log(folder / "log.jsonl", done if state else None)
     first_score, score = extra.get("first_score"), extra.get("score")
 
-    def keep(record, judge=True):
-        """Log the step and save the state; judge it by held-out images first, by default."""
+    def keep(record, validate=True):
+        """Log the step and save a checkpoint, after validation and sample images by default."""
         nonlocal first_score, score
-        if judge:
+        if validate:
             record |= stage.validate(val_batches)
             stop_unless_finite(name, record["step"], record)
             score = sum(value for key, value in record.items()
@@ -147,7 +154,7 @@ def train_stage(run, name, args, signals, deadline):
             first_score = score if first_score is None else first_score
             image_grid(stage.pictures(val_batches, SAMPLE_IMAGES),
                        folder / "samples" / f"step_{record['step']:07d}.png")
-        # Before the checkpoint: a log is cut back, never filled up.
+        # Write the log before the checkpoint: resuming can cut a log back but not fill it up.
         log.write(record, durable=True)
         parts = stage.state_dict()
         parts["extra"] |= {"finished": record["step"] == steps, "micro_batch": micro_batch,
@@ -156,18 +163,21 @@ def train_stage(run, name, args, signals, deadline):
             "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
             "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
             "images": record["images"], "step": record["step"], "parent": stage.parent, **parts})
-        if judge:
+        if validate:
             curves(folder / "log.jsonl", folder / "curves.png")
 
-    if state is None:                # a stage begins with a checkpoint, so that trouble shows early
+    # Try now what may fail only later: saving, and the memory of a step with the discriminator.
+    if state is None:
         on_rank0(partial(keep, {"step": 0, "images": 0}))
-    if run.device.type == "cuda":    # try the largest step now: D may begin in days
+    if run.device.type == "cuda":
         trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
         before = stage.snapshot()
         _, micro_batch = gradients(stage, trial, True, micro_batch)
         undo(stage, before)
-    if settings["compile"]:          # not conv_out, at which lambda's two gradients stop
+    if settings["compile"]:          # all but conv_out: lambda is taken at its weight
         stage.model.compile()
+
+    # Train.
     save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
     workers = run.workers if stage.reads_files else 0
     batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(), workers,
@@ -175,30 +185,31 @@ def train_stage(run, name, args, signals, deadline):
     leave = False
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
-            # Take one step of both players.
+            # Compute the gradients of generator and discriminator, then move their weights.
             lr = set_learning_rates(stage.optimizers, recipe, step, steps, disc_start)
             gan_on = step >= disc_start
             terms, micro_batch = gradients(stage, batch, gan_on, micro_batch)
             stop_unless_finite(name, step + 1, terms)
             stage.update(gan_on)
-            # Log it, and save now and then.
+            # Show and log the step. Validate and save now and then, and at the end.
             done = step + 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
+            due = done == steps or done % save_every == 0
             leave = any_rank(signals or time.monotonic() > deadline)
-            if done == steps or done % save_every == 0:
-                on_rank0(partial(keep, record))
-            elif leave:              # launchers wait for seconds only: save, and judge later
-                on_rank0(partial(keep, record, judge=False))
+            if due or leave:         # leaving is urgent: launchers wait for seconds only
+                on_rank0(partial(keep, record, validate=due))
             else:
                 log.write(record)
             if leave:
                 break
+
+    # Say how the stage ended.
     if leave:
         print0(f"{name}: saved at step {done}; the same command continues from here")
         close()
         sys.exit(128 + signals[0] if signals else 0)
-    if settings["overfit"] and name != "refit" and rank() == 0:      # a refit begins with good ones
+    if settings["overfit"] and name != "refit" and rank() == 0:      # a refit starts trained
         print0(f"{name}: {'bound, nats a map,' if name == 'prior' else 'L1'} on "
                f"{settings['overfit']} images: {first_score:.4f} at the start, {score:.4f} at the "
                "end; a healthy run ends below half of the start")
@@ -207,37 +218,40 @@ def train_stage(run, name, args, signals, deadline):
 
 
 def gradients(stage, batch, gan_on, micro_batch):
-    """Make one step's gradients, `micro_batch` images at a time; half as many if memory is short.
+    """Compute one step's gradients, `micro_batch` images at a time, and fewer if memory is short.
 
-    -> (the terms of the losses as floats, means over the global batch; the micro-batch that fitted)
-    Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
+    batch: this process's share. Each micro-batch has its own lambda and BatchNorm statistics.
+    deviation D24
+    Returns ({term of the losses, or "grad_norm": mean over the global batch}, the micro-batch that
+    fitted). Raises UserError where memory is too short for one image, or on several processes.
     """
     local, before = len(batch["position"]), stage.snapshot()
     while True:
+        # Accumulate gradients. DDP averages them over processes in the last micro-batch only.
         try:
             terms = []
             for start in range(0, local, micro_batch):
                 part = {key: value[start:start + micro_batch] for key, value in batch.items()}
                 last = start + micro_batch >= local
-                with ExitStack() as held:
+                with ExitStack() as contexts:
                     for network in stage.parallel:
-                        held.enter_context(no_sync(network, last))
-                    terms.append(stage.step(stage.batch(part), gan_on,
-                                            len(part["position"]) / local))
+                        contexts.enter_context(no_sync(network, last))
+                    share = len(part["position"]) / local
+                    terms.append(stage.step(stage.batch(part), gan_on, share))
             break
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-        # Outside of the handler, so that the failed step's tensors are free.
+        # Start the step again with less. Here the handler has ended and its tensors are free.
         if world_size() > 1 or micro_batch == 1:
             mend = f"--micro-batch below {micro_batch}" if micro_batch > 1 else "smaller --size"
             raise UserError(f"{stage.name}: {reason}; give a {mend}, or --checkpointing")
         smaller = max(d for d in range(1, micro_batch // 2 + 1) if local % d == 0)
-        print0(f"{stage.name}: {micro_batch} images at a time do not fit into the memory; "
+        print0(f"{stage.name}: {micro_batch} images at a time do not fit into memory; "
                f"{smaller} from now on")
         micro_batch = smaller
         undo(stage, before)
         torch.cuda.empty_cache()
-    # Average the terms over micro-batches and processes; a term that is not finite stays so.
+    # Average the terms over micro-batches and processes. One NaN makes a mean NaN.
     parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     names = sorted(terms[0])
@@ -247,23 +261,27 @@ def gradients(stage, batch, gan_on, micro_batch):
 
 
 def undo(stage, before):
-    """Put back what a step changed before the optimisers moved; before: the stage's snapshot."""
+    """Put back what a step changed before its update; before: the stage's snapshot."""
     stage.restore(before)
     for optimizer in stage.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
 
 
 def stop_unless_finite(name, step, terms):
-    """Raise UserError, on every rank, where any rank's number is not finite: nothing is saved."""
+    """Raise UserError for a term that is not finite. Terms are means over ranks, so all raise."""
     broken = [term for term, value in terms.items() if not math.isfinite(value)]
     if broken:
         raise UserError(f"{name} step {step}: {', '.join(broken)} not finite; the last checkpoint "
-                        "is good, the weights that led here are not saved. Begin a new --out with "
+                        "is good, the weights that led here are not saved. Start a new --out with "
                         "a lower --lr, or with --precision fp32")
 
 
 def micro_batch_size(asked, kept, settings, name, device):
-    """Choose how many images a process takes at once; kept: a checkpoint's number, or None."""
+    """Choose how many images a process takes at once.
+
+    asked: --micro-batch or None. kept: the checkpoint's number or None. Raises UserError for a
+    batch that cannot be divided so.
+    """
     local, rest = divmod(settings["recipes"][name]["batch_size"], world_size())
     if rest:
         raise UserError(f"{name}: --batch-size {local * world_size() + rest} does not divide over "
@@ -274,32 +292,32 @@ def micro_batch_size(asked, kept, settings, name, device):
                         f"process; {near} does")
     if asked or (kept and local % kept == 0):
         return asked or kept
-    # On a CPU: what a laptop's memory holds.
+    # Take what a laptop's memory holds on a CPU, and everything elsewhere.
     most = 8 * (128 / settings["size"])**2 if device.type == "cpu" and name != "prior" else local
     return max(d for d in range(1, local + 1) if local % d == 0 and d <= max(1, most))
 
 
 def announce(run, stage, steps, disc_start, done, micro_batch):
-    """Print what the stage will do, and what a reader of its results must know."""
+    """Print what the stage will do, and a warning where its results will not count."""
     name, r, has_gan = stage.name, stage.recipe, "discriminator" in stage.optimizers
     count = sum(p.numel() for g in stage.optimizers["generator"].param_groups for p in g["params"])
     begun = f", from step {done}" if done else ""
-    game = f", discriminator from step {disc_start}" if has_gan else ""
-    print0(f"\n{name}: {count:,} parameters train, {steps} steps of {r.batch_size} images{begun}; "
-           f"lr {r.lr:.3g}, warm-up {min(r.warmup, steps // 10)} steps{game}; {micro_batch} images "
-           "at a time in each process")
+    gan = f", discriminator from step {disc_start}" if has_gan else ""
+    print0(f"\n{name}: {count:,} trained parameters; {steps} steps of {r.batch_size} images{begun},"
+           f" {micro_batch} at a time in each process; lr {r.lr:.3g}, warm-up "
+           f"{min(r.warmup, steps // 10)} steps{gan}")
     full = RECIPES[name][run.settings["recipe_names"][name]]
     full_steps = run_length(full, len(run.train_set))
     if steps * r.batch_size < full_steps * full.batch_size:
-        print0(f"{name}: a short run, not the reported one of {full_steps} steps of "
-               f"{full.batch_size} images")
+        print0(f"{name}: a short run; the recipe's is {full_steps} steps of {full.batch_size} "
+               "images")
     if has_gan and disc_start >= steps:
         print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
                "no GAN loss in this run")
 
 
 def number(kind, low=None, below=math.inf):
-    """Make an argparse type: a number from `low` on, or above 0, and less than `below`."""
+    """Make an argparse type: a number that is at least `low`, or above 0, and less than `below`."""
     def parse_number(text):
         value = kind(text)
         if not (value < below and (value > 0 if low is None else value >= low)):
@@ -313,21 +331,21 @@ def number(kind, low=None, below=math.inf):
 
 def parse(argv=None):
     """Read the command line into an argparse.Namespace."""
-    rows = ["recipes (all numbers and their sources are in recipes.py):"]
+    rows = ["recipes (recipes.py has all of their numbers, with the sources):"]
     for stage, recipes in RECIPES.items():
         for name, r in recipes.items():
             length = f"{r.steps} steps" if r.steps else f"{r.epochs} epochs"
-            game = f", {r.gan}, lambda {r.lambda_rule}, disc-start {r.disc_start:g}"
+            gan = f", {r.gan}, lambda {r.lambda_rule}, disc-start {r.disc_start:g}"
             rows.append(f"  {stage + ' ' + name:15} batch-size {r.batch_size}, lr {r.lr:.3g}, "
-                        f"{length}{game if stage != 'prior' else ''}")
+                        f"{length}{gan if stage != 'prior' else ''}")
     parser = argparse.ArgumentParser(
         prog="train.py", usage="train.py [flags]", allow_abbrev=False, epilog="\n".join(rows),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=24, width=100),
         description="Train a first stage (vqgan), rebuild its codebook (refit), train the "
                     "asymmetric decoder (decoder)\nand the diffusion model of the codes (prior). "
-                    "Without flags: all, on embedded images.\nThe same command again continues a "
-                    "run.")
+                    "Without flags: all four, on drawn signs. The same\ncommand again continues a "
+                    "run. Parentheses give the defaults.")
 
     def choice(group, flag, names, text, default=None, **more):
         names = list(names)
@@ -337,59 +355,62 @@ def parse(argv=None):
     what = parser.add_argument_group("what to train")
     add, count = what.add_argument, number(int)
     choice(what, "--data", DATASETS, ": drawn scenes, ImageNet, your own photos (signs)", "signs")
-    add("--root", metavar="DIR", help="the photos (imagenet: $IMAGENET, else data/imagenet)")
-    add("--size", type=count, metavar="PX", help="side of the images (64 for signs, else 256)")
-    choice(what, "--stage", ["all", *STAGE_IDS], ": a KL latent has two of them (all)", "all")
-    choice(what, "--first-stage", VQGAN_PRESETS, " (tiny for signs, else vq-f16)")
-    choice(what, "--preset", ASYM_PRESETS, ": the decoder's size (tiny on tiny, else base)")
-    choice(what, "--blend", ["add", "concat"], ": AVQ Eq. 4, or Tables 7 and 8 (add)", "add")
-    add("--vqgan", metavar="PATH", help="a trained first stage: run, our file, public checkpoint")
+    add("--root", metavar="DIR", help="folder of the photos (imagenet: $IMAGENET or data/imagenet)")
+    add("--size", type=count, metavar="PX", help="side of the square images (signs: 64, else 256)")
+    choice(what, "--stage", ["all", *STAGE_IDS], "; a KL latent has no refit or prior (all)", "all")
+    choice(what, "--first-stage", VQGAN_PRESETS, " (signs: tiny, else vq-f16)")
+    choice(what, "--preset", ASYM_PRESETS, ": size of the decoder (on tiny: tiny, else base)")
+    choice(what, "--blend", ["add", "concat"], ": as in AVQ Eq. 4, or in Tables 7-8 (add)", "add")
+    add("--vqgan", metavar="PATH", help="trained first stage: run, last.pt, public weights (none)")
     add("--codes", type=number(int, 2), metavar="K",
-        help="codes of the rebuilt codebook (128 for tiny, else unchanged)")
+        help="size of the rebuilt codebook (tiny: 128, else unchanged)")
     add("--refit-samples", type=count, metavar="P",
-        help="features it is built from (5000 for tiny, else 20000 or 16 a code)")
-    choice(what, "--unet", UNET_PRESETS, ": the prior's network (tiny on tiny, else paper117)")
-    add("--timesteps", type=number(int, 2), metavar="T", help="times t (100 for tiny, else 4000)")
+        help="features to cluster into it (tiny: 5000, else the larger of 20000 and 16 K)")
+    choice(what, "--unet", UNET_PRESETS, ": size of the prior (on tiny: tiny, else paper117)")
+    add("--timesteps", type=number(int, 2), metavar="T",
+        help="steps of the prior's diffusion (tiny: 100, else 4000)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY",
-        help="of the average of its weights (0.995 for tiny, else 0.9999)")
+        help="decay of the prior's averaged weights (tiny: 0.995, else 0.9999)")
     add("--overfit", type=count, metavar="N",
-        help=f"train and validate on the first N images, {OVERFIT_STEPS} steps: a check (off)")
-    how = parser.add_argument_group("how to train (the recipe's numbers, below)")
+        help=f"train on the first N images and validate on the same, {OVERFIT_STEPS} steps (off)")
+    how = parser.add_argument_group("how to train (defaults are the recipes' below)")
     add = how.add_argument
     add("--steps", type=count, metavar="N", help="optimiser steps of each stage")
-    add("--epochs", type=number(float), metavar="N", help="passes over the data, not --steps")
-    add("--batch-size", type=count, metavar="N", help="images a step, over all processes")
-    add("--lr", type=number(float), help="peak, absolute (the recipe's, linear in the batch size)")
-    choice(how, "--gan", ["hinge", "log"], ": log is AVQ Eq. 7")
-    choice(how, "--lambda", ["paper", "taming"], ": AVQ Eq. 9, or taming's", dest="lambda_rule")
+    add("--epochs", type=number(float), metavar="N", help="the same in passes over the data")
+    add("--batch-size", type=count, metavar="N", help="images per step, over all processes")
+    add("--lr", type=number(float), help="peak learning rate (the recipe's scales with the batch)")
+    choice(how, "--gan", ["hinge", "log"], ": GAN loss; log is AVQ Eq. 7")
+    choice(how, "--lambda", ["paper", "taming"], ": weight of the GAN loss; paper is AVQ Eq. 9",
+           dest="lambda_rule")
     add("--disc-start", type=number(float, 0), metavar="STEP",
-        help="when the discriminator starts; below 1 a fraction of the steps")
+        help="first step of the discriminator; below 1: a fraction of all steps")
     choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
-           ": LPIPS network (none for signs, else vgg)")
-    add("--weights", metavar="DIR", help="where LPIPS weights are kept (torch hub's cache)")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all random numbers (0)")
+           ": LPIPS network (signs: none, else vgg)")
+    add("--weights", metavar="DIR", help="folder of the LPIPS weights (torch hub's cache)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of everything random (0)")
     run = parser.add_argument_group("how to run")
     add = run.add_argument
-    add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET, then -concat, then -overfitN)")
-    add("--device", default="auto", help="cpu, cuda or mps (auto: CUDA, then MPS, then CPU)")
+    add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET[-concat][-overfitN])")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda or mps; auto takes CUDA, else MPS, else the CPU (auto)")
     choice(run, "--precision", ["fp32", "bf16"], ": of the networks, not losses (fp32)", "fp32")
     add("--micro-batch", type=count, metavar="N",
-        help="images a process takes at once (its share; on a CPU 8 of 128 px)")
-    add("--compile", action="store_true", help="torch.compile the networks (off)")
+        help="images that a process takes at once (all of its own; on a CPU 8 of 128 px)")
+    add("--compile", action="store_true", help="run the networks through torch.compile (off)")
     add("--checkpointing", action="store_true", help="less memory, more time in decoders (off)")
     add("--workers", type=number(int, 0), metavar="N",
-        help="data processes of each process (1 for signs, else 4)")
+        help="data-loading workers per process (signs: 1, else 4)")
     add("--save-every", type=count, metavar="STEPS",
-        help="checkpoint, validation and pictures (200 for tiny, else 1000)")
-    add("--max-hours", type=number(float), metavar="H", help="then save and leave (no limit)")
+        help="steps between checkpoints, each with validation (tiny: 200, else 1000)")
+    add("--max-hours", type=number(float), metavar="H", help="save and stop after H hours (never)")
     return parser.parse_args(argv)
 
 
 def resolve(args):
-    """Turn flags into (settings: the run's config.json; the Loaded of --vqgan); set args.out."""
+    """Resolve the flags: (settings, the run's config.json; the Loaded of --vqgan). Set args.out."""
     signs = args.data == "signs"
     if args.steps and args.epochs:
-        raise UserError("--steps and --epochs say the same thing twice; give one")
+        raise UserError("--steps and --epochs both set the length; give one")
     # Choose the first stage and the decoder's size.
     trained = load_first_stage(args.vqgan) if args.vqgan else None
     plan_name = args.first_stage or ("tiny" if signs else "vq-f16")
@@ -400,9 +421,9 @@ def resolve(args):
         plan_name = same[0] if same else "own"
         if args.first_stage not in (None, plan_name):
             raise UserError(f"--first-stage {args.first_stage}: {args.vqgan} is {plan_name}; leave "
-                            "the flag out, it is read from the file")
+                            "out the flag, because the file tells its size")
         if args.stage == "vqgan":
-            raise UserError("--stage vqgan trains a first stage, --vqgan brings one; give only one")
+            raise UserError("--stage vqgan trains a first stage and --vqgan gives one; choose")
     preset = args.preset or ("tiny" if plan_name == "tiny" else "base")
     factor, num_res_blocks = ASYM_PRESETS[preset]
     try:
@@ -411,7 +432,7 @@ def resolve(args):
     except ValueError as error:
         raise UserError(f"--preset {preset} does not fit --first-stage {plan_name}: "
                         f"{error}") from None
-    # Choose what is done with the codes, if there are any.
+    # Choose the sizes of ReFiT and prior, where the latent has codes.
     tiny, refit, prior = plan_name == "tiny", None, None
     recipe_names = {"vqgan": "tiny" if tiny else plan.latent,
                     "decoder": preset if preset in RECIPES["decoder"] else "base"}
@@ -427,7 +448,7 @@ def resolve(args):
                  "residual": "none" if small else "onehot",
                  "ema": args.ema if args.ema is not None else (0.995 if small else 0.9999)}
         recipe_names |= {"refit": recipe_names["vqgan"], "prior": unet}
-    # Put the user's numbers into the recipes; lr is the one that will be used.
+    # Put the user's numbers into the recipes, and scale the learning rate with the batch size.
     recipes = {}
     for stage, name in recipe_names.items():
         r = RECIPES[stage][name]
@@ -470,17 +491,16 @@ def resolve(args):
 
 
 def chosen_stages(args, settings, trained):
-    """List the stages that this call runs, in order; trained: the Loaded of --vqgan, or None."""
+    """List the stages to train, in order. trained: the Loaded of --vqgan, or None."""
     names, asked = list(STAGE_IDS), args.stage
     if settings["refit"] is None:
-        why = (f"{settings['first_stage_name']} has a KL latent, no codes: refit and prior are for "
-               "codes")
+        why = f"{settings['first_stage_name']} has a KL latent, and refit and prior need codes"
         if asked in ("refit", "prior"):
             raise UserError(f"--stage {asked}: {why}; choose another --first-stage, --vqgan or "
                             "--stage")
         names = ["vqgan", "decoder"]
         if asked == "all":
-            print0(f"{why}, so there is nothing for them to do")
+            print0(f"{why}: these two stages are left out")
     if asked != "all":
         names = [asked]
     elif trained is not None:
@@ -491,9 +511,9 @@ def chosen_stages(args, settings, trained):
         side, factor = settings["size"] // f, 2 ** (len(settings["prior"]["net"]["mults"]) - 1)
         if side % factor:
             raise UserError(f"--size {settings['size']} makes maps of {side} x {side} codes, and "
-                            f"--unet {settings['prior']['unet']} needs multiples of {factor}: "
-                            f"choose a --size that is a multiple of {f * factor}, or leave the "
-                            "prior out by --stage")
+                            f"--unet {settings['prior']['unet']} needs multiples of {factor}; "
+                            f"choose a --size that is a multiple of {f * factor}, or leave out the "
+                            "prior by --stage")
     return names
 
 

@@ -89,7 +89,7 @@ def test_a_file_where_the_run_should_be_is_a_users_mistake(tmp_path):
 
 def test_a_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     path = tmp_path / "vqgan" / "log.jsonl"
-    log = Log(path, -1)
+    log = Log(path, None)
     for step in range(6):
         log.write({"step": step})
     log.close()
@@ -101,7 +101,7 @@ def test_a_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[4]["again"]
-    assert Log(path, -1).file.tell() == 0                   # a stage that begins has an empty log
+    assert Log(path, None).file.tell() == 0                   # a stage that begins has an empty log
 
 
 def test_a_whole_file_or_none_of_it(tmp_path, monkeypatch):
