@@ -1,62 +1,117 @@
-"""Draw the README's picture from a run.
+"""Draw the pictures of README.md and RESULTS.md from runs.
 
     python benchmarks/figures.py known RUN assets/known.png [--rows 1 6] [--holes 4 5]
+    python benchmarks/figures.py curves HEALTHY_RUN ILL_RUN assets/curves.png
 
-`known` takes rows (counted from 1) of RUN/report.png and of RUN/inpainting.png.
+`known` takes rows, counted from 1, of RUN/report.png and of RUN/inpainting.png. `curves` draws the
+logs of two decoder stages side by side; NOTES are written for the two runs that RESULTS.md names.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pictures
 
 SIDE = 192                               # px of an image in `known`, about
-COLUMNS = ("original", "masked", "first stage's own decoder", "ours, with mask", "ours, without")
-HOLES = ("original", "masked", "codes by VQ-DDM, first stage's own decoder", "the same codes, ours",
-         "")
+COLUMNS = ["original", "masked", "first stage's own decoder", "ours, with mask", "ours, without"]
+HOLES = ["original", "masked", "codes by VQ-DDM, first stage's own decoder", "the same codes, ours",
+         ""]
+PANELS = ["pixel", "pre_error", "disc", "lambda", "grad_norm"]
+# {number: [(column, where: a share of the run, corner of the text in the panel, text), ...]}
+NOTES = {
+    "pixel": [(0, 0.15, (0.25, 0.6), "falls fast, then slowly; rises a little with the GAN"),
+              (1, 0.1, (0.25, 0.05), "rises, and stays above its start:\nlook here first")],
+    "pre_error": [(0, 0.5, (0.3, 0.6), "falls by a factor of ten and more"),
+                  (1, 0.7, (0.3, 0.5), "does not fall: no known pixel is kept")],
+    "disc": [(0, 0.9, (0.03, 0.6), "the GAN begins at 0.8 of the run;\n1 = D cannot tell"),
+             (1, 0.95, (0.03, 0.5), "near 0 = D tells all images apart")],
+    "lambda": [(0, 0.9, (0.03, 0.6), "balances two gradients;\nits height says little"),
+               (1, 0.95, (0.03, 0.4), "falls as D's gradient grows")],
+    "grad_norm": [(0, 0.82, (0.2, 0.75), "jumps when D begins: D's gradients count"),
+                  (1, 0.5, (0.2, 0.75), "finite and small: no alarm,\nthough the run is ill")],
+}
 
 
 def tiles(path, rows, size):
     """Cut `rows` (counted from 1) of image_grid's picture: [[(3,size,size) in [-1,1], ...], ...]"""
     picture, gap = np.asarray(Image.open(path)), pictures.GAP
-    side = round(256 / size) * size + gap                       # of a tile, with the gap after it
-    across = (picture.shape[1] - gap) // side
+    zoom = max(1, round(256 / size))
+    side = zoom * size + gap                                    # of a tile, with the gap after it
     top = (picture.shape[0] - gap) % side + gap                 # the captions end here
     found = []
     for row in rows:
         y = top + (row - 1) * side
-        line = [picture[y:y + side - gap, x:x + side - gap]
-                for x in range(gap, gap + across * side, side)]
-        step = (side - gap) // size                             # one pixel of the image
-        found.append([torch.from_numpy(tile[::step, ::step].copy()).permute(2, 0, 1) / 127.5 - 1
-                      for tile in line])
+        line = [picture[y:y + side - gap:zoom, x:x + side - gap:zoom]
+                for x in range(gap, picture.shape[1], side)]
+        found.append([torch.from_numpy(tile.copy()).permute(2, 0, 1) / 127.5 - 1 for tile in line])
     return found
 
 
 def known(run, path, rows, holes, size):
     """Draw rows of a run's two pictures, one group below the other."""
-    lines = [list(COLUMNS), *tiles(run / "report.png", rows, size),
-             list(HOLES), *tiles(run / "inpainting.png", holes, size)]
+    lines = [COLUMNS, *tiles(run / "report.png", rows, size),
+             HOLES, *tiles(run / "inpainting.png", holes, size)]
     pictures._draw(lines, path, SIDE)
+
+
+def curves(healthy, ill, path):
+    """Draw the logs of two decoder stages side by side, a number in each row, with NOTES."""
+    figure = Figure(figsize=(10, 1.9 * len(PANELS)), layout="constrained")
+    grid = figure.subplots(len(PANELS), 2, sharey="row", sharex="col")
+    for column, run in enumerate((healthy, ill)):
+        log = [json.loads(line) for line in (run / "decoder" / "log.jsonl").open(encoding="utf-8")]
+        last = log[-1]["step"]
+        for name, axes in zip(PANELS, grid[:, column]):
+            smooth = []
+            for key, colour in ((f"val_{name}", pictures.RED), (name, pictures.BLUE)):
+                points = [(record["step"], record[key]) for record in log if key in record]
+                if points and key == name:
+                    axes.plot(*zip(*points), color=colour, alpha=0.25, linewidth=0.7)
+                    smooth = pictures._means(points, 60).T
+                    axes.plot(*smooth.T, color=colour, label="training")
+                elif points:
+                    smooth = np.array(points)
+                    axes.plot(*smooth.T, color=colour, marker=".", label="held-out images")
+            for whose, share, corner, text in NOTES[name]:
+                if whose == column:
+                    point = min(smooth, key=lambda point: abs(point[0] - share * last))
+                    axes.annotate(text, point, corner, textcoords="axes fraction", fontsize=9,
+                                  arrowprops={"arrowstyle": "-", "color": "grey"})
+            axes.set_yscale("linear" if name == "pixel" else "log")
+            axes.set_title(pictures.TITLES[name], loc="left", fontsize=10)
+            axes.set_xlim(0, 1.02 * last)
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=8, which="both", labelleft=True)
+            axes.spines[["top", "right"]].set_visible(False)
+        grid[0, column].legend(frameon=False, fontsize=8, loc="upper right")
+        grid[-1, column].set_xlabel("step", fontsize=9)
+    for axes, title in zip(grid[0], ("healthy", "ill: a learning rate ten times as high")):
+        axes.annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=13)
+    figure.savefig(path, dpi=90)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="figure", required=True)
-    add = what.add_parser("known").add_argument
+    figures = parser.add_subparsers(dest="figure", required=True)
+    add = figures.add_parser("known").add_argument
     add("run", type=Path)
     add("path", type=Path)
     add("--rows", type=int, nargs="+", default=[1, 6], help="of report.png")
     add("--holes", type=int, nargs="+", default=[4, 5], help="of inpainting.png")
     add("--size", type=int, default=64, help="px of the run's images")
+    add = figures.add_parser("curves").add_argument
+    for name in ("healthy", "ill", "path"):
+        add(name, type=Path)
     args = vars(parser.parse_args(argv))
-    globals()[args.pop("figure")](**args)
+    {"known": known, "curves": curves}[args.pop("figure")](**args)
 
 
 if __name__ == "__main__":

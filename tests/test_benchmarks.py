@@ -4,8 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from pictures import image_grid
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALLEST = {
@@ -84,3 +88,21 @@ def test_a_part_of_the_gpu_benchmark_that_fails_or_takes_too_long_still_has_its_
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [(line["part"], line["ok"], line["end"]) for line in lines] == [
         ("env", False, "time is up"), ("search", False, "time is up")]
+
+
+def test_the_figures_are_drawn_from_the_files_of_a_run(monkeypatch, tmp_path):
+    images = [torch.full((3, 64, 64), level) for level in (-1.0, 0.0, 1.0)]
+    for name, across in (("report", 5), ("inpainting", 4)):
+        image_grid({f"{n}": images for n in range(across)}, tmp_path / f"{name}.png")
+    run("figures", ["known", str(tmp_path), str(tmp_path / "known.png"), "--rows", "3", "1",
+                    "--holes", "2"], monkeypatch)
+    picture = np.asarray(Image.open(tmp_path / "known.png"))
+    assert picture.shape[1] == 5 * 198 + 6
+    assert [picture[y, 100].tolist() for y in (100, 300, 550)] == [[255] * 3, [0] * 3, [128] * 3]
+
+    (tmp_path / "decoder").mkdir()
+    terms = {"pixel": 0.2, "disc": 1.0, "lambda": 0.5, "grad_norm": 3.0, "val_pre_error": 0.01}
+    lines = [json.dumps({"step": step, **terms}) for step in range(1, 4)]
+    (tmp_path / "decoder" / "log.jsonl").write_text("\n".join(lines))
+    run("figures", ["curves", *[str(tmp_path)] * 2, str(tmp_path / "curves.png")], monkeypatch)
+    assert Image.open(tmp_path / "curves.png").size[0] == 900
