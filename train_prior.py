@@ -1,12 +1,12 @@
 """Train VQ-DDM's prior: the diffusion model of a frozen first stage's codes.
 
     images --frozen encoder--> codes (n,h,w), kept in RUN/codes             code_maps
-    position in the run -> epoch, permuted row -> a map (h,w)               CodeItems
+    position in the run -> epoch, permuted index -> a map (h,w)             CodeItems
     z_0, t --noise--> z_t --UNet--> logits --> one draw of the bound        PriorStage.step
-    weights --> their running average, which samples are drawn with         EMA
+    weights --> their running average, with which samples are drawn         EMA
 
-The first stage is frozen, so an image's codes are the same each time: encoding it again in each
-epoch would cost more than the prior's own step.
+The first stage is frozen, so an image has the same codes in each epoch. They are computed once,
+because encoding at each step would cost more than the prior's own step.
 """
 
 import hashlib
@@ -30,25 +30,26 @@ from train_autoencoder import trained_first_stage
 
 VALIDATION_MAPS = 256
 PICTURE_STEPS = 25             # reverse steps of the samples drawn while training
-ENCODED = 64                   # images encoded at once; another number might round otherwise
+ENCODED = 64                   # images encoded at once, fixed because rounding may depend on it
 
 
 @dataclass
 class CodeBatch:
-    """One micro-batch of maps on the device."""
-    index:   list              # positions in the run; of held-out maps, places in the data set
+    """Hold one micro-batch of maps on the device."""
+    index:   list              # positions in the run, or indices of held-out images
     indices: torch.Tensor      # (B,h,w) int64, z_0
 
 
 class PriorStage:
-    """Train the denoiser of a frozen first stage's codes, and its average. [DDM Sec. 4.1]
+    """Train the denoiser of a frozen first stage's codes. [DDM Sec. 4.1]
 
-    The interface is train_autoencoder.Autoencoder's.
+    It has the same methods as train_autoencoder.Autoencoder.
     """
 
-    reads_files = False            # an item is a row of an array: no worker processes
+    reads_files = False            # an item is a part of an array, so no workers are needed
 
     def __init__(self, run, recipe, state):
+        # Load the first stage, then build the denoiser of its K codes.
         first_stage, where = trained_first_stage(run, "prior")
         self.run, self.name, self.recipe, self.facts = run, "prior", recipe, {}
         self.parent, self.config = first_stage.parent, {"vqgan": where}
@@ -61,6 +62,7 @@ class PriorStage:
         if run.channels_last:      # before DDP, which copies the memory layout into its buckets
             self.model.to(memory_format=torch.channels_last)
             self.first_stage.to(memory_format=torch.channels_last)
+        # Make what the training loop uses: DDP, Adam, the choice of t, the average.
         self.ddp_model = wrap(self.model, run.device)
         self.parallel = [self.ddp_model]
         self.optimizers = {"generator": adam([(self.model.parameters(), 1.0)], recipe, run.device)}
@@ -68,7 +70,7 @@ class PriorStage:
         self.ema = EMA(self.model, run.settings["prior"]["ema"])
 
     def items(self, steps):
-        """Encode as many training images as `steps` will see; give their maps by position."""
+        """Encode as many training images as `steps` steps show, and order them: CodeItems."""
         n = min(len(self.run.train_set), steps * self.recipe.batch_size,
                 self.recipe.max_maps or math.inf)
         print0(f"\nprior: learns the codes of {n:,} images, kept in {self.run.out / 'codes'}")
@@ -102,14 +104,14 @@ class PriorStage:
         return {"vlb": loss.detach() * batch.indices[0].numel()}
 
     def update(self, gan_on):
-        """Move the weights by their gradients, clear these, and let the average follow."""
+        """Take one step of Adam, clear the gradients, and update the average of the weights."""
         self.optimizers["generator"].step()
         self.optimizers["generator"].zero_grad(set_to_none=True)
         self.timesteps.update()
         self.ema.update(self.model)
 
     def snapshot(self):
-        """Note what `step` changes besides gradients: which losses were observed."""
+        """Copy what `step` changes besides the gradients: the observed losses."""
         return list(self.timesteps.observed)
 
     def restore(self, snapshot):
@@ -117,9 +119,9 @@ class PriorStage:
 
     @torch.no_grad()
     def held_out(self, size):
-        """Encode the first held-out images: [(CodeBatch, the first one's x or None)].
+        """Encode the first held-out images: [(CodeBatch, x of the first batch, else None)].
 
-        Notes what two baselines cost.
+        Computes what two baselines without a network cost on them.
         """
         run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
@@ -130,8 +132,8 @@ class PriorStage:
         K = self.first_stage.config.K
         self.facts |= {"uniform_nats": maps[0].size * math.log(K),
                        "histogram_nats": histogram_nats(self.codes, maps, K)}
-        print0("prior: a held-out map costs {uniform_nats:.1f} nats by chance, {histogram_nats:.1f}"
-               " by how often each code occurs at each cell".format(**self.facts))
+        print0("prior: a held-out map costs {uniform_nats:.1f} nats by equal probabilities,"
+               " {histogram_nats:.1f} by the histogram of each cell".format(**self.facts))
         return batches
 
     @torch.no_grad()
@@ -156,12 +158,12 @@ class PriorStage:
 
     @contextmanager
     def averaged(self):
-        """Give the model its averaged weights while the block runs."""
+        """Load the averaged weights into the model while the block runs."""
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema.weights)
         self.model.eval()
         try:
-            yield self.model.forward     # a compiled model would be compiled again for these shapes
+            yield self.model.forward     # uncompiled, as these shapes would compile again
         finally:
             self.model.load_state_dict(weights)
             self.model.train()
@@ -180,13 +182,12 @@ class PriorStage:
 
 @torch.no_grad()
 def start_from_codes(unet, codebook):
-    """Initialise embedding and last layer from the codebook (K,d): alike codes start alike.
+    """Initialise embedding and last layer from the codebook (K,d).  deviation D48
 
-    deviation D48
-    Coordinates are taken along as many of the codebook's principal axes as there are columns, with
-    variance 1 over all. The embedding is 0.1 times its random start plus the coordinates, the last
-    layer 0.1 times the coordinates, so that x̂0 is still nearly uniform. Without this, what is
-    learnt of one code says nothing of its neighbours.
+    A code's coordinates are those on the codebook's principal axes, as many as there are columns,
+    scaled to variance 1. The embedding is 0.1 times its random start plus the coordinates. The last
+    layer is 0.1 times the coordinates, so that x̂0 is still nearly uniform. Similar codes then start
+    with similar weights, and what is learnt of one code holds for its neighbours.
     """
     centred = codebook - codebook.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh                # (n, d)
@@ -200,12 +201,12 @@ def start_from_codes(unet, codebook):
 
 
 def code_maps(encode, dataset, n, config, parent, folder, workers=0):
-    """Encode the first n images in their fixed view: (n,h,w) uint16, int32 for K > 65,536.
+    """Encode the first n images: (n,h,w) uint16, or int32 for K > 65,536.  deviation D47
 
-    deviation D47
-    encode: image uint8 (b,3,H,W) -> indices (b,h,w), by the first stage of `config` whose hash is
-    `parent`. folder: where the memory-mapped file is kept, as a whole or not at all. Every process
-    must call this: they share the images in whole batches, so their number changes no bit.
+    encode: image uint8 (b,3,H,W), a fixed view, -> indices (b,h,w), by the first stage of `config`
+    whose sha256 is `parent`. folder: where the memory-mapped file is kept. It is written under
+    another name and renamed when it is complete. Every process must call this, because they share
+    the images, in the same batches whatever the number of processes.
     """
     key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
     path = Path(folder) / f"{dataset.split}-{key}.npy"
@@ -213,6 +214,7 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     dtype = np.dtype(np.uint16 if config.K <= 2**16 else np.int32)
     if on_rank0(path.exists):
         return np.load(path, mmap_mode="r")
+    # Encode this process's batches, and write those of all in the order of the images.
     starts = range(0, n, ENCODED)
     mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
     images, next_line = views(dataset, mine, workers), time.monotonic() + 10
@@ -223,7 +225,7 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
                 file = held.enter_context(open(part, "wb"))
                 np.lib.format.write_array_header_1_0(file, {
                     "descr": dtype.str, "fortran_order": False, "shape": (n, side, side)})
-            for start in starts[::world_size()]:         # a round: one batch on each process
+            for start in starts[::world_size()]:         # one batch on each process
                 image = next(images, None)
                 codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
                 shares = gather_objects(codes)                              # (b, h, w) each
@@ -240,9 +242,9 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
 
 
 class CodeItems:
-    """Order the maps of a run: a data set over positions 0, 1, 2, ..., as data.TrainingItems.
+    """Give the map of a position of the run: indices int64 (h,w), position.
 
-    codes: (n,h,w), any integers. Items: indices int64 (h,w), position.
+    codes: (n,h,w), any integers. The order is that of data.TrainingItems.
     """
 
     def __init__(self, codes, seed):
@@ -256,9 +258,9 @@ class CodeItems:
 class EMA:
     """Average a model's weights: average <- d·average + (1 - d)·weights.  deviation D40
 
-    d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up: without it, at a
-    decay of 0.9999, nine tenths of a run of a thousand steps would still be its start. The average
-    is float32, because bf16 would round most updates away.
+    d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up. Without it, at a
+    decay of 0.9999, the start would be nine tenths of the average after a thousand steps. The
+    average is float32, because bf16 would round most updates away.
     """
 
     def __init__(self, model, decay):
@@ -268,12 +270,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
-        """Take the model's weights of this step into the average."""
+        """Move the average towards the model's weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = dict(model.named_parameters())
-        # One call for all tensors: hundreds of small kernels would take longer than the arithmetic.
-        torch._foreach_lerp_(list(self.weights.values()),
-                             [current[name].float() for name in self.weights], 1 - decay)
+        for name, parameter in model.named_parameters():
+            self.weights[name].lerp_(parameter.float(), 1 - decay)
         self.updates += 1
 
     def state_dict(self):
