@@ -1,29 +1,33 @@
-"""VQ-DDM's prior over code maps, discrete diffusion. DDM Sec. 3.1 (Eq. 7, 15-24) and 4.4.
+"""Generate and complete code maps by discrete diffusion. DDM Sec. 3.1 (Eq. 7, 15-24) and 4.4.
 
-    training     z_0 --q_sample--> z_t --model--> logits --log_x0_hat--> x0_hat --kl--> L_{t-1}
-    sampling     z_T uniform --model--> x0_hat --draw from theta--> z_s --> ... --> z_0
-    completion   the same, the known cells replaced by noised given codes after each step
+    training     z_0 --q_sample--> z_t --model--> x0_hat --theta--> p(z_{t-1}|z_t) --> L_{t-1}
+    sampling     z_T uniform --model--> x0_hat --theta--> p(z_s|z_t) --draw--> z_s --> ... --> z_0
+    completion   the same, with the known cells replaced by noised given codes before each step
 
-A step of noise keeps a code with probability alpha_t, else replaces it by one of all K, drawn
-uniformly; so do many. Between any two times a cell needs two numbers and no K x K matrix: a, that
-it was never replaced, and b, what each code gets otherwise; a + K b = 1. For times 0 <= s < t <= T
-(the paper's step is s = t-1), and with i = z_t and j = z_0 of one cell:
+One step of noise keeps a code with probability alpha_t and otherwise replaces it by one of all K
+codes, drawn uniformly. Several steps do the same with other numbers: between any two times s < t
+a code is kept with probability a and each of the K codes is drawn with b = (1 - a)/K besides:
 
-    a_0s = alpha_bar_s                  b_0s = (1 - a_0s) / K        from 0 to s; 1 and 0 for s = 0
-    a_st = alpha_bar_t / alpha_bar_s    b_st = (1 - a_st) / K        from s to t
-    a_0t = a_0s a_st                    b_0t = a_st b_0s + b_st      from 0 to t
+    a_0s = alpha_bar_s                  b_0s = (1 - a_0s)/K        from 0 to s
+    a_st = alpha_bar_t / alpha_bar_s    b_st = (1 - a_st)/K        from s to t
 
-theta multiplies "noise on z_t" with x0_hat, so x0_hat must not contain what the cell's own z_t
-says: the best one is p(z_0^i | all other cells). With it theta is the true reverse for *every*
-s < t, which is why steps may be skipped. tests/textbook/dense_diffusion.py has K x K matrices.
+The paper has s = t - 1, where a_st is its alpha_t and b_st its beta_t/K. Any s < t is right as
+well, so sampling may skip times. With x the law of z_0 in a cell given the *other* cells, Bayes'
+rule gives the law of z_s in that cell given z_t everywhere:
+
+    p(z_s=k | z_t)  ~  q(z_t|z_s=k) p(z_s=k | other cells)       as each cell has its own noise
+                    =  q(z_t|z_s=k) sum_j x_j q(z_s=k|z_0=j)
+                    =  (a_st 1[k=z_t] + b_st) (a_0s x_k + b_0s)  which is theta(z_t, x) of Eq. 21
+
+Skipping costs one thing: within a step all cells are drawn independently of each other.
+tests/textbook/dense_diffusion.py has the same with K x K matrices.
 
 `model`: codes (B,h,w), t (B,) int64 on their device -> logits (B,K,h,w). Other times are int64 (B,)
-on the CPU, as the float64 tables are. `generator`: a CPU torch.Generator, a list with one for each
-image, or None; an image does not depend on the batch it is drawn in.
+on the CPU, like the float64 tables. `generator`: a CPU torch.Generator, a list with one for each
+image, or None. With a list an image does not depend on the batch it is drawn in.
 """
 
 import math
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,10 +39,7 @@ from seeding import per_image, uniforms
 
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
-STRATA = 4                # times t at which a held-out map's bound is looked at, and t = 1
-
-# log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
-softplus = partial(F.softplus, threshold=40.0)
+STRATA = 4                # times t at which a held-out map's bound is estimated, besides t = 1
 
 
 def known_cells(mask, f):
@@ -52,14 +53,20 @@ def known_cells(mask, f):
     return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
 
 
-def draw_codes(log_x, u):
-    """Draw a code for each cell by its cumulative sums: log_x (B,K,h,w), u (B,h,w) -> (B,h,w).
+def float64(x):
+    """Convert a tensor to float64, on the CPU where its device has none (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
-    u is in [0,1), so the first code whose sum reaches 1 - u has a probability above zero.
+
+def draw_codes(log_p, u):
+    """Draw a code in each cell by inverting the cumulative sums of p: log_p (B,K,h,w) -> (B,h,w).
+
+    u: uniforms (B,h,w) in [0,1). The first code whose sum reaches 1 - u has a probability above 0.
+    Near t = 1 a code has about 1e-8 beside z_t's 1, which sums in float32 would lose.
     """
-    cumulative = log_x.exp().cumsum(1)                                              # (B, K, h, w)
-    level = (1 - u)[:, None].to(cumulative.dtype).to(cumulative.device)             # (B, 1, h, w)
-    return (cumulative < level * cumulative[:, -1:]).sum(1)                         # (B, h, w)
+    cumulative = float64(log_p.exp()).cumsum(1)                                     # (B, K, h, w)
+    level = (1 - u)[:, None].to(cumulative.device) * cumulative[:, -1:]             # (B, 1, h, w)
+    return (cumulative < level).sum(1).to(log_p.device)                             # (B, h, w)
 
 
 def cosine_schedule(T):
@@ -75,11 +82,10 @@ def cosine_schedule(T):
 
 
 class MultinomialDiffusion:
-    """The noise q, its inversion by Bayes' rule and the learnt one. [DDM Sec. 3.1] [DDM Eq. 15]
+    """Noise codes, and learn to invert the noise. [DDM Sec. 3.1]
 
-    Q_t = alpha_t I + (1 - alpha_t)/K 11^T, symmetric; a product of such matrices is another one.
-    K: codes; T: steps. residual: "onehot" adds Eq. 23's 1 to the network's logits at z_t's code,
-    "none" nothing.  deviation D31  deviation D32
+    K: codes; T: steps. residual: "onehot" adds Eq. 23's 1 to the network's logit at z_t's code,
+    "none" adds nothing.  deviation D31  deviation D32
     """
 
     def __init__(self, K, T, residual="none"):
@@ -91,72 +97,70 @@ class MultinomialDiffusion:
         self.log_alpha_bar_t = cosine_schedule(T)                                   # (T+1)
         self.alpha_bar_t = self.log_alpha_bar_t.exp()                               # (T+1)
 
-    def coefficients(self, t, s, like):
-        """a_0s, b_0s, a_st, b_st, a_0t, b_0t for s < t, (B,): (6,B,1,1,1) of `like`'s type."""
-        log_a_0s, log_a_0t = self.log_alpha_bar_t[s], self.log_alpha_bar_t[t]
-        # 1 - a is -expm1(log a): a difference would lose the first steps' digits.
-        table = torch.stack([number for log_a in (log_a_0s, log_a_0t - log_a_0s, log_a_0t)
-                             for number in (log_a.exp(), -torch.expm1(log_a) / self.K)])  # (6, B)
-        return table.to(like.dtype).to(like.device)[..., None, None, None]
+    def transition(self, s, t, like):
+        """Compute log a and log b of the noise from s to t, (B,1,1,1) each. [DDM Eq. 15]
+
+        The paper's matrix is Q = a I + b 11^T with a + K b = 1. It is never formed. `like` gives
+        type and device.
+        """
+        log_a = self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s]                   # (B)
+        b = -torch.expm1(log_a) / self.K     # 1 - exp(log a) would lose the first steps' digits
+        # From 0 to 0 b is 0. A finite logarithm makes 0 log 0 zero, where -inf makes it NaN.
+        log_ab = torch.stack([log_a, b.log().clamp(min=-1e4)])                      # (2, B)
+        return log_ab.to(like.dtype).to(like.device)[..., None, None, None]
+
+    def log_q(self, z_t, z_s, s, t, like):
+        """Compute log q(z_t|z_s): a where the two are equal, and b besides. [DDM Eq. 16]
+
+        Codes that broadcast to (B,·,h,w), times (B,). q is symmetric in z_s and z_t.
+        """
+        log_a, log_b = self.transition(s, t, like)                                  # (B, 1, 1, 1)
+        return torch.where(z_t == z_s, torch.logaddexp(log_a, log_b), log_b)
+
+    def every_code(self, z):
+        """List all codes on z's device, to broadcast against z[:, None]: (K,1,1)."""
+        return torch.arange(self.K, device=z.device).view(-1, 1, 1)
 
     def q_sample(self, z_0, t, generator=None):
         """Draw z_t ~ q(z_t|z_0): codes (B,h,w), times (B,) -> (B,h,w). [DDM Eq. 17] [DDM Eq. 18]"""
-        u = uniforms(per_image(generator, len(z_0)), 2, *z_0.shape[1:])             # (2, B, h, w)
-        return self.forward(z_0, torch.zeros_like(t), t, u)
+        return self.forward(z_0, torch.zeros_like(t), t, generator)
 
-    def forward(self, z_s, s, t, u):
-        """Draw z_t ~ q(z_t|z_s) = Cat(a z_s + b) from uniforms u (2,B,h,w) float64. [DDM Eq. 16]
+    def forward(self, z_s, s, t, generator=None):
+        """Draw z_t ~ q(z_t|z_s) = Cat(a z_s + b): codes (B,h,w) -> (B,h,w). [DDM Eq. 16]
 
-        What is rare, that the code is lost, is asked near u = 0, where numbers are finest.
+        Keep the code with probability a, else draw one of all K. At small t a code is rarely lost,
+        so the test is u < 1 - a: floats resolve small numbers best.
         """
+        u, v = uniforms(per_image(generator, len(z_s)), 2, *z_s.shape[1:])          # (B, h, w)
         lost = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
-        lost = (u[0] < lost[:, None, None]).to(z_s.device)                          # (B, h, w)
-        return torch.where(lost, (u[1] * self.K).long().to(z_s.device), z_s)
+        lost = (u < lost[:, None, None]).to(z_s.device)                             # (B, h, w)
+        return torch.where(lost, (v * self.K).long().to(z_s.device), z_s)
 
-    def log_posterior(self, z_t, z_0, t, s):
-        """Compute log q(z_s|z_t,z_0): (B,K,h,w) float64 on the CPU. [DDM Eq. 20]
+    def log_posterior(self, z_t, z_0, t, s, like):
+        """Compute log q(z_s|z_t,z_0) for every code z_s by Bayes' rule. [DDM Eq. 20]
 
-        Bayes: q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0). As the matrix from s to t is symmetric, the first
-        factor is like noise put on z_t, so this is log_theta with a one-hot for x0_hat.
+        q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0): codes (B,h,w), times s < t (B,) -> (B,K,h,w).
         """
-        code = torch.arange(self.K).view(-1, 1, 1)                                  # (K, 1, 1)
-        one_hot = (code == z_0.cpu()[:, None]).double()                             # (B, K, h, w)
-        return self.log_theta(one_hot.log(), z_t.cpu(), t, s)
+        z_t, z_0, z_s, zero = z_t[:, None], z_0[:, None], self.every_code(z_t), 0 * s
+        return (self.log_q(z_t, z_s, s, t, like) + self.log_q(z_s, z_0, zero, s, like)
+                - self.log_q(z_t, z_0, zero, t, like))                              # (B, K, h, w)
 
-    def log_theta(self, log_x, z_t, t, s):
-        """Compute log N[theta(z_t,x)] over z_s, x in the place of z_0: (B,K,h,w). [DDM Eq. 21]
+    def log_theta(self, log_x0_hat, z_t, t, s):
+        """Compute log N[theta(z_t,x0_hat)] for every code z_s: (B,K,h,w). [DDM Eq. 21]
 
-        theta_k = (a_st 1[k=i] + b_st)(a_0s x_k + b_0s). Its second factor sums to 1 over k, so
-            S = sum_k theta_k = a_st (a_0s x_i + b_0s) + b_st = a_0t x_i + b_0t.
+        theta = [a_st z_t + b_st] * [a_0s x0_hat + b_0s], elementwise; N divides by the sum over k,
+        which by Bayes' rule is the law of z_t: [a_0t x0_hat + b_0t] at the code z_t.
         """
-        a_0s, b_0s, a_st, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
-        i = z_t[:, None]                                                            # (B, 1, h, w)
-        code = torch.arange(self.K, device=z_t.device).view(-1, 1, 1)               # (K, 1, 1)
-        first = torch.where(code == i, (a_st + b_st).log(), b_st.log())             # (B, K, h, w)
-        second = torch.logaddexp(log_x + a_0s.log(), b_0s.log())                    # (B, K, h, w)
-        log_x_i = log_x.gather(1, i)                                                # (B, 1, h, w)
-        log_S = torch.logaddexp(log_x_i + a_0t.log(), b_0t.log())                   # (B, 1, h, w)
-        return first + second - log_S
-
-    def draw(self, log_x, z_t, t, s, u):
-        """Draw z_s ~ N[theta(z_t,x)] from uniforms u (3,B,h,w) float64: (B,h,w). [DDM Eq. 22]
-
-        One formula for all t, also for the last step to s = 0.  deviation D30
-            theta_k = 1[k=i] a_st (a_0s x_i + b_0s) + b_st (a_0s x_k + b_0s)
-        and the second part sums to b_st. So with probability b_st / S the cell leaves z_t, for a
-        draw from x with probability a_0s, else for one of all K codes. Cumulative sums over theta
-        in float32 would lose b_st, which is 1e-8 near t = 1.
-        """
-        _, b_0s, _, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
-        S = a_0t * log_x.gather(1, z_t[:, None]).exp() + b_0t                       # (B, 1, h, w)
-        leave, noise = u[:2, :, None].to(log_x.dtype).to(log_x.device)              # (B, 1, h, w)
-        elsewhere = torch.where((noise < self.K * b_0s)[:, 0],
-                                (u[2] * self.K).long().to(z_t.device),
-                                draw_codes(log_x, u[2]))                            # (B, h, w)
-        return torch.where((leave < b_st / S)[:, 0], elsewhere, z_t)
+        z_t, z_s, zero = z_t[:, None], self.every_code(z_t), 0 * s
+        first = self.log_q(z_t, z_s, s, t, log_x0_hat)                              # (B, K, h, w)
+        log_a, log_b = self.transition(zero, s, log_x0_hat)                         # (B, 1, 1, 1)
+        second = torch.logaddexp(log_a + log_x0_hat, log_b)                         # (B, K, h, w)
+        log_a, log_b = self.transition(zero, t, log_x0_hat)                         # (B, 1, 1, 1)
+        log_sum = torch.logaddexp(log_a + log_x0_hat.gather(1, z_t), log_b)         # (B, 1, h, w)
+        return first + second - log_sum                                             # (B, K, h, w)
 
     def logits(self, model, z_t, t):
-        """Ask the network for z_t's logits at times t (B,), in float32 at least: (B,K,h,w)."""
+        """Run the network on z_t at times t (B,): logits (B,K,h,w), float32 or wider."""
         logits = model(z_t, t.to(z_t.device))
         B, h, w = z_t.shape
         if logits.shape != (B, self.K, h, w):
@@ -170,36 +174,22 @@ class MultinomialDiffusion:
             logits = logits.scatter_add(1, z_t[:, None], torch.ones_like(logits[:, :1]))
         return F.log_softmax(logits, dim=1)
 
-    def kl(self, log_x, z_t, z_0, t, s):
-        """Compute KL(q(z_s|z_t,z_0) || N[theta(z_t,x)]) in nats: (B,h,w). [DDM Eq. 24]
+    def log_p(self, model, z_t, t, s):
+        """Compute log p(z_s|z_t), the learnt reverse step: (B,K,h,w). [DDM Eq. 22]
 
-        q and p share theta's first factor. With r_k = log(a_0s x_k / b_0s + 1), a softplus,
-            q_k / p_k = (a_0s/b_0s 1[k=j] + 1) / exp(r_k) · S(x)/S(z_0),
-            KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x)/S(z_0).
-        q has one value at all k but i and j, so the sum is one over r_k and two corrections:
-            sum_k q_k r_k = q_k sum_k r_k + (q_i - q_k) r_i + 1[i!=j] (q_j - q_k) r_j.
-        For s = 0 all of q is at j, and the KL is -log p_j, with -log x_j for the first two terms.
-        At t = 1 it is the bound's L_0.
+        One formula serves all t, also the last step to s = 0.  deviation D30
         """
-        a_0s, b_0s, a_st, b_st, a_0t, b_0t = self.coefficients(t, s, log_x)
-        i, j = z_t[:, None], z_0[:, None]                                           # (B, 1, h, w)
-        same, last = i == j, b_0s == 0
-        log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
+        return self.log_theta(self.log_x0_hat(self.logits(model, z_t, t), z_t), z_t, t, s)
 
-        S = torch.where(same, a_0t + b_0t, b_0t)                                    # (B, 1, h, w)
-        q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
-        q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
-        q_k = b_st * b_0s / S
+    def terms(self, log_p, z_t, z_0, t):
+        """Compute the bound's term L_{t-1} of each cell in nats, (B,h,w). [DDM Eq. 24]
 
-        odds = a_0s / torch.where(last, 1, b_0s)     # finite for s = 0, or gradients were NaN
-        r = softplus(log_x + odds.log()).sum(1, keepdim=True)                       # (B, 1, h, w)
-        r_i, r_j = softplus(log_x_i + odds.log()), softplus(log_x_j + odds.log())
-        expected = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
-        divergence = torch.where(last, -log_x_j, q_j * odds.log1p() - expected)     # (B, 1, h, w)
-
-        odds = a_0t / b_0t                           # S(x) = b_0t (odds x_i + 1)
-        log_S_ratio = softplus(log_x_i + odds.log()) - torch.where(same, odds.log1p(), 0)
-        return (divergence + log_S_ratio)[:, 0]
+        log_p: that of z_{t-1}, (B,K,h,w); z_t, z_0: codes (B,h,w); t: (B,).
+        """
+        log_q = self.log_posterior(z_t, z_0, t, t - 1, log_p)                       # (B, K, h, w)
+        L_0 = -log_p.gather(1, z_0[:, None])[:, 0]       # -log p(z_0|z_1), (B, h, w)
+        KL = (log_q.exp() * (log_q - log_p)).sum(1)      # sum_k q (log q - log p), (B, h, w)
+        return torch.where((t == 1).to(KL.device)[:, None, None], L_0, KL)
 
     def prior_kl(self):
         """Compute L_T = KL(q(z_T|z_0) || uniform) of one cell in nats: tiny, without parameters."""
@@ -208,15 +198,15 @@ class MultinomialDiffusion:
         return (a + b) * math.log1p((K - 1) * a) + (K - 1) * b * math.log1p(-a)
 
     def loss(self, model, z_0, t, p, generator=None):
-        """Draw the bound once, to descend on it: (loss, terms). [DDM Eq. 7]
+        """Estimate the bound L_0 + sum_t KL + L_T from one t for each image. [DDM Eq. 7]
 
-        z_0: codes (B,h,w); t, p: (B,) of `Timesteps.draw`. loss: the mean over images of
-        L_{t-1}/p_t + L_T in nats a cell, whose expectation is the bound. terms: L_{t-1} in nats a
-        map, (B,) without graph, for `Timesteps.observe`.
+        z_0: codes (B,h,w); t, p: (B,) of `Timesteps.draw`. Returns (loss, terms). loss: the mean
+        over images of L_{t-1}/p_t + L_T in nats a cell, whose expectation is the bound. terms:
+        L_{t-1} in nats a map, (B,) without graph, for `Timesteps.observe`.
         """
         z_t = self.q_sample(z_0, t, generator)
-        log_x0_hat = self.log_x0_hat(self.logits(model, z_t, t), z_t)
-        terms = self.kl(log_x0_hat, z_t, z_0, t, t - 1).sum((1, 2))                 # (B)
+        log_p = self.log_p(model, z_t, t, t - 1)                                    # (B, K, h, w)
+        terms = self.terms(log_p, z_t, z_0, t).sum((1, 2))                          # (B)
         weighted = terms / p.to(terms.dtype).to(terms.device)
         return weighted.mean() / z_0[0].numel() + self.prior_kl(), terms.detach()
 
@@ -224,18 +214,20 @@ class MultinomialDiffusion:
     def vlb(self, model, z_0, generator=None, strata=None):
         """Compute the bound on -log p(z_0) in nats a map, (B,) float64, in parts. [DDM Eq. 7]
 
-        {"L_T": KL at the end, "L_t": sum over t = 2..T, "L_0": at t = 1, "vlb": their sum}, z_t
-        drawn once at each t. strata: so many equal parts of 2..T are seen at one t each, drawn
-        without bias, instead of at every t.
+        Returns {"L_T": KL at the end, "L_t": sum over t = 2..T, "L_0": at t = 1, "vlb": their sum},
+        with z_t drawn once at each t. strata: divide 2..T into so many equal parts and take one t
+        of each instead of all. The t is drawn uniformly, so the sum stays unbiased.
         """
-        B, h, w = z_0.shape
+        (B, h, w), device = z_0.shape, z_0.device
         generators = per_image(generator, B)
+        z_0 = z_0.cpu() if device.type == "mps" else z_0     # where float64 puts the logits
 
-        def term(t):                                     # L_{t-1}: (B,) float64 on the CPU
+        def exact(z_t, t):
+            return float64(model(z_t.to(device), t.to(device)))                     # (B, K, h, w)
+
+        def term(t):                                     # L_{t-1}: (B,) on the CPU
             z_t = self.q_sample(z_0, t, generators)
-            logits = self.logits(model, z_t, t).cpu().double()                      # (B, K, h, w)
-            log_x0_hat = self.log_x0_hat(logits, z_t.cpu())
-            return self.kl(log_x0_hat, z_t.cpu(), z_0.cpu(), t, t - 1).sum((1, 2))
+            return self.terms(self.log_p(exact, z_t, t, t - 1), z_t, z_0, t).sum((1, 2)).cpu()
 
         L_0 = term(torch.ones(B, dtype=torch.int64))
         L_t, strata = torch.zeros_like(L_0), strata or self.T - 1
@@ -266,11 +258,12 @@ class MultinomialDiffusion:
     def inpaint(self, model, indices, known, steps=None, resample=1, generator=None):
         """Fill in the cells of indices (B,h,w) that are not `known`, bool: int64. [DDM Sec. 4.4]
 
-        After each step the known cells are drawn from q(z_s|z_0) of the given codes; at the end
+        Before each step the known cells are drawn from q(z_t|z_0) of the given codes. At the end
         they are these codes. Raises ValueError for shapes that differ or numbers out of range.
 
-        resample: U of RePaint. In one pass (1, the paper) the unknown cells follow the known ones
-        too loosely. U - 1 times the step is undone by fresh noise and taken again.  deviation D35
+        resample: U of RePaint. Within a step the unknown cells are drawn without knowing what the
+        known ones become, so after one pass (1, the paper) they fit too loosely. With U each step
+        is undone by fresh noise and repeated, U times in all.  deviation D35
         """
         if known.shape != indices.shape or known.dtype != torch.bool:
             raise ValueError(f"known must be bool {tuple(indices.shape)}, like the indices, not "
@@ -279,34 +272,29 @@ class MultinomialDiffusion:
             raise ValueError(f"resample = {resample}: each step is taken at least once")
         B, h, w = indices.shape
         generators = per_image(generator, B)
-        times = [(torch.full((B,), t), torch.full((B,), s)) for t, s in self.grid(steps)]
-        T, zero = times[0][0], times[-1][1]                                         # (B) each
-
-        u = uniforms(generators, 3, h, w)                                           # (3, B, h, w)
-        z = (u[0] * self.K).long().to(indices.device)                               # (B, h, w)
-        z = torch.where(known, self.forward(indices, zero, T, u[1:]), z)
-        for t, s in times:
+        (u,) = uniforms(generators, 1, h, w)                                        # (B, h, w)
+        z = (u * self.K).long().to(indices.device)                                  # (B, h, w)
+        for t, s in self.grid(steps):
+            t, s = torch.full((B,), t), torch.full((B,), s)                         # (B) each
             for repeat in range(resample if s[0] else 1):
                 if repeat:
-                    u = uniforms(generators, 4, h, w)                               # (4, B, h, w)
-                    z = torch.where(known, self.forward(indices, zero, t, u[:2]),
-                                    self.forward(z, s, t, u[2:]))
-                u = uniforms(generators, 5, h, w)                                   # (5, B, h, w)
-                log_x0_hat = self.log_x0_hat(self.logits(model, z, t), z)
-                z = torch.where(known, self.forward(indices, zero, s, u[:2]),
-                                self.draw(log_x0_hat, z, t, s, u[2:]))
-        return z
+                    z = self.forward(z, s, t, generators)
+                z = torch.where(known, self.q_sample(indices, t, generators), z)
+                log_p = self.log_p(model, z, t, s)                                  # (B, K, h, w)
+                (u,) = uniforms(generators, 1, h, w)                                # (B, h, w)
+                z = draw_codes(log_p, u)
+        return torch.where(known, indices, z)
 
 
 class Timesteps:
-    """Draw the t that a training image is noised to, by importance. DDM's appendix  deviation D34
+    """Draw the t that a training image is noised to, by importance. [DDM App. A]  deviation D34
 
-    The terms L_t of the bound differ by orders of magnitude over t, and one image sees one t. So t
-    is drawn with probability p_t ~ sqrt(E[L_t²]), and the loss is weighed by 1/p_t, which keeps its
-    mean and lowers its variance. p_t is uniform until each of t = 1..T has HISTORY losses.
+    The terms L_t of the bound differ by orders of magnitude over t, and each image is noised to one
+    t. So t is drawn with probability p_t ~ sqrt(E[L_t²]) and its loss is divided by p_t, which
+    keeps the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
 
-    `update` enters what `observe` saw once a step, in the order of the images, so that the number
-    of processes and micro-batches changes no draw.
+    Once a step `update` enters what `observe` noted, in the order of the images, so that the number
+    of processes and of micro-batches changes no draw.
     """
 
     def __init__(self, T):

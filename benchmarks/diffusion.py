@@ -1,19 +1,20 @@
-"""The closed forms of diffusion.py against the log-one-hot form the field copies.
+"""What the textbook form of the bound's terms costs, beside a closed form without the sum over k.
 
-    python benchmarks/diffusion.py [--threads 1] [--codes 512 1024] [--size 16] [--batch-size 16]
+    python benchmarks/diffusion.py [--device cpu] [--threads 1] [--presets tiny paper117]
 
-Both get the same logits, z_0, z_t and t, every fourth t being 1. "loss" is forward and backward
-from the logits; "noising" is z_0 to z_t; "step" draws z_{t-1}. The field's form holds maps of codes
-as (B,K,h,w) of log(1) and log(1e-30) and normalises by logsumexp. "saved" is what the loss keeps
-for its backward pass. Values and gradients are compared in float64, where 1e-30 does not show. Both
-forms run in turns and medians are compared, so that a slow moment of the machine falls on both.
+diffusion.py computes Eq. 24 as it is printed: log q and log p for every code, then the sum of
+q (log q - log p). Both laws have one value at all codes but two, so the sum has a closed form,
+which is `ClosedForm` here. "loss" is forward and backward from given logits; "step" is one training
+step of the network: noise, forward, backward, Adam. "memory" is the most that one loss or step
+holds above what it begins with (CUDA only), in MiB, and for the loss as a multiple of the logits'
+size. Both forms run in turns and medians are compared; a CPU's milliseconds are processor time.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,142 +22,132 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import MultinomialDiffusion
-from seeding import uniforms
+from distributed import setup
+from unet import UNET_PRESETS, UNet
 
-T = 1000
+# preset: (K, side of the maps, T, maps a step on a CPU, on CUDA); the last is the largest in use
+CASES = {"tiny": [("tiny", 128, 16, 100, 16, 256)],
+         "paper117": [("paper117", 1024, 16, 4000, 4, 90), ("paper117", 16384, 32, 4000, 1, 8)]}
 
-
-def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--codes", type=int, nargs="+", default=[512, 1024], metavar="K")
-    parser.add_argument("--size", type=int, default=16, help="height and width of the maps")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each form")
-    return parser.parse_args(argv)
+# log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
+softplus = partial(F.softplus, threshold=40.0)
 
 
-class LogOneHot:
-    """The usual implementation: every map of codes a log one-hot, every law a (B,K,h,w)."""
+class ClosedForm(MultinomialDiffusion):
+    """Eq. 24 without a sum over log p: q and p share their first factor, so
 
-    def __init__(self, diffusion):
-        self.K, self.log_alpha_bar_t = diffusion.K, diffusion.log_alpha_bar_t
+        r_k = log(a_0s x_k / b_0s + 1),
+        q_k / p_k = (a_0s/b_0s 1[k=j] + 1) / exp(r_k) · S(x)/S(z_0),
+        KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x)/S(z_0),
 
-    def encode(self, z, like):
-        one_hot = F.one_hot(z, self.K).permute(0, 3, 1, 2).to(like.dtype)           # (B, K, h, w)
-        return one_hot.clamp(min=1e-30).log()
+    with i = z_t, j = z_0, S(x) = a_0t x_i + b_0t. q has one value at all k but i and j, hence
 
-    def noised(self, log_x, log_a):
-        """log(a x + (1-a)/K), a = exp(log_a), (B,)."""
-        log_rest = (-torch.expm1(log_a)).log() - math.log(self.K)
-        log_a, log_rest = (part.to(log_x.dtype).view(-1, 1, 1, 1) for part in (log_a, log_rest))
-        return torch.logaddexp(log_x + log_a, log_rest.expand_as(log_x))
+        sum_k q_k r_k = q_k sum_k r_k + (q_i - q_k) r_i + 1[i!=j] (q_j - q_k) r_j.
+    """
 
-    def posterior(self, log_x, log_z_t, t):
-        first = self.noised(log_z_t, self.log_alpha_bar_t[t] - self.log_alpha_bar_t[t - 1])
-        second = self.noised(log_x, self.log_alpha_bar_t[(t - 1).clamp(min=1)])
-        second = torch.where((t == 1).view(-1, 1, 1, 1), log_x, second)
-        both = first + second
-        return both - both.logsumexp(1, keepdim=True)
+    def log_theta(self, log_x0_hat, z_t, t, s):
+        return log_x0_hat                                # `terms` needs no more
 
-    def terms(self, logits, z_t, z_0, t):
-        log_z_0, log_z_t = self.encode(z_0, logits), self.encode(z_t, logits)
-        log_q = self.posterior(log_z_0, log_z_t, t)
-        log_p = self.posterior(F.log_softmax(logits, 1), log_z_t, t)
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)                                 # (B, h, w)
-        nll = -(log_z_0.exp() * log_p).sum(1)
-        return torch.where((t == 1).view(-1, 1, 1), nll, kl)
-
-    def draw(self, log_p):
-        u = torch.rand_like(log_p)
-        return (log_p - torch.log(-torch.log(u + 1e-30) + 1e-30)).argmax(1)
-
-    def noise(self, z_0, t, like):
-        return self.draw(self.noised(self.encode(z_0, like), self.log_alpha_bar_t[t]))
-
-    def step(self, logits, z_t, t):
-        log_x = F.log_softmax(logits, 1)
-        return self.draw(self.posterior(log_x, self.encode(z_t, logits), t))
+    def terms(self, log_x, z_t, z_0, t):
+        s, zero = t - 1, torch.zeros_like(t)
+        (a_0s, b_0s), (a_st, b_st), (a_0t, b_0t) = (
+            self.transition(*times, log_x).exp() for times in ((zero, s), (s, t), (zero, t)))
+        i, j = z_t[:, None], z_0[:, None]                                           # (B, 1, h, w)
+        same, last = i == j, b_0s == 0
+        log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
+        S = torch.where(same, a_0t + b_0t, b_0t)                                    # (B, 1, h, w)
+        q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
+        q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
+        q_k = b_st * b_0s / S
+        odds = a_0s / torch.where(last, 1, b_0s)         # finite for s = 0
+        r = softplus(log_x + odds.log()).sum(1, keepdim=True)                       # (B, 1, h, w)
+        r_i, r_j = softplus(log_x_i + odds.log()), softplus(log_x_j + odds.log())
+        expected = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
+        divergence = torch.where(last, -log_x_j, q_j * odds.log1p() - expected)     # (B, 1, h, w)
+        odds = a_0t / b_0t                               # S(x) = b_0t (odds x_i + 1)
+        log_S_ratio = softplus(log_x_i + odds.log()) - torch.where(same, odds.log1p(), 0)
+        return (divergence + log_S_ratio)[:, 0]
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def measure(forms, rounds, device):
+    """[(median ms, peak MiB above the start or nan)] of each form, run in turns."""
+    cuda, runs = device.type == "cuda", [[] for _ in forms]
+    for _ in range(rounds + 1):
+        for form, own in zip(forms, runs):
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            clock = time.perf_counter if cuda else time.process_time
+            start = clock()
+            form()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds = clock() - start
+            own.append((seconds * 1e3, (torch.cuda.max_memory_allocated() - before) / 2**20
+                        if cuda else float("nan")))
+    return [(statistics.median(ms for ms, _ in own[1:]), max(mib for _, mib in own[1:]))
+            for own in runs]
 
 
-def gradient(terms, logits):
-    """The terms and the gradient of their sum by the logits."""
-    logits = logits.detach().requires_grad_()
-    value = terms(logits)
-    value.sum().backward()
-    return value.detach(), logits.grad
+def compare(preset, K, side, T, B, args):
+    """Print the rows of one case."""
+    device, diffusions = setup(args.device), (MultinomialDiffusion(K, T), ClosedForm(K, T))
+    t, z_0 = torch.randint(2, T + 1, (B,)), torch.randint(K, (B, side, side), device=device)
+    t[0], p = 1, torch.full((B,), 1 / T, dtype=torch.float64)
+    net = UNet(UNET_PRESETS[preset], K, T).to(device)
+    optimizer = torch.optim.Adam(net.parameters())
+    logits = 3 * torch.randn(B, K, side, side, device=device)
+    generators = [torch.Generator() for _ in range(B)]
 
+    def loss(diffusion, kind=None):
+        given = logits.detach().to(kind or logits.dtype).requires_grad_()
+        draws = [generator.manual_seed(n) for n, generator in enumerate(generators)]
+        value, terms = diffusion.loss(lambda z, t: given * 1.0, z_0, t, p, draws)
+        value.backward()
+        return terms, given.grad
 
-def saved_mib(terms, logits):
-    """What autograd keeps between forward and backward, each storage once."""
-    kept = {}
+    def step(diffusion):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            diffusion.loss(net, z_0, t, p, generators)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-    logits = logits.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        terms(logits)
-    return sum(kept.values()) / 2**20
-
-
-def compare(K, args):
-    """The rows of one K: (name, our form, the field's, differences and memory as text)."""
-    B, side = args.batch_size, args.size
-    diffusion = MultinomialDiffusion(K, T)
-    field = LogOneHot(diffusion)
-    generators = [torch.Generator().manual_seed(n) for n in range(B)]
-    t = torch.randint(2, T + 1, (B,))
-    t[::4] = 1
-    z_0 = torch.randint(K, (B, side, side))
-    z_t = diffusion.q_sample(z_0, t, generators)
-    logits = torch.randn(B, K, side, side)
-
-    def ours(logits):
-        return diffusion.kl(diffusion.log_x0_hat(logits, z_t), z_t, z_0, t, t - 1)
-
-    def theirs(logits):
-        return field.terms(logits, z_t, z_0, t)
-
-    def step():
-        u = uniforms(generators, 3, side, side)
-        diffusion.draw(diffusion.log_x0_hat(logits, z_t), z_t, t, t - 1, u)
-
-    exact = zip(gradient(ours, logits.double()), gradient(theirs, logits.double()))
-    value, slope = [f"{(a - b).abs().max().item():.0e}" for a, b in exact]
-    saved = " / ".join(f"{saved_mib(form, logits):.0f} MiB" for form in (ours, theirs))
-    return [
-        ("loss", lambda: gradient(ours, logits), lambda: gradient(theirs, logits),
-         [value, slope, saved]),
-        ("noising", lambda: diffusion.q_sample(z_0, t, generators),
-         lambda: field.noise(z_0, t, logits), ["", "", ""]),
-        ("step", step, lambda: field.step(logits, z_t, t), ["", "", ""]),
-    ]
+    kind = torch.float64 if device.type == "cpu" and K < 10_000 else torch.float32
+    (value, slope), (other, other_slope) = (loss(diffusion, kind) for diffusion in diffusions)
+    differ = (f"{((value - other).abs() / other.abs()).max().item():.0e}, "
+              f"{((slope - other_slope).abs().max() / slope.abs().max()).item():.0e}")
+    del value, slope, other, other_slope
+    size = logits.numel() * 4 / 2**20
+    for name, work in (("loss", loss), ("step", step)):
+        (ms, mib), (fast, less) = measure([partial(work, diffusion) for diffusion in diffusions],
+                                          args.rounds, device)
+        memory = f"{mib:.0f} / {less:.0f}"
+        if name == "loss":
+            extra, memory = ms - fast, f"{memory} ({mib / size:.1f}x / {less / size:.1f}x)"
+        share = "" if name == "loss" else f"{100 * extra / fast:.1f} %"
+        print(f"| {preset}, K = {K}, {side} x {side}, B = {B} | {name} | {ms:.1f} | {fast:.1f} | "
+              f"{share} | {memory} | {differ if name == 'loss' else ''} |", flush=True)
 
 
 def main(argv=None):
-    args = arguments(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--presets", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each form")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, CPU threads: {args.threads} "
-          f"({torch.backends.cpu.get_cpu_capability()}), B = {args.batch_size}, "
-          f"{args.size} x {args.size}, T = {T}, median of {args.rounds} interleaved runs\n")
-    print("| K | | closed form | log-one-hot | faster | values differ by | gradients by | saved |")
-    print("|---" * 8 + "|")
-    for K in args.codes:
-        for name, ours, theirs, rest in compare(K, args):
-            runs = [[seconds(form) for form in (ours, theirs)] for _ in range(args.rounds + 1)][1:]
-            fast, slow = map(statistics.median, zip(*runs))
-            cells = [K, name, f"{fast * 1e3:.1f} ms", f"{slow * 1e3:.1f} ms",
-                     f"{slow / fast:.1f}x", *rest]
-            print("| " + " | ".join(map(str, cells)) + " |")
+    where = (torch.cuda.get_device_name() + ", networks in bf16" if args.device == "cuda" else
+             f"CPU, {args.threads} threads ({torch.backends.cpu.get_cpu_capability()})")
+    print(f"torch {torch.__version__}, {where}, median of {args.rounds} interleaved runs\n")
+    print("| case | | textbook, ms | closed form, ms | more, of a step | memory, MiB: textbook / "
+          "closed | values, gradients differ by |")
+    print("|---" * 7 + "|")
+    for preset in args.presets:
+        for *case, cpu, cuda in CASES[preset]:
+            compare(*case, cuda if args.device == "cuda" else cpu, args)
 
 
 if __name__ == "__main__":
