@@ -70,7 +70,7 @@ class ClosedForm(MultinomialDiffusion):
 
 
 def measure(forms, rounds, device):
-    """[(median ms, peak MiB above the start or nan)] of each form, run in turns."""
+    """[(median ms, peak MiB above the start)] of each form, run in turns."""
     cuda, runs = device.type == "cuda", [[] for _ in forms]
     for _ in range(rounds + 1):
         for form, own in zip(forms, runs):
@@ -85,7 +85,7 @@ def measure(forms, rounds, device):
                 torch.cuda.synchronize()
             seconds = clock() - start
             own.append((seconds * 1e3, (torch.cuda.max_memory_allocated() - before) / 2**20
-                        if cuda else float("nan")))
+                        if cuda else 0))
     return [(statistics.median(ms for ms, _ in own[1:]), max(mib for _, mib in own[1:]))
             for own in runs]
 
@@ -122,9 +122,10 @@ def compare(preset, K, side, T, B, args):
     for name, work in (("loss", loss), ("step", step)):
         (ms, mib), (fast, less) = measure([partial(work, diffusion) for diffusion in diffusions],
                                           args.rounds, device)
-        memory = f"{mib:.0f} / {less:.0f}"
+        memory = f"{mib:.0f} / {less:.0f}" if device.type == "cuda" else "not measured"
         if name == "loss":
-            extra, memory = ms - fast, f"{memory} ({mib / size:.1f}x / {less / size:.1f}x)"
+            extra = ms - fast
+            memory += f" ({mib / size:.1f}x / {less / size:.1f}x)" if device.type == "cuda" else ""
         share = "" if name == "loss" else f"{100 * extra / fast:.1f} %"
         print(f"| {preset}, K = {K}, {side} x {side}, B = {B} | {name} | {ms:.1f} | {fast:.1f} | "
               f"{share} | {memory} | {differ if name == 'loss' else ''} |", flush=True)

@@ -13,7 +13,7 @@ from pictures import image_grid
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALLEST = {
-    "diffusion": ["--codes", "8", "--size", "4", "--batch-size", "4", "--rounds", "1"],
+    "diffusion": ["--presets", "tiny", "--rounds", "1"],
     "fid": ["--dim", "12", "--images", "5", "40", "--rounds", "1"],
     "nearest_code": ["--rows", "64", "--cases", "16x4", "32x8", "--rounds", "1"],
     "pconv": ["--size", "8", "--rounds", "1", "--system-malloc"],
