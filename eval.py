@@ -1,14 +1,14 @@
-"""Make the papers' tables of trained runs, or of pictures made by anything.
+"""Measure trained runs, or pictures made by any program, and write the papers' tables.
 
     python eval.py RUN [RUN ...]                   what each decoder does to known pixels
     python eval.py RUN --table ddm1                which codes are in use, before and after ReFiT
-    python eval.py --pred DIR --real DIR ...       pictures of Stable Diffusion, of anything
+    python eval.py --pred DIR --real DIR --masks DIR --table 1      pictures of any program
     python eval.py --pred DIR --data signs --unpaired --table 6     samples that sample.py wrote
 
     images --encode--> z --metrics.decode_all--> x_hat --metrics.measure--> a row for each image
     the table of images --metrics.report_rows--> means, FID --paper_tables.py--> Markdown, JSON
 
-Writes report.md, report.json and, of runs, the pictures beside them. [AVQ Tab. 2] [AVQ Tab. 3]
+Writes report.md, report.json and, for runs, pictures beside them. [AVQ Tab. 2] [AVQ Tab. 3]
 """
 
 import argparse
@@ -34,8 +34,9 @@ from losses import TRUNKS
 from pictures import image_grid, image_rows, show_masked
 from quantize import code_statistics, exact_float32
 
-EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # of the report's pictures
-WORKERS = 2                                      # that decode where a whole split is counted
+EXAMPLES, SAMPLES = 6, 16                        # images in report.png, in samples.png
+STEPS = 25                                       # reverse steps of these samples, at most
+WORKERS = 2                                      # processes that read photos for --table ddm1
 CAPTIONS = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
 
 
@@ -43,11 +44,12 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
              unpaired=False, invert_mask=False, data=None, root=None, size=None, table=None,
              lpips=None, weights=None, clip=None, fid=True, per_image=None, batch_size=None,
              device="cpu", out=None):
-    """Measure runs, or pictures of anything; print the tables, write the report and return it.
+    """Measure runs, or pictures of any program; print the tables; write and return the report.
 
-    The arguments are the flags; None stands for the run's own. Unpaired pictures are compared as
-    sets, by FID and inception score alone. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
+    The arguments are the flags; None stands for the run's own setting. Unpaired pictures are
+    compared as sets, by FID and inception score. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
     """
+    # Open the runs, and the networks that measure.
     device, paths = torch.device(device), [Path(path) for path in runs]
     runs = open_runs(paths, device)
     models = {name: run.model for name, run in runs.items()}
@@ -56,31 +58,34 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     vq = bool(models) and first_stage.config.latent == "vq"
     if table == "ddm1" and not vq:
         raise UserError("--table ddm1: a KL latent has no codes; give a run with a VQ first stage")
-    asked, lpips = lpips is not None, lpips or config.get("perceptual", "vgg")
-    networks = metrics.open_networks(device, weights or config.get("weights"),
-                                     "none" if unpaired else lpips, asked, fid, clip, bool(refs))
+    net = "none" if unpaired else lpips or config.get("perceptual", "vgg")
+    networks = metrics.open_networks(device, weights or config.get("weights"), net,
+                                     lpips is not None, fid, clip, bool(refs))
 
-    # Choose the images: pairs of files, a folder's against other ones, or held-out ones.
-    drawn = {"kind": "files" if masks else None, "size": None, "seed": None}
+    # Choose the images: two sets, pairs of files, or a data set's held-out images.
+    masks_drawn = {"kind": "files" if masks else None, "size": None, "seed": None}
     dataset, limit = None, n
     if unpaired:
-        pictures = PictureFolder("--pred", pred, n)
-        others = (PictureFolder("--real", real) if real else
-                  open_dataset(data, root, "val", size or pictures.read(0).shape[-1]))
-        most = len(others) if real else min(len(pictures), len(others))
-        about = (f"{len(pictures):,} pictures in {pred} against {most:,} of "
+        images = PictureFolder("--pred", pred, n)
+        if real:
+            others = PictureFolder("--real", real)
+            n_others = len(others)
+        else:
+            others = open_dataset(data, root, "val", size or images.read(0).shape[-1])
+            n_others = min(len(images), len(others))
+        about = (f"{len(images):,} pictures in {pred} against {n_others:,} of "
                  f"{real or others.describe()}")
         networks.off |= dict.fromkeys(("lpips", "clip_score"), "no pairs")
     elif real:
-        pictures = MatchedFolders(real, pred, masks, refs, invert_mask=invert_mask, limit=n)
-        about = pictures.describe()
+        images = MatchedFolders(real, pred, masks, refs, invert_mask=invert_mask, limit=n)
+        about = images.describe()
     else:
         data, root = data or config.get("data", "imagenet"), root or config.get("root")
         size = size or config.get("size", 256)
-        pictures = dataset = open_dataset(data, root, "val", size)
+        images = dataset = open_dataset(data, root, "val", size)
         n = n or (500 if isinstance(dataset, Signs) else 1000)
-        about, drawn = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
-    n = min(n or len(pictures), len(pictures))
+        about, masks_drawn = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
+    n = min(n or len(images), len(images))
     batch_size = batch_size or (8 if pred else 4 if real else max(1, min(16, 2**18 // size**2)))
 
     def batches(images, n, *ranks):
@@ -88,24 +93,30 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             return images.batches(batch_size, device)
         return held_out(images, n, batch_size, device, *ranks, masks=not unpaired)
 
-    home = paths and (paths[0] if paths[0].is_dir() else paths[0].parent)
-    made = f"{pred.rstrip('/')}-report" if pred else home if len(paths) == 1 else home / "compare"
-    out = run_folder.make_folder(Path(out or made))
+    # Choose the report's folder.
+    home = None
+    if pred:
+        place = f"{pred.rstrip('/')}-report"
+    else:
+        home = paths[0] if paths[0].is_dir() else paths[0].parent
+        place = home if len(paths) == 1 else home / "compare"
+    out = run_folder.make_folder(Path(out or place))
     print0(f"evaluating {', '.join(runs) or pred}: {n:,} of {about}; the report goes to {out}")
 
     with exact_float32(), torch.inference_mode():
-        # Show the first images; what a device does once, at its first batch, is not timed then.
-        columns = first_images(batches(pictures, n), models) if models else {}
+        # Decode the first images for report.png, which also warms up the device before the timing.
+        columns = first_images(batches(images, n), models) if models else {}
+
         # Decode the same latents by every decoder, and measure.
         ranks = distributed.rank(), distributed.world_size()
-        rows, counts = tabulate(batches(pictures, n, *ranks), n, batch_size, networks, models, pred)
+        rows, counts = tabulate(batches(images, n, *ranks), n, batch_size, networks, models, pred)
         if unpaired:
-            rows += tabulate(batches(others, most, *ranks), most, batch_size, networks)[0]
+            rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means = distributed.on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
 
-        # Of the codes: which are in use, and what their prior makes.
-        codebooks, notes, prior, links = [], networks.reasons(), None, {}
+        # Count the codes in use.
+        codebooks, notes = [], networks.reasons()
         if models and not vq:
             notes["codebook"] = "not computed: a KL latent has no codes"
         elif table == "ddm1":
@@ -122,6 +133,9 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             codebooks.append(codebook_row("in use", first_stage, size, code_statistics(counts),
                                           rfid=rfid))
             notes["codebook"] = f"held out: {n:,} images; train: not counted, --table ddm1 does"
+
+        # Draw samples and completions by the prior.
+        prior, links = None, {}                                     # links: {file: title}
         folder = next((path for path in paths if (path / "prior").is_dir()), None)
         if dataset and folder:
             prior, notes["prior"], links = distributed.on_rank0(
@@ -130,8 +144,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
 
-    # Tell it.
-    report = tables.make_report(means, n, device, drawn, config.get("seed"), notes,
+    # Print the tables.
+    report = tables.make_report(means, n, device, masks_drawn, config.get("seed"), notes,
                                 codebooks[-1] if codebooks else None, prior)
     if distributed.rank() > 0:
         return report
@@ -141,19 +155,21 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     if table == "ddm1":
         texts.append(tables.ddm_table_1())
     if prior and prior["uniform_nats"]:
-        texts += ["What a held-out map of them costs, as training measured it last:",
+        texts += ["-log p of a held-out map of codes, measured at the end of training:",
                   tables.prior_table(prior, first_stage.config.K)]
     if prior:
-        texts += ["Drawing such maps:", tables.steps_table(prior["steps"], SAMPLES)]
+        texts += ["Drawing such maps by the prior:", tables.steps_table(prior["steps"], SAMPLES)]
     elif "prior" in notes:
         texts.append(f"prior: {notes['prior']}")
     text = "\n\n".join(texts)
     print0(f"\n{text}")
+
+    # Write the report and its pictures.
     if columns:
         image_grid(columns, out / "report.png")
         links = {"report.png": "the first images by each decoder"} | links
     run_folder.write_text(out / "report.md", "\n\n".join([
-        "# Known pixels" if drawn["kind"] else "# Pictures", text,
+        "# Known pixels" if masks_drawn["kind"] else "# Pictures", text,
         f"`{report['command']}`, commit {report['commit']}",
         *(f"![{title}]({name})" for name, title in links.items())]) + "\n")
     run_folder.write_text(out / "report.json", json.dumps(
@@ -164,13 +180,13 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             writer = csv.DictWriter(file, head, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["decoder"] != metrics.REAL)
-    made = [*(out / name for name in ("report.md", "report.json", *links)), per_image]
-    print0(f"wrote {', '.join(str(path) for path in made if path)}")
+    written = [*(out / name for name in ("report.md", "report.json", *links)), per_image]
+    print0(f"wrote {', '.join(str(path) for path in written if path)}")
     return report
 
 
 def open_runs(paths, device):
-    """{name: convert.Loaded} of each path. UserError where they cannot stand in one table."""
+    """Open {path: convert.Loaded}. Raises UserError for runs that one table cannot compare."""
     runs = {}
     for path in paths:
         if str(path) in runs:
@@ -179,7 +195,7 @@ def open_runs(paths, device):
     for name, run in list(runs.items())[1:]:
         first, one = next(iter(runs.items()))
         if run.latents != one.latents:
-            raise UserError(f"{name} and {first} stand on different first-stage weights; evaluate "
+            raise UserError(f"{name} and {first} have different first-stage weights; evaluate "
                             f"them one by one, or train one on the other's: --vqgan {first}")
         for key in ("data", "size"):
             ours, theirs = run.config.get(key), one.config.get(key)
@@ -190,7 +206,7 @@ def open_runs(paths, device):
 
 
 def encode(first_stage, x):
-    """z (B,d,h,w) of x (B,3,H,W), and its indices (B,h,w), None of a KL latent."""
+    """Encode x (B,3,H,W) to z (B,d,h,w) and indices (B,h,w), None for a KL latent."""
     f, (H, W) = first_stage.config.f, x.shape[2:]
     if H % f or W % f:
         raise UserError(f"an image of {W} x {H} px: both sides must be multiples of {f} for this "
@@ -201,7 +217,7 @@ def encode(first_stage, x):
 
 
 def first_images(batches, models):
-    """{caption: the first images by each decoder}, of one size."""
+    """Decode the first images, of one size, by each decoder: {caption: [(3,H,W), ...]}."""
     columns = {}
     for batch in batches:
         z, _ = encode(metrics.first_stage_of(models.values()), batch.x)
@@ -222,35 +238,37 @@ def first_images(batches, models):
 
 
 def tabulate(batches, n, batch_size, networks, models=None, files=None):
-    """Measure all batches, over all processes: (the table of images, counts of codes (K,)).
+    """Measure all batches over all processes: (the table of images, counts of codes (K,)).
 
-    n: images in all. networks: None counts codes only. models: {run: model} that decode the images.
-    files: the name of what another program made: each batch's `pred`, or its images without one.
+    n: images in all; networks: None counts codes only. models: {run: model} that decode the images.
+    files: name of pictures made elsewhere, which are each batch's `pred` or, without one, its `x`.
     """
     steps = math.ceil(n / batch_size / distributed.world_size())
     table, counts = [], 0
     progress = run_folder.Progress("evaluation", 0, steps, min(batch_size, n))
     for done, batch in enumerate(batches, 1):
-        outputs = {(None, metrics.REAL): (batch.x, 0)}
+        outputs = {(None, metrics.REAL): (batch.x, 0)}                  # (image, seconds) of each
         if models:
             first_stage = metrics.first_stage_of(models.values())
             z, indices = encode(first_stage, batch.x)                   # (B, d, h, w), (B, h, w)
             if indices is not None:
                 counts += indices.flatten().cpu().bincount(minlength=first_stage.config.K)
-            outputs |= metrics.decode_all(models, z, batch.x, batch.mask) if networks else {}
+            if networks:
+                outputs |= metrics.decode_all(models, z, batch.x, batch.mask)
         elif files and batch.pred is None:
             outputs = {(files, "files"): (batch.x, 0)}
         elif files:
-            outputs[files, "files"] = batch.pred, 0
-        for (run, decoder), (x_hat, seconds) in outputs.items() if networks else ():
-            table += metrics.measure(x_hat, batch, networks, run, decoder, seconds)
+            outputs[files, "files"] = (batch.pred, 0)
+        if networks:
+            for (run, decoder), (x_hat, seconds) in outputs.items():
+                table += metrics.measure(x_hat, batch, networks, run, decoder, seconds)
         progress.show(min(done, steps), {})
     progress.close()
     return metrics.over_ranks(table), sum(distributed.gather_objects(counts))
 
 
 def codebook_row(name, first_stage, size, val, train=None, rfid=None):
-    """A row of tables.codebook_table; val, train: quantize.code_statistics of each split."""
+    """Make a row of tables.codebook_table. val, train: quantize.code_statistics of the splits."""
     side = size // first_stage.config.f
     return {"name": name, "latent": f"{side}x{side}", "K": val["K"],
             "usage_train": train and train["usage"], "usage_val": val["usage"],
@@ -260,8 +278,8 @@ def codebook_row(name, first_stage, size, val, train=None, rfid=None):
 def count_codebooks(home, first_stage, splits, n, batch_size, inception):
     """Count a run's codes in both splits, before and after ReFiT: codebook_rows. [DDM Tab. 1]
 
-    splits: the held-out images and those of training; n: the first of each, None for all;
-    inception: for the FID of what the codes of the held-out images decode to, or None.
+    splits: the held-out images and those of training; n: how many of each, None for all;
+    inception: the network for rFID, the FID of decoded held-out images, or None.
     """
     stages, rows = {"the first stage's": first_stage}, []
     device = first_stage.quantize.embedding.weight.device
@@ -274,17 +292,22 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
             total = min(n or len(split), len(split))
             batches = held_out(split, total, batch_size, device, distributed.rank(),
                                distributed.world_size(), masks=False, workers=WORKERS)
-            decoded = inception and not statistics and model.decoder is not None
-            networks = metrics.Networks(inception=inception) if decoded else None
+            networks = None
+            if inception and not statistics and model.decoder is not None:       # held-out images
+                networks = metrics.Networks(inception=inception)
             table, counts = tabulate(batches, total, batch_size, networks, {name: model})
             statistics.append(code_statistics(counts))
-            rfid = metrics.summary(table, None, "vanilla")["fid"] if decoded else rfid
+            if networks:
+                rfid = metrics.summary(table, None, "vanilla")["fid"]
         rows.append(codebook_row(name, model, split.size, *statistics, rfid))
     return rows
 
 
 def draw(folder, dataset, device, out):
-    """Draw what a run's prior makes, into `out`: (the report's "prior", a note, {file: title})."""
+    """Draw samples and completions by a run's prior into `out`.
+
+    Returns (the report's "prior" or None, the note on it, {file: title}).
+    """
     try:
         prior = load_prior(folder, device)
         model = sample.open_decoder(folder, prior)
@@ -294,7 +317,7 @@ def draw(folder, dataset, device, out):
     if not prior.finished:
         return None, f"not computed: its training is not finished (step {prior.step})", {}
     if dataset.size != side:
-        return None, f"not computed: it makes pictures of {side} px, not of {dataset.size}", {}
+        return None, f"not computed: it draws images of {side} px, not of {dataset.size}", {}
     steps = chosen_steps(None, prior.diffusion.T, STEPS)
     row, samples = sample.measure(prior, model, steps, SAMPLES, batch_size=SAMPLES)
     title = f"{SAMPLES} samples ({steps} steps), decoded by {sample.decoder_name(model)}"
@@ -311,45 +334,53 @@ def draw(folder, dataset, device, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="The papers' tables, of runs or of pictures by anything.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Print the papers' tables; write report.md, report.json and pictures. Give RUN to decode "
+        "held-out images by each decoder from the same latents. Give --pred with --real to measure "
+        "pictures that any program made, or with --unpaired to compare two sets of pictures."))
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN",
-        help="run folders, their stage files, or public checkpoints, on one first stage")
-    add("--pred", metavar="DIR", help="pictures made by anything, instead of runs")
-    add("--real", metavar="DIR", help="the originals, matched by file name")
-    add("--masks", metavar="DIR", help="masks of the same names; white = generated")
-    add("--refs", metavar="DIR", help="what the holes were to look like, for the CLIP score")
-    add("--invert-mask", action="store_true", help="the masks are black where generated")
-    add("--unpaired", action="store_true", help="compare sets: PRED with REAL, or with --data")
-    add("--data", choices=DATASETS, help="held-out pictures (default: the run's, else imagenet)")
-    add("--root", metavar="DIR", help="folder of these pictures (default: the run's --root)")
-    add("--size", type=int, metavar="PX", help="their size (default: the run's, PRED's, else 256)")
-    add("-n", "--n", type=int, metavar="N", help="pictures (default: all given ones; of held-out "
-        "ones at most 1000, signs 500; --table ddm1 counts all)")
-    add("--table", choices=(*tables.PAPER_TABLES, "ddm1"),
-        help="print this table of the AVQ paper as well; ddm1: DDM's Table 1, codes in use")
+        help="run folders, stage files or public checkpoints with one first stage")
+    add("--pred", metavar="DIR", help="pictures made by any program, instead of runs")
+    add("--real", metavar="DIR", help="originals of --pred, matched by name, or what RUN decodes")
+    add("--masks", metavar="DIR", help="masks, white = generated (default: no errors, no seam)")
+    add("--refs", metavar="DIR", help="references for the CLIP score (default: no CLIP score)")
+    add("--invert-mask", action="store_true", help="black = generated (default: white)")
+    add("--unpaired", action="store_true",
+        help="compare --pred as a set with --real or --data (default: in pairs with --real)")
+    add("--data", choices=DATASETS, help="measure on its held-out images (default: the run's data, "
+        "else imagenet)")
+    add("--root", metavar="DIR", help="folder of these images (default: the run's)")
+    add("--size", type=int, metavar="PX", help="side (default: the run's, --pred's, else 256)")
+    add("-n", "--n", type=int, metavar="N", help="number of images (default: all of --pred and "
+        "--real; of --data at most 1000, signs 500; --table ddm1 counts all)")
+    add("--table", choices=(*tables.PAPER_TABLES, "ddm1"), help="add a table of AVQ with the "
+        "paper's own rows, or ddm1, DDM's Table 1 on codes in use (default: none)")
     add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
-    add("--weights", metavar="DIR", help="networks' files (default: the run's, else torch hub's)")
-    add("--clip", metavar="DIR", help="folder of a CLIP model, for the CLIP score")
-    add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score")
-    add("--per-image", metavar="FILE", help="write the measures of each picture as a CSV table")
-    add("--batch-size", type=int, metavar="B", help="pictures at once (default: 16 up to 128 px, "
-        "4 at 256, 1 at 512; with --pred 8; of runs with --real 4)")
+    add("--weights", metavar="DIR", help="folder of the networks' files (default: the run's, else "
+        "torch hub's)")
+    add("--clip", metavar="DIR", help="folder of a CLIP model for that score (default: none)")
+    add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score "
+        "(default: both, if the network's file can be had)")
+    add("--per-image", metavar="FILE", help="write each image's measures as CSV (default: do not)")
+    add("--batch-size", type=int, metavar="B", help="images at once (default: 16 up to 128 px, 4 "
+        "at 256, 1 at 512; 8 with --pred; 4 for RUN with --real)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--out", metavar="DIR", help="of the report (default: RUN, RUN/compare or PRED-report)")
+    add("--out", metavar="DIR", help="the report's folder (default: RUN, RUN/compare for several, "
+        "PRED-report)")
     args = parser.parse_args()
-    table, samples = f"--table {args.table}", args.table in ("6", "10")
+    table = f"--table {args.table}"
+    samples = args.table in ("6", "10")          # tables about samples, not about pairs
     numbers = {"-n": args.n, "--batch-size": args.batch_size, "--size": args.size}
     small = ", ".join(flag for flag, value in numbers.items() if value is not None and value < 1)
     for wrong, sentence in (
-        (small, f"{small}: give a number from 1 on"),
+        (small, f"{small}: give a number of at least 1"),
         (bool(args.runs) == bool(args.pred), "give either runs or --pred DIR --real DIR"),
         (args.unpaired and not args.pred, "--unpaired needs --pred DIR, a folder of pictures"),
         (args.unpaired and bool(args.real) == bool(args.data),
          "--unpaired compares --pred DIR with one other set: give --real DIR or --data"),
         (args.unpaired and (args.masks or args.refs or args.lpips or not args.fid),
-         "--unpaired is for FID and inception score alone: leave the flags of pairs out"),
+         "--unpaired gives only FID and inception score: leave out the flags of pairs"),
         (args.pred and not args.real and not args.unpaired, "--pred needs --real DIR"),
         (args.masks and not args.real, "--masks needs --real DIR, the original pictures"),
         (args.refs and not args.masks, "--refs needs --masks DIR: the CLIP score is of the hole"),

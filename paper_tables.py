@@ -56,7 +56,7 @@ PAPER_TABLES = {
     "3": ("ways of blending, inpainting on ImageNet", _INPAINTED, ("asym",), {
         "Ours (base) add.": "7.60 0.137 5.7", "Ours (base) concat.": "7.64 0.138 5.3",
         "Ours (large) add.": "7.55 0.136 2.6", "Ours (large) concat.": "7.56 0.137 4.4"}),
-    # [AVQ Tab. 4] [AVQ Tab. 5], which print Pre_error without e-5: it is taken as meant.
+    # [AVQ Tab. 4] [AVQ Tab. 5]
     "4": ("paint by example, COCOEE", _EXAMPLE, _MODULES[:3], {
         "Blended Diffusion": "80.65 -", "DCCF": "82.18 -", "StableDiffusion": "75.33 -",
         "Paint-by-Example": "84.97 -", "Paint-by-Example*": "85.67 588.86", "Ours": "86.35 0.76"}),
@@ -80,8 +80,8 @@ PAPER_TABLES = {
 NOTES = {
     "pre_error": "mean squared error of known pixels, images in [0,1]; 4 times that in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "how much larger the step across the mask's border is than in the original, images in "
-            "[0,1]; 0: equal, positive: a visible edge, negative: blurred",
+    "seam": "step across the mask's border minus the original's, images in [0,1]; positive is a "
+            "visible edge, negative a blurred border",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
     "fid": "over all images and over the bin 40-50, as in Table 1; null for fewer than two images",
     "is_mean": "over 10 splits in order, or one for each image if fewer; over all images only",
@@ -161,6 +161,8 @@ def paper_table(report, number):
     about = [ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER]
     if ("all", "pre_error") in columns:
         about.append(ABOUT_ERROR)
+    if number in ("4", "5"):
+        about.append("The paper prints this table's Pre_error without e-5, taken here as meant.")
     if any(method.endswith("*") for method in figures):
         about.append("*: reproduced by AVQ's authors.")
     return "\n\n".join([f"Table {number}: {title}", markdown(["method", "n", *heads], rows),

@@ -325,7 +325,7 @@ def test_a_prior_without_our_decoder_shows_no_inpainting(with_prior):
 
 @pytest.mark.parametrize(("what", "reason"), [
     ("unfinished", "training is not finished (step 2)"), ("other weights", "n/a: the prior in"),
-    ("other size", "it makes pictures of 32 px, not of 64")])
+    ("other size", "it draws images of 32 px, not of 64")])
 def test_a_prior_that_cannot_be_shown_is_told_and_the_rest_stands(what, reason, with_prior, capsys):
     if what == "unfinished":
         change(with_prior, "prior", finished=False)
@@ -355,8 +355,8 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
     ("run --unpaired --real r", "--unpaired needs --pred"),
     ("--pred p --unpaired", "give --real DIR or --data"),
     ("--pred p --unpaired --real r --data signs", "give --real DIR or --data"),
-    ("--pred p --real r --masks m --unpaired", "--unpaired is for FID"),
-    ("--pred p --real r --unpaired --no-fid", "--unpaired is for FID"),
+    ("--pred p --real r --masks m --unpaired", "--unpaired gives only FID"),
+    ("--pred p --real r --unpaired --no-fid", "--unpaired gives only FID"),
     ("--pred p --real r --unpaired --table 2", "--table 2 is about pairs"),
     ("--pred p --real r --size 64", "--size are about a data set"),
     ("run --table 1", "--table 1 is about pictures that a generator made"),
