@@ -1,13 +1,19 @@
-"""The paper's contribution: a decoder with a condition branch. AVQ Sec. 3.2, Tables 7 and 8.
+"""Decode a latent beside the known pixels: the paper's contribution. AVQ Sec. 3.2, Tables 7 and 8.
 
     image·(1-m) --ConditionBranch--> features 0..n   (0 and 1 at full resolution, then halves)
     z --conv_in, mid--> h --blend n--> level n-1 --blend n-1--> ... --blend 1--> level 0
                           --blend 0--> norm, SiLU, conv_out --> x_hat
 
-Level i takes feature i+1 and the output feature 0, as in the tables; Eq. 3 counts from 1.
-`blend="add"` is the paper's final choice (Sec. 4.1), with plain convolutions in the branch;
-`blend="concat"` is what Tables 7 and 8 print, with partial ones. The trunk is vqgan.Decoder, so its
-weights load from the first stage; the branch is `encoder.layers.N`, as the authors call it.
+Level i takes feature i+1 and the output feature 0, as in the tables. Eq. 3 counts from 1.
+`blend="add"` is the paper's final choice (Sec. 4.1), with plain convolutions in the branch.
+`blend="concat"` is what Tables 7 and 8 print, with partial convolutions. The trunk is a
+vqgan.Decoder and can start from the first stage's. The branch is `encoder.layers.N`, the authors'
+name.
+
+Why not paste the known pixels over the vanilla decoder's image? That leaves a step at the border,
+because the decoder's colours differ from the photo's (AVQ Sec. 4.1, Fig. 4). Here the decoder draws
+both sides from joint features, so it can fit the hole to the known pixels. metrics.seam measures
+the step.
 """
 
 import torch
@@ -29,11 +35,11 @@ ASYM_PRESETS = {
 
 
 class ConditionBranch(nn.Module):
-    """The lightweight encoder E of the known pixels. [AVQ Eq. 3] [AVQ Tab. 7]
+    """Extract features of the known pixels: the lightweight encoder E. [AVQ Eq. 3] [AVQ Tab. 7]
 
-    widths: channels of feature 0, 1, 2, ...; 0 and 1 have the image's resolution, each further one
-    half of the one before.  deviation D13
-    partial: partial convolutions, which infer features inside the hole; plain ones otherwise.
+    widths: channels of feature 0, 1, 2, ...; 0 and 1 have the image's resolution, 2 has half of it,
+    3 a quarter and so on.  deviation D13
+    partial: use partial convolutions, which infer features inside the hole, instead of plain ones.
     """
 
     def __init__(self, widths, partial):
@@ -46,7 +52,7 @@ class ConditionBranch(nn.Module):
             self.layers.append(conv(a, b, kernel_size, stride=stride, padding=1))
 
     def forward(self, image, mask):
-        """image (B,3,H,W), mask (B,1,H,W) -> [f_E^l], before the ReLU that leads to the next."""
+        """Map image (B,3,H,W), mask (B,1,H,W) to [f_E^l], l = 0, 1, ...: each before its ReLU."""
         features, valid = [], 1 - mask
         h = image * valid                                                   # (B, 3, H, W)
         for layer in self.layers:
@@ -66,10 +72,14 @@ def mask_guided_blend(f_dec, f_enc, mask):
 
 
 class AsymDecoder(Decoder):
-    """Decoder with a condition branch and a blend at every level. [AVQ Sec. 3.2]
+    """Decode with a condition branch and a blend at every level. [AVQ Sec. 3.2]
 
     [AVQ Tab. 7] [AVQ Tab. 8]  config: the first stage's; ch, num_res_blocks: this decoder's own.
     blend: "add" with plain convolutions in the branch, or "concat" with partial.  deviations D1 D2
+    A full mask equals no mask. "add" gives h·1 + f_E·0 = h. "concat" joins a mask of 1 and features
+    0, which partial convolutions give without known pixels.
+    With the first stage's trunk, "add" starts near its image: under a full mask it is its decoder.
+    "concat" starts far from it, because `fuse` is random before every level of that trunk.
     """
 
     def __init__(self, config, ch, num_res_blocks, blend="add"):
@@ -84,7 +94,7 @@ class AsymDecoder(Decoder):
 
     @classmethod
     def from_preset(cls, config, preset, blend="add"):
-        """A row of ASYM_PRESETS on the first stage's plan. Raises ValueError for another name."""
+        """Build a row of ASYM_PRESETS for a first stage. Raises ValueError for another name."""
         if preset not in ASYM_PRESETS:
             raise ValueError(f"unknown decoder size {preset!r}; choose from "
                              f"{', '.join(ASYM_PRESETS)}")
@@ -92,50 +102,55 @@ class AsymDecoder(Decoder):
         return cls(config, round(factor * config.ch), num_res_blocks, blend)
 
     def trunk_fits(self, decoder):
-        """Whether the first stage's `decoder` is this trunk, so that training can start from it."""
+        """Tell whether the first stage's `decoder` has the trunk's sizes, so that it can load."""
         ours = {name: p.shape for name, p in self.named_parameters() if not _in_branch(name)}
         return ours == {name: p.shape for name, p in decoder.named_parameters()}
 
     def load_trunk(self, decoder):
-        """Copy the first stage's `decoder` into the trunk. Raises ValueError where sizes differ."""
+        """Copy the first stage's `decoder` into the trunk. Raises ValueError if sizes differ."""
         if not self.trunk_fits(decoder):
             raise ValueError("the first stage's decoder has other sizes than this trunk")
         self.load_state_dict(self.state_dict() | decoder.state_dict())
 
     def trunk_parameters(self):
-        """The parameters that the vanilla decoder has as well."""
+        """List the parameters that the vanilla decoder has as well."""
         return [p for name, p in self.named_parameters() if not _in_branch(name)]
 
     def branch_parameters(self):
-        """The parameters that only the asymmetric decoder has."""
+        """List the parameters that only the asymmetric decoder has."""
         return [p for name, p in self.named_parameters() if _in_branch(name)]
 
     def last_features(self, z, image=None, mask=None):
-        """As Decoder.last_features, with the known pixels blended in. Trusts its input.
+        """Compute what enters the last layer, (B,ch,H,W), with the known pixels blended in.
 
-        z: (B,z,h,w), after post_quant_conv; image: (B,3,H,W); mask: (B,1,H,W) in {0,1}.
+        z: (B,z,h,w), after post_quant_conv; image: (B,3,H,W); mask: (B,1,H,W) in {0,1}. The input
+        is not checked. Comments name the rows of Tables 7 and 8, where `mid` is the last level's.
         """
         conditions = None
-        if mask is not None:                             # [(f_E^l, m^l)], what blend l takes
-            features = self.encoder(image, mask)
+        if mask is not None:
+            features = self.encoder(image, mask)         # rows Condition 0, 1, ...
             # Every step-th value is nearest-neighbour downsampling.
             steps = [mask.shape[-1] // f.shape[-1] for f in features]
             conditions = [(f, mask[..., ::s, ::s]) for f, s in zip(features, steps)]
+        # Row Main 4: Conv2d (3, 3), ResBlock, AttnBlock, ResBlock.
         h = self.mid(self.conv_in(z))                                       # (B, C, h, w)
         for i in reversed(range(len(self.up))):
-            h = self.run_level(i, self._blend(i + 1, h, conditions))        # (B, C', 2h, 2w)
+            # Rows Main 3, 2, 1, 0: Concat, Conv2d (1, 1); then ResBlocks, Upsample (none in row 0).
+            h = self._blend(i + 1, h, conditions)                           # (B, C, h, w)
+            h = self.run_level(i, h)                                        # (B, C', 2h, 2w)
+        # Row Main Out: Concat, Conv2d (1, 1), GroupNorm; its Conv2d (3, 3) is conv_out.
         h = self._blend(0, h, conditions)                                   # (B, ch, H, W)
         return F.silu(self.norm_out(h))
 
     def forward(self, z, image=None, mask=None):
-        """-> x_hat (B,3,H,W); arguments as for last_features."""
+        """Decode to x_hat (B,3,H,W); arguments as for last_features."""
         return self.conv_out(self.last_features(z, image, mask))            # (B, 3, H, W)
 
     def _blend(self, index, h, conditions):
-        """h (B,C,h,w), joined with condition `index`, where there is one."""
+        """Blend h (B,C,h,w) with condition `index`, a pair (f_E, m), if there is a mask."""
         if self.blend == "add":
             return h if conditions is None else mask_guided_blend(h, *conditions[index])
-        # [h, f_E, m] joined by a 1x1 convolution; without a mask f_E = 0, m = 1.  deviation D15
+        # Concat [h, f_E, m], Conv2d (1, 1); without a mask f_E = 0 and m = 1.  deviation D15
         if conditions is None:
             f_enc, mask = torch.zeros_like(h), torch.ones_like(h[:, :1])
         else:
@@ -145,15 +160,15 @@ class AsymDecoder(Decoder):
 
 
 def _in_branch(name):
-    """Whether a parameter of AsymDecoder belongs to what the vanilla decoder lacks."""
+    """Tell whether a parameter of AsymDecoder is one that the vanilla decoder lacks."""
     return name.startswith(("encoder.", "fuse."))
 
 
 class AsymVQGAN(nn.Module):
-    """A frozen first stage and its asymmetric decoder. [AVQ Sec. 3.2]
+    """Join a frozen first stage and its asymmetric decoder. [AVQ Sec. 3.2]
 
-    Only `decoder` trains: encoder, codebook, quant_conv and post_quant_conv keep the weights they
-    came with; `first_stage` itself is frozen, not a copy.  deviation D9
+    Only `decoder` trains. Encoder, codebook, quant_conv and post_quant_conv keep their weights.
+    The `first_stage` given is frozen itself, not a copy of it.  deviation D9
     """
 
     def __init__(self, first_stage, decoder):
@@ -163,16 +178,16 @@ class AsymVQGAN(nn.Module):
         self.config = first_stage.config
 
     def encode(self, x, sample=False, generator=None):
-        """As VQGAN.encode: x (B,3,H,W) in [-1,1] -> z (B,d,h,w)."""
+        """Encode x (B,3,H,W) in [-1,1] by VQGAN.encode: z (B,d,h,w)."""
         return self.first_stage.encode(x, sample, generator)
 
     def decode(self, z, *, image=None, mask=None):
-        """z (B,d,h,w) -> x_hat (B,3,H,W), about [-1,1], not clamped.
+        """Decode z (B,d,h,w): x_hat (B,3,H,W), about [-1,1], not clamped.
 
-        image: (B,3,H,W) in [-1,1], only its known pixels are looked at; mask: (B,1,H,W) in {0,1} of
+        image: (B,3,H,W) in [-1,1], of which only known pixels matter; mask: (B,1,H,W) in {0,1} of
         any type, 1 = to be generated. Without them the decoder relies on z alone, as under a full
-        mask. Raises ValueError for shapes that do not fit z and for a mask that is not binary (not
-        checked in train mode or compiled: it would wait for the device).
+        mask. Raises ValueError for shapes that do not fit z and for a mask that is not binary. Its
+        values are not checked in train mode or compiled, where the check would wait for the device.
         """
         B, f = len(z), self.config.f
         if z.ndim != 4 or z.shape[1] != self.config.embed_dim:
@@ -187,18 +202,18 @@ class AsymVQGAN(nn.Module):
             if mask.shape != (B, 1, *image.shape[2:]):
                 raise ValueError(f"mask {tuple(mask.shape)} must be {(B, 1, *image.shape[2:])}, "
                                  "one channel as large as the image")
-            watched = not (self.training or torch.compiler.is_compiling())
-            if watched and not ((mask == 0) | (mask == 1)).all():
+            checked = not (self.training or torch.compiler.is_compiling())
+            if checked and not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("mask has values other than 0 and 1; threshold it: "
                                  "mask = (mask > 0.5).float()")
             mask = mask.to(image.dtype)
         return self.decoder(self.first_stage.post_quant_conv(z), image, mask).float()
 
     def forward(self, x, mask, generator=None):
-        """Pass training images up to the last layer: the full x encoded, its known pixels blended.
+        """Pass training images up to the last layer: encode the full x, blend its known pixels.
 
         x: (B,3,H,W) in [-1,1]; mask: (B,1,H,W) in {0,1}; generator: see DiagonalGaussian.sample.
-        -> (B,ch,H,W), of which the image is `decoder.conv_out`.
+        Returns h (B,ch,H,W); decoder.conv_out(h) is x_hat.
         """
         with torch.no_grad():
             z = self.encode(x, sample=True, generator=generator)            # (B, d, h, w)

@@ -2,9 +2,9 @@
 
     (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
 
-The decoder is trained on LaMa's random masks (strokes of a thick brush, or boxes) and, for half of
-the samples, on the full mask, which teaches it to decode with no picture at hand. Evaluation masks
-cover at most half the picture. Every mask is a pure function of its arguments.
+The decoder trains on LaMa's random masks (strokes of a thick brush, or boxes). Half of the samples
+get the full mask instead, so that it learns to decode the latent alone. Evaluation masks cover at
+most half the image. Every mask is a pure function of its arguments.
 """
 
 from collections import namedtuple
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from seeding import MASK_FULL, MASK_SHAPE, numpy_generator
 
-# Upper ends are LaMa's own: a brush is 5 + [0, width) thick, a segment 10 + [0, length) long.
+# Upper ends, as LaMa states them: a brush is 5 + [0, width) px, a segment 10 + [0, length) px.
 Strokes = namedtuple("Strokes", "min_times max_times width length")
 Boxes = namedtuple("Boxes", "max_times min_side max_side margin")
 
@@ -34,8 +34,8 @@ BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 def random_mask(kind, size, seed, index):
     """Draw LaMa's random mask: uint8 (size,size), 1 = to be generated.
 
-    kind: of MASK_KINDS. Below 512 px LaMa's 256 table is drawn at size/256, from 512 on its 512
-    table at size/512. seed: an int or a tuple of ints, none negative.
+    kind: one of MASK_KINDS. Sizes below 512 px use LaMa's numbers for 256 px, scaled by size/256;
+    others use those for 512 px, scaled by size/512. seed: an int >= 0 or a tuple of such ints.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
@@ -59,7 +59,7 @@ def _generator(stream, seed, index):
 
 
 def _draw_strokes(draw, rng, strokes, side, scale):
-    # LaMa's own reading of its "1-5 times" is 1 to 6: its generator adds one to the upper end.
+    # LaMa says "1-5 times" and draws 1 to 6, because its generator adds one to the upper end.
     # deviation D18
     for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
         x, y = rng.integers(side, size=2).tolist()
@@ -73,8 +73,8 @@ def _draw_strokes(draw, rng, strokes, side, scale):
             y = min(max(int(y + length * cos(angle)), 0), side)
             end, width = (x * scale, y * scale), max(1, round(width * scale))
             draw.line((start, end), fill=1, width=width)
-            # Round the ends, as OpenCV's lines have them in LaMa: without them the mean area of
-            # thick masks falls from 0.40 to 0.33.  deviation D18
+            # Round the ends, as OpenCV's lines in LaMa have them. Without, the mean area of thick
+            # masks falls from 0.40 to 0.33.  deviation D18
             if width > 2:
                 r = width / 2
                 for u, v in (start, end):
@@ -92,7 +92,7 @@ def _draw_boxes(draw, rng, boxes, side, scale):
 
 
 def box_mask(size, top, left, height, width):
-    """Mark one box: uint8 (size,size). ValueError if it is empty or leaves the picture."""
+    """Mark one box: uint8 (size,size). Raises ValueError if it is empty or leaves the image."""
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > size:
         raise ValueError(f"box top={top} left={left} height={height} width={width} "
                          f"does not fit into {size} x {size} px")
@@ -104,8 +104,8 @@ def box_mask(size, top, left, height, width):
 def training_mask(size, seed, index, kind="thick", p_full=0.5):
     """Draw the full mask with probability `p_full`, else a random one. [AVQ Sec. 3.2]
 
-    The paper alternates; a coin for each sample does not depend on batches.  deviation D8
-    Returns (mask uint8 (size,size), full): `full` says that all is to be generated.
+    The paper alternates. A coin for each sample does not depend on the batch.  deviation D8
+    Returns (mask uint8 (size,size), full), with full=True if every pixel is to be generated.
     """
     if _generator(MASK_FULL, seed, index).random() < p_full:
         return np.ones((size, size), np.uint8), True                                # (size,size)
@@ -114,17 +114,19 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 
 
 def evaluation_mask(size, index, kind="thick", seed=0):
-    """Draw the mask of image `index` in every table, not empty, at most half: uint8 (size,size)."""
-    while not 0 < (mask := random_mask(kind, size, seed, index)).mean() <= 0.5:
+    """Draw image `index`'s mask for every table, not empty, at most half: uint8 (size,size)."""
+    mask = random_mask(kind, size, seed, index)
+    while not 0 < mask.mean() <= 0.5:
         index += 1
+        mask = random_mask(kind, size, seed, index)
     return mask
 
 
 def area_bucket(mask):
-    """Name the bin of the share to be generated: "0-10" .. "90-100", lower end included.
+    """Name LaMa's bin of the share to be generated: "0-10" .. "90-100". [AVQ Tab. 1]
 
-    LaMa's ten bins. [AVQ Tab. 1]  mask: any array or CPU tensor of zeros and ones.
+    Each bin includes its lower end. mask: any array or CPU tensor of zeros and ones.
     """
     mask = np.asarray(mask)
-    tenth = min(9, 10 * int(mask.sum()) // mask.size)  # in integers: 40 % is never 39.999 %
+    tenth = min(9, 10 * int(mask.sum()) // mask.size)  # in integers, so that 40 % is exact
     return f"{10 * tenth}-{10 * tenth + 10}"

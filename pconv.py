@@ -1,12 +1,12 @@
 """Convolve known pixels only: the condition branch's layer when the blend is concat.
 
 AVQ's Tables 7 and 8 name the layer and its source (Liu et al., Image inpainting for irregular holes
-using partial convolutions). With X a window of x, M that of valid, sum(1) its positions:
+using partial convolutions). X is a window of x, M the same window of valid, sum(1) its size:
 
     y = W^T (X * M) * sum(1) / sum(M) + b where sum(M) > 0, else 0;  valid_out = [sum(M) > 0]
 
 valid_out is the next layer's valid. Zero padding counts in sum(1) but never in sum(M), as in the
-published layer: at the image's border the ratio exceeds 1. `valid` is 1 - mask: here, 1 = known.
+published layer, so the ratio exceeds 1 at the image's border. `valid` is 1 - mask: 1 = known.
 """
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class PartialConv2d(nn.Conv2d):
-    """Convolve valid pixels and make up for the missing ones. [AVQ Tab. 7] [AVQ Tab. 8]
+    """Convolve valid pixels and scale up for the missing ones. [AVQ Tab. 7] [AVQ Tab. 8]
 
     Parameters, their names and initialisation are nn.Conv2d's. padding: at most half the kernel.
     """
@@ -25,9 +25,9 @@ class PartialConv2d(nn.Conv2d):
     def forward(self, x, valid):
         """Map x (B,C,H,W), valid (B,1,H,W) in {0,1} to y (B,C',H',W') and valid_out (B,1,H',W').
 
-        valid_out is float32, in {0,1}. A window without a valid pixel gives exactly 0, without
-        bias. The arithmetic is the published layer's for a mask that is the same in all channels.
-        Raises ValueError for another shape of valid.
+        valid_out is float32. A window without a valid pixel gives exactly 0, without bias. The
+        arithmetic is the published layer's for a mask that is the same in all channels. Raises
+        ValueError for another shape of valid.
         """
         expected = (x.shape[0], 1, *x.shape[2:])
         if valid.shape != expected:
@@ -39,8 +39,8 @@ class PartialConv2d(nn.Conv2d):
         ratio = self.weight[0, 0].numel() / count.clamp(min=1) * valid_out
         y = F.conv2d(x * valid.to(x.dtype), self.weight, None,
                      self.stride, self.padding)                             # (B, C', H', W')
-        # In place: the convolution's backward never reads its output, and under bf16 y stays bf16
-        # while the ratio multiplies in float32.
+        # In place, so that y stays bf16 under autocast although ratio is float32. The convolution's
+        # backward never reads y.
         y.mul_(ratio)
         if self.bias is not None:
             y.addcmul_(self.bias.to(y.dtype).view(1, -1, 1, 1), valid_out.to(y.dtype))

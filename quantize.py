@@ -1,6 +1,6 @@
-"""The two latents of the first stage: a vector quantiser and a diagonal Gaussian.
+"""Make a latent of the encoder's output: quantise its vectors, or read it as a Gaussian.
 
-AVQ Sec. 3.1 quantises each encoder vector to its nearest code (Eq. 1) and trains both by Eq. 2.
+AVQ Sec. 3.1 replaces each encoder vector by its nearest code (Eq. 1) and trains both by Eq. 2.
 Appendix B keeps the vectors continuous and pulls them towards N(0, 1) (Eq. 10).
 
     z_e (B,d,h,w) --nearest_code--> indices (B,h,w) --embedding--> z_q (B,d,h,w)   VectorQuantizer
@@ -14,21 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MAX_SCORES = 2**21       # held at once, 8 MiB in float32: what keeps a large codebook affordable
+MAX_SCORES = 2**21       # scores held at once, 8 MiB in float32, so that memory stays bounded
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def nearest_code(z, codebook):
-    """Index of the codebook row nearest to each row of z, the lowest on ties. [AVQ Eq. 1]
+    """Find the codebook row nearest to each row of z, the lowest index on ties. [AVQ Eq. 1]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
-    |z - e|² = |z|² - 2 z·e + |e|², where |z|² is the same for every code: left out, it cannot eat
-    the mantissa. Codes are centred for the same reason, by their median, which a few far ones do
-    not move. Of codes alike to a millionth of their squared spread, any may win.  deviation D22
+    In |z - e|² = |z|² - 2 z·e + |e|², |z|² is the same for every code e. Leaving it out keeps
+    float32's precision, and so does centring the codes, by their median because far codes hardly
+    move it. Of codes whose distances agree to a millionth of their squared spread, any may win.
+    deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    # Autocast, TF32 and oneDNN's bf16 would each move the argmin.
+    # Autocast, TF32 and oneDNN's bf16 would each round the scores and change indices.
     with torch.autocast(z.device.type, enabled=False), exact_float32():
         centre = codebook.to(dtype).median(0).values                        # (d)
         codes = codebook - centre                                           # (K, d)
@@ -39,12 +40,17 @@ def nearest_code(z, codebook):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-neighbour quantisation with a straight-through gradient. [AVQ Eq. 1] [AVQ Eq. 2]
+    """Replace each vector by its nearest code. [AVQ Eq. 1] [AVQ Eq. 2]
 
+    Straight through: argmin has no gradient, so z_q's gradient is handed to z_e unchanged. Stages
+    with a frozen encoder do not use it; the decoder stage even encodes under no_grad.
     K: codebook size; d: width of a code; beta: commitment weight, on the encoder's term.
-    legacy_beta: beta on the codebook's term, as the public weights were trained.  deviation D3
-    code_range: codes start uniform in ±code_range; None is taming's 1/K, which a short run leaves
-    with a few codes only.  deviation D26
+    legacy_beta: weigh the codebook's term instead, as for the public weights. The loss keeps its
+    value, but codes move with weight beta and the encoder with 1. So the encoder is tied harder
+    to its codes, and they follow more slowly, except under Adam, whose steps ignore a gradient's
+    scale.  deviation D3
+    code_range: codes start uniform in ±code_range. None is taming's 1/K, from which a short run
+    comes to use a few codes only.  deviation D26
     """
 
     def __init__(self, K, d, beta=0.25, legacy_beta=False, code_range=None):
@@ -54,9 +60,9 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -(code_range or 1 / K), code_range or 1 / K)
 
     def forward(self, z_e):
-        """z_e (B,d,h,w) -> z_q (B,d,h,w), indices (B,h,w), loss (scalar, mean over all elements).
+        """Quantise z_e (B,d,h,w): z_q (B,d,h,w), indices (B,h,w), loss (0-d, mean over elements).
 
-        z_q has the codes' values, bit for bit, and z_e's gradient. All in float32.
+        z_q has the codes' values, bit for bit, and passes its gradient to z_e. All in float32.
         """
         B, d, h, w = z_e.shape
         z_e = z_e.float()
@@ -70,51 +76,51 @@ class VectorQuantizer(nn.Module):
             loss = self.beta * codebook_term + commitment_term
         else:
             loss = codebook_term + self.beta * commitment_term
-        # Straight through, dz_q/dz_e = 1. In this order the sum adds a zero and rounds nothing.
+        # Straight through: dz_q/dz_e = 1. In this order the sum adds 0 and rounds nothing.
         z_q = z_q.detach() + (z_e - z_e.detach())
         return z_q, indices, loss
 
     def lookup(self, indices):
-        """The codes' vectors: indices (B,h,w) in [0,K) -> z_q (B,d,h,w)."""
+        """Look up the codes of indices (B,h,w) in [0,K): z_q (B,d,h,w)."""
         return self.embedding(indices).permute(0, 3, 1, 2).contiguous()     # (B, d, h, w)
 
 
 class DiagonalGaussian:
-    """q(z|x) = N(mean, exp(logvar)) of each element, from moments (B,2d,h,w). [AVQ Eq. 10]"""
+    """Read moments (B,2d,h,w) as q(z|x) = N(mean, exp(logvar)) of each element. [AVQ Eq. 10]"""
 
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)                 # (B, d, h, w) each
-        self.logvar = logvar.clamp(-30.0, 20.0)                             # as latent-diffusion
+        self.logvar = logvar.clamp(-30.0, 20.0)                   # latent-diffusion's range
 
-    @torch.compiler.disable          # a generator's state has no place in a graph
+    @torch.compiler.disable          # a compiled graph cannot hold a generator's state
     def sample(self, generator=None):
-        """Draw mean + std · noise, (B,d,h,w); the noise on the CPU, whatever the device.
+        """Draw mean + std · noise, (B,d,h,w). The noise is drawn on the CPU for every device.
 
-        generator: None, one CPU torch.Generator, or a list with one for each image.
+        generator: None, one CPU torch.Generator, or a list of one per image.
         """
         B, *shape = self.mean.shape
         if not isinstance(generator, list):
             noise = torch.randn(B, *shape, generator=generator)             # (B, d, h, w)
         elif len(generator) != B:
-            raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
+            raise ValueError(f"{len(generator)} generators for {B} images; give one per image")
         else:
             noise = torch.stack([torch.randn(shape, generator=each) for each in generator])
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
 
     def mode(self):
-        """The mean, (B,d,h,w): what evaluation uses."""
+        """Give the mean, (B,d,h,w), as evaluation uses it."""
         return self.mean
 
     def kl(self):
-        """KL(q || N(0, 1)) in nats, summed over d,h,w: (B,)."""
+        """Compute KL(q || N(0, 1)) in nats, summed over d, h and w: (B,)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - self.logvar - 1).sum((1, 2, 3))
 
 
 def code_statistics(counts):
-    """{"K", "usage", "perplexity"} of the counts (K,) of a whole split. [DDM Tab. 1]
+    """Compute {"K", "usage", "perplexity"} of the counts (K,) of a whole split. [DDM Tab. 1]
 
     usage: fraction of codes that occur. perplexity: exp(entropy in nats) of their frequencies,
-    from 1 (one code only) to K (all alike).  deviation D44
+    from 1 (one code only) to K (all equally often).  deviation D44
     """
     frequency = counts.double() / counts.sum()                              # (K)
     return {"K": len(counts), "usage": (counts > 0).double().mean().item(),
@@ -123,7 +129,7 @@ def code_statistics(counts):
 
 @contextmanager
 def exact_float32():
-    """Switch off TF32 and oneDNN's bf16 products in the block: factors of 10 and 7 bits."""
+    """Switch off TF32 and oneDNN's bf16 products in the block: they round to 10 and 7 bits."""
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:

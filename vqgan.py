@@ -1,11 +1,11 @@
-"""The first stage: convolutional encoder, quantiser (or KL latent), decoder.
+"""Build the first stage: convolutional encoder, quantiser (or KL latent), decoder.
 
 AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
 
     x (B,3,H,W) --Encoder--> (B,z,h,w) --quant_conv--> z_e (B,d,h,w) --VectorQuantizer--> z_q
     z_q (B,d,h,w) --post_quant_conv--> (B,z,h,w) --Decoder--> x_hat (B,3,H,W)
 
-Names are those of taming's and latent-diffusion's checkpoints: `up[0]` is the highest resolution.
+Names are those of taming's and latent-diffusion's checkpoints. `up[0]` is the highest resolution.
 """
 
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ from quantize import DiagonalGaussian, VectorQuantizer
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Every width and level of a first stage."""
+    """Hold every width and level of a first stage."""
     latent:         str   = "vq"              # "vq" (codebook) or "kl" (diagonal Gaussian)
     ch:             int   = 128               # width of the highest level
     ch_mult:        tuple = (1, 1, 2, 2, 4)   # level i has ch * ch_mult[i] channels, 1/2^i of H, W
-    num_res_blocks: int   = 2                 # ResBlocks a level; the decoder has one more
+    num_res_blocks: int   = 2                 # ResBlocks per level; the decoder has one more
     attn_levels:    tuple = (4,)              # levels with an AttnBlock after each ResBlock
     z_channels:     int   = 256               # width of the encoder's output
     embed_dim:      int   = 256               # d, the width of a code
     K:              int   = 1024              # codebook size (latent="vq")
     beta:           float = 0.25              # commitment weight (latent="vq")
-    legacy_beta:    bool  = False             # taming's order of beta (latent="vq")
+    legacy_beta:    bool  = False             # beta on the codebook's term (latent="vq")
     code_range:     float | None = None       # codes start in ±this; None: 1/K (latent="vq")
     norm_groups:    int   = 32                # GroupNorm groups, fewer for narrow networks
 
     @property
     def f(self):
-        """Downsampling factor H/h."""
+        """Give the downsampling factor H/h."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def widths(self):
-        """Channels of each level, highest resolution first."""
+        """List the channels of each level, highest resolution first."""
         return [self.ch * multiplier for multiplier in self.ch_mult]
 
 
@@ -58,7 +58,7 @@ VQGAN_PRESETS = {
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 shortcut where the width changes."""
+    """Compute x + conv(silu(norm(conv(silu(norm(x)))))), x by a 1x1 shortcut if widths differ."""
 
     def __init__(self, in_channels, out_channels, norm_groups=32):
         super().__init__()
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + proj(softmax(q k^T / sqrt(C)) v) over all positions, one head."""
+    """Compute x + proj(softmax(q k^T / sqrt(C)) v) over all positions, with one head."""
 
     def __init__(self, channels, norm_groups=32):
         super().__init__()
@@ -95,7 +95,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution: a strided 3x3 convolution, padded right and below only, as taming."""
+    """Halve the resolution by a strided 3x3 convolution, padded right and below as in taming."""
 
     def __init__(self, channels):
         super().__init__()
@@ -106,7 +106,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Double the resolution by nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -117,7 +117,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All blocks of one resolution, then the step to the next one where there is one."""
+    """Apply all blocks of one resolution, then change the resolution if there is another."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, norm_groups):
         super().__init__()
@@ -137,7 +137,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The blocks of the lowest resolution: residual, attention, residual."""
+    """Apply the blocks of the lowest resolution: ResBlock, AttnBlock, ResBlock."""
 
     def __init__(self, channels, norm_groups):
         super().__init__()
@@ -150,7 +150,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """x (B,3,H,W) in [-1,1] -> (B,z,H/f,W/f); for a KL latent (B,2z,..), mean and logvar."""
+    """Encode x (B,3,H,W) in [-1,1]: (B,z,h,w), or (B,2z,h,w), mean and logvar, for a KL latent."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,15 +170,15 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.conv_in(x)                                                 # (B, ch, H, W)
         for level in self.down:
-            h = level(h)                                                    # (B, C, h/2, w/2)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))            # (B, z|2z, H/f, W/f)
+            h = level(h)                                                    # (B, C, H/2^i, W/2^i)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))            # (B, z|2z, h, w)
 
 
 class Decoder(nn.Module):
-    """(B,z,h,w) -> x_hat (B,3,H,W). The vanilla decoder, and the trunk of the asymmetric one.
+    """Decode (B,z,h,w) into x_hat (B,3,H,W): the vanilla decoder, and the asymmetric one's trunk.
 
-    ch, num_res_blocks: the config's unless given; the asymmetric decoder changes just these two.
-    checkpointing: recompute each level's activations in the backward pass; False at first.
+    ch, num_res_blocks: default to the config's; the asymmetric decoder changes only these two.
+    checkpointing: an attribute, False at first; recompute each level's activations in backward.
     """
 
     def __init__(self, config, ch=None, num_res_blocks=None):
@@ -201,13 +201,13 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def run_level(self, i, h):
-        """Level i, its upsampling included: (B,C,h,w) -> (B,C',2h,2w); at level 0 (B,C',h,w)."""
+        """Apply level i and its upsampling: (B,C,h,w) -> (B,C',2h,2w), at level 0 (B,C',h,w)."""
         if self.checkpointing:
             return checkpoint(self.up[i], h, use_reentrant=False)
         return self.up[i](h)
 
     def last_features(self, z):
-        """What enters the last layer G_L of [AVQ Eq. 9]: (B,ch,H,W)."""
+        """Compute what enters the last layer G_L of [AVQ Eq. 9]: (B,ch,H,W)."""
         h = self.mid(self.conv_in(z))                                       # (B, C, h, w)
         for i in reversed(range(len(self.up))):
             h = self.run_level(i, h)                                        # (B, C', 2h, 2w)
@@ -218,9 +218,9 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]
+    """Join encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11]
 
-    own_decoder: False for the first stage in an asymmetric model's file; `decoder` is None then.
+    own_decoder: False leaves `decoder` None, for a first stage from an asymmetric model's file.
     """
 
     def __init__(self, config, own_decoder=True):
@@ -239,42 +239,42 @@ class VQGAN(nn.Module):
 
     @property
     def first_stage(self):
-        """The model itself, so that this name serves a VQGAN and an AsymVQGAN."""
+        """Give the model itself, so that a VQGAN and an AsymVQGAN share this name."""
         return self
 
     def moments(self, x):
-        """x (B,3,H,W) in [-1,1] -> z_e (B,d,h,w) before quantisation, or a DiagonalGaussian."""
+        """Encode x (B,3,H,W) in [-1,1]: z_e (B,d,h,w) to be quantised, or a DiagonalGaussian."""
         check_image(x, self.config.f)
         z_e = self.quant_conv(self.encoder(x)).float()                      # (B, d|2d, h, w)
         return DiagonalGaussian(z_e) if self.config.latent == "kl" else z_e
 
     def encode(self, x, sample=False, generator=None):
-        """x (B,3,H,W) in [-1,1] -> z (B,d,h,w): z_q, the Gaussian's mode, or a sample of it."""
+        """Encode x (B,3,H,W) in [-1,1]: z (B,d,h,w) is z_q, the Gaussian's mode or its sample."""
         latent = self.moments(x)
         if self.config.latent == "vq":
             return self.quantize(latent)[0]                                 # (B, d, h, w)
         return latent.sample(generator) if sample else latent.mode()
 
     def indices(self, x):
-        """x (B,3,H,W) in [-1,1] -> code indices (B,h,w). Raises ValueError for a KL latent."""
+        """Encode x (B,3,H,W) in [-1,1]: indices (B,h,w). Raises ValueError for a KL latent."""
         self._needs_codebook()
         return self.quantize(self.moments(x))[1]                            # (B, h, w)
 
     def decode(self, z):
-        """z (B,d,h,w) -> x_hat (B,3,H,W), about [-1,1], not clamped."""
+        """Decode z (B,d,h,w): x_hat (B,3,H,W), about [-1,1], not clamped."""
         self._needs_decoder()
         return self.decoder(self.post_quant_conv(z)).float()                # (B, 3, H, W)
 
     def decode_indices(self, indices):
-        """Code indices (B,h,w) in [0,K) -> x_hat (B,3,H,W). Raises ValueError for a KL latent."""
+        """Decode indices (B,h,w) in [0,K): x_hat (B,3,H,W). Raises ValueError for a KL latent."""
         self._needs_codebook()
         return self.decode(self.quantize.lookup(indices))
 
     def forward(self, x, generator=None):
-        """Pass training images up to the last layer: x (B,3,H,W) -> (B,ch,H,W), latent loss.
+        """Pass training images x (B,3,H,W) up to the last layer: h (B,ch,H,W), latent loss.
 
-        The image is `decoder.conv_out` of the first. The latent loss is Eq. 2's last two terms, or
-        for a KL latent, which is sampled, the mean of Eq. 10 over images.
+        decoder.conv_out(h) is x_hat. The latent loss is the last two terms of Eq. 2. A KL latent is
+        sampled instead, and its loss is Eq. 10's mean over images.
         """
         self._needs_decoder()
         latent = self.moments(x)
