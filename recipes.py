@@ -31,7 +31,7 @@ class Recipe:
     code_start:    bool  = False       # its embedding and last layer start from the codebook
 
 
-# [AVQ Sec. 4] [DDM Sec. 4.1]  deviations D10 D21 D46
+# [AVQ Sec. 4] [DDM Sec. 4.1] [DDM App. A]  deviations D10 D21 D46
 RECIPES = {
     "vqgan": {
         # taming-transformers' and latent-diffusion's configurations; the number of steps is ours

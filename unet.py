@@ -175,7 +175,7 @@ class Trunk(nn.Module):
 
 
 class UNet(nn.Module):
-    """mu(Z_t, t): the logits of x0_hat, all zero before training. [DDM Sec. 4.1]
+    """mu(Z_t, t): the logits of x0_hat, all zero before training. [DDM Sec. 4.1] [DDM App. A]
 
     config: a row of UNET_PRESETS or another UNetConfig; K: codes; T: steps of the diffusion.
     """
