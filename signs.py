@@ -1,8 +1,8 @@
-"""Draw street scenes with signs from a seed: the pictures behind `data.Signs`.
+"""Draw street scenes with signs from a seed: the images of `data.Signs`.
 
-As in AVQ's Figure 1, a plain VQGAN keeps the global structure, sky, houses and a road, and loses
-the letters, strokes one pixel wide (at 64 px). A scene is laid out in 64ths of the picture; letters
-are a 5x7 face scaled by whole numbers, the same on every machine.
+They show what AVQ's Figure 1 shows. A plain VQGAN keeps the sky, the houses and the road, but loses
+the letters, whose strokes are one pixel wide at 64 px. Lengths are in 64ths of the image's side.
+The letters are drawn here and not by a font, so that they are the same on every machine.
 
     rng -> sky -> street from the front or along it -> boards with words -> uint8 (size,size,3)
 """
@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Seven rows of five bits, two hexadecimal digits each, from the top; columns without ink are cut.
+# A letter is seven rows of five bits, from the top, in two hexadecimal digits each: "04" is ..#..
+# Columns without ink are cut.
 GLYPHS = {
     "A": "0E11111F111111", "B": "1E11111E11111E", "C": "0E11101010110E", "D": "1E11111111111E",
     "E": "1F10101E10101F", "F": "1F10101E101010", "G": "0E11101711110F", "H": "1111111F111111",
@@ -30,7 +31,7 @@ FIRST_WORDS, LAST_WORDS, SHORT_WORDS = (words.split(",") for words in (
     "STOP,OPEN,TAXI,EXIT,SALE,BUS,ZOO,INN,ONE WAY,SLOW,SHOP,METRO,PARKING,CLOSED,MUSIC,QUAY,VIEW,"
     "BIKES,JUICE,LUNCH"))
 
-# Colours: a sky's upper and lower end, a board's ground and ink.
+# Colours of the upper and lower end of a sky, of the ground and ink of a board.
 SKIES = (((84, 140, 208), (200, 226, 242)), ((120, 168, 206), (250, 228, 196)),
          ((150, 160, 174), (220, 224, 226)), ((92, 78, 130), (248, 180, 126)),
          ((60, 120, 190), (170, 208, 236)))
@@ -48,12 +49,12 @@ BOARDS = (((196, 30, 36), (255, 255, 255)), ((22, 40, 96), (255, 255, 255)),
 
 
 def shade(colour, factor):
-    """Brighten or darken `colour` by `factor`, kept in range."""
+    """Multiply `colour` by `factor`, at most 255 in each channel."""
     return tuple(min(255, round(channel * factor)) for channel in colour)
 
 
 def draw_scene(rng, size, held_out=False):
-    """Draw one picture, of the held-out ones or of the others: uint8 (size,size,3)."""
+    """Draw one image: uint8 (size,size,3). Held-out ones have other pairs of words."""
     scene = Scene(rng, size, held_out)
     # Fill the sky from its upper to its lower colour; add a sun or moon, and clouds.
     top, bottom = (np.array(colour) for colour in scene.sky)
@@ -68,19 +69,23 @@ def draw_scene(rng, size, held_out=False):
         cloud = shade(scene.sky[1], 0.8 if scene.night else 1.12)
         for dx, dy, f in ((-1.1, 0.3, 0.7), (0, 0, 1), (1.2, 0.25, 0.75)):
             scene.disc(x + dx * r, y + dy * r * 0.5, f * r, f * r * 0.5, cloud)
-    street = _street_from_the_front if rng.random() < 0.7 else _street_along
-    street(scene)
+    # Draw the street and its signs.
+    if rng.random() < 0.7:
+        _street_from_the_front(scene)
+    else:
+        _street_along(scene)
     return np.array(scene.image)                                              # (size,size,3)
 
 
 class Scene:
-    """A canvas in 64ths of the picture, its light, and the boards that hang already."""
+    """Hold the image, its light and the boards drawn so far; lengths are in 64ths of its side."""
 
     def __init__(self, rng, size, held_out):
         self.rng, self.size, self.unit, self.held_out = rng, size, size / 64, held_out
         self.letter = max(1, round(self.unit))           # px: the width of a stroke
         self.image = Image.new("RGB", (size, size))
-        self.draw, self.boards = ImageDraw.Draw(self.image), []   # boards: (x0, y0, x1, y1) in px
+        self.draw = ImageDraw.Draw(self.image)
+        self.boards = []                                 # of (x0, y0, x1, y1) in px
         self.night = rng.random() < 0.1
         self.sky = NIGHT_SKY if self.night else self.pick(SKIES)
         self.light = 0.5 if self.night else rng.uniform(0.88, 1.06)
@@ -95,13 +100,13 @@ class Scene:
         return shade(self.pick(WALLS), self.light * self.rng.uniform(0.9, 1.08))
 
     def glass(self):
-        """Colour a window: lit at night, now and then; by day a reflection of the sky."""
+        """Choose a window's colour: some are lit at night, the others reflect the sky."""
         if self.night and self.rng.random() < 0.55:
             return (252, 220, 130)
         return shade(self.sky[0], 0.8 if self.night else self.rng.uniform(0.3, 0.62))
 
     def box(self, x0, y0, x1, y1, colour):
-        """Fill a rectangle, x1 and y1 excluded; at least one pixel wide and high."""
+        """Fill a rectangle without x1 and y1, at least one pixel wide and high."""
         x0, y0, x1, y1 = (round(v * self.unit) for v in (x0, y0, x1, y1))
         self.draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=colour)
 
@@ -114,7 +119,7 @@ class Scene:
 
 
 def _street_from_the_front(scene):
-    """Draw a shop with its sign between other houses, and the road before them."""
+    """Draw a shop with its sign between other houses, and the road in front."""
     rng, ground = scene.rng, scene.rng.uniform(49, 54)
     _skyline(scene, ground)
     # Build a shop as wide as its words need, and houses to both sides until the picture ends.
@@ -133,7 +138,7 @@ def _street_from_the_front(scene):
             neighbours.append((min(edge, far), max(edge, far)))
             _house(scene, *neighbours[-1], rng.uniform(4, 24), ground, shop=False)
             edge = far
-    # Pave the ground: joints that run to a vanishing point, the kerb, the road with dashes.
+    # Pave the ground with joints that run to a vanishing point, then draw the kerb and the road.
     stone = scene.lit((186, 180, 172))
     scene.box(0, ground, 64, 64, stone)
     vanish = rng.uniform(16, 48)
@@ -234,12 +239,12 @@ def _house(scene, x0, x1, top, ground, shop):
 
 
 def _street_along(scene):
-    """Draw a road to a vanishing point between two walls of houses, under a banner."""
+    """Draw a road to a vanishing point between two rows of houses, under a banner."""
     rng = scene.rng
     x, y = vanish = rng.uniform(22, 42), rng.uniform(26, 33)
 
     def patch(edge, near, far, top, bottom, colour):
-        """Fill part of a wall from depth `near` to `far`; it stands at x = `edge` at depth 1."""
+        """Fill a wall from depth `near` to `far`. At depth 1 it is at x = `edge`."""
         corners = (near, top), (far, top), (far, bottom), (near, bottom)
         scene.shape([(x + (edge - x) / depth, y + h / depth) for depth, h in corners], colour)
     _skyline(scene, y + 2)
@@ -250,7 +255,7 @@ def _street_along(scene):
         a, b = 34 / near, 34 / (near * 1.17)
         scene.shape(((x - a / 34, y + a), (x + a / 34, y + a),
                      (x + b / 34, y + b), (x - b / 34, y + b)), scene.lit((230, 226, 210)))
-    # Build four houses a side, from the farthest to the nearest.
+    # Build the houses of each side, from the farthest to the nearest.
     for edge, sunlight in ((0, 0.86), (64, 1)):
         houses, near = [], 1.0
         while near < 5:
@@ -277,7 +282,7 @@ def _street_along(scene):
 
 @lru_cache(maxsize=4096)
 def word_mask(text, scale, upright=False):
-    """Draw the ink of `text`: a Pillow "L" image, 7·scale px high; `upright` stacks the letters."""
+    """Draw `text` as a mask, Pillow "L", 7·scale px high. `upright` stacks the letters."""
     letters = []
     for letter in text:
         rows = np.array([*bytes.fromhex(GLYPHS[letter])], np.uint8)
@@ -291,14 +296,14 @@ def word_mask(text, scale, upright=False):
     mask = Image.fromarray(ink * np.uint8(255))
     if scale == 1:
         return mask
-    # Smooth enlargement, then its edge made steep again: round strokes instead of stairs.
+    # Enlarge smoothly and make the edges steep again, which gives round strokes and no stairs.
     mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BICUBIC)
     return mask.point([min(255, max(0, (v - 128) * scale + 128)) for v in range(256)])
 
 
 @lru_cache
 def _sign_texts(scale, room, held_out):
-    """([one word each], [pairs]) that fit `room` px: each fifth pair if held_out, else the rest."""
+    """List the words and the pairs that fit `room` px. Every fifth pair is a held-out one."""
     first, last, short = ([word for word in words if word_mask(word, scale).width <= room]
                           for words in (FIRST_WORDS, LAST_WORDS, SHORT_WORDS))
     pairs = [(a, b) for a in first for b in last
@@ -314,11 +319,11 @@ def _words(scene, pair_share):
 
 
 def _board(scene, x, y, lines):
-    """Hang a board of these lines, centred at x, y; a single one may come in double size."""
+    """Hang a board of these lines, centred at x, y. A single line may have double size."""
     scale = scene.letter
     if len(lines) == 1 and scene.rng.random() < 0.3:
-        double = word_mask(lines[0], 2 * scale)
-        scale *= 2 if double.width + 4 * scale < 0.9 * scene.size else 1
+        wide = word_mask(lines[0], 2 * scale).width + 4 * scale
+        scale = 2 * scale if wide < 0.9 * scene.size else scale
     return _hang(scene, x, y, [word_mask(line, scale) for line in lines])
 
 
@@ -332,9 +337,9 @@ def _blade(scene, x, top, bottom):
 
 
 def _hang(scene, x, y, inks):
-    """Paste lines of ink on a framed board, in whole pixels; return (x0, y0, x1, y1).
+    """Paste lines of ink on a framed board, in whole pixels: its (x0, y0, x1, y1) in px.
 
-    Return None, and draw nothing, where it does not fit, touches another or would be a fourth.
+    Returns None and draws nothing if it does not fit, touches another board or would be the fourth.
     """
     (ground, ink_colour), pad = scene.pick(BOARDS), 2 * scene.letter
     width = max(ink.width for ink in inks) + 2 * pad + 2 * scene.letter
