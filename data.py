@@ -118,7 +118,7 @@ def default_root(name):
     return None
 
 
-def open_dataset(name, root, split, size, seed=0, limit=None):
+def open_dataset(name, root, split, size, limit=None):
     """Open the data set of `--data name --root root`, or its first `limit` images.
 
     A new data set is a name in DATASETS, a line here, and a class with these members:
@@ -128,7 +128,7 @@ def open_dataset(name, root, split, size, seed=0, limit=None):
         identity(): a text that no data set of other images has, by which codes are kept
     """
     if name == "signs":
-        return Signs(split, size, seed, limit)
+        return Signs(split, size, limit=limit)
     if name not in DATASETS:
         raise UserError(f"--data {name}: choose from {', '.join(DATASETS)}")
     root = root or default_root(name)
