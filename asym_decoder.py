@@ -1,4 +1,4 @@
-"""Decode a latent beside the known pixels: the paper's contribution. AVQ Sec. 3.2, Tables 7 and 8.
+"""Decode a latent together with known pixels, the paper's contribution (AVQ Sec. 3.2, Tables 7-8).
 
     image·(1-m) --ConditionBranch--> features 0..n   (0 and 1 at full resolution, then halves)
     z --conv_in, mid--> h --blend n--> level n-1 --blend n-1--> ... --blend 1--> level 0
@@ -78,8 +78,8 @@ class AsymDecoder(Decoder):
     blend: "add" with plain convolutions in the branch, or "concat" with partial.  deviations D1 D2
     A full mask equals no mask. "add" gives h·1 + f_E·0 = h. "concat" joins a mask of 1 and features
     0, which partial convolutions give without known pixels.
-    With the first stage's trunk, "add" starts near its image: under a full mask it is its decoder.
-    "concat" starts far from it, because `fuse` is random before every level of that trunk.
+    With a trunk from the first stage, "add" starts as the first stage's decoder under a full mask.
+    "concat" starts far from it, because `fuse` is random before every level of the trunk.
     """
 
     def __init__(self, config, ch, num_res_blocks, blend="add"):
@@ -124,7 +124,7 @@ class AsymDecoder(Decoder):
         """Compute what enters the last layer, (B,ch,H,W), with the known pixels blended in.
 
         z: (B,z,h,w), after post_quant_conv; image: (B,3,H,W); mask: (B,1,H,W) in {0,1}. The input
-        is not checked. Comments name the rows of Tables 7 and 8, where `mid` is the last level's.
+        is not checked. Comments name the rows of Tables 7 and 8, which have four levels, 0 to 3.
         """
         conditions = None
         if mask is not None:

@@ -468,7 +468,9 @@ def parity():
                 one_step(stage, batch)
                 torch.cuda.set_sync_debug_mode("default")
             found["waits"] = sum("synchronizing" in str(w.message) for w in seen)
-        checked(found["ieee"], 0.02)                         # a code that flips is less than that
+        # Rounding may flip a code, or the sign of a LeakyReLU's input near 0. One such input of
+        # 115,200 in a layer of the discriminator moved all gradients by 0.4 %, on a CPU as well.
+        checked(found["ieee"], 0.02)
         return found
 
     def resumed():

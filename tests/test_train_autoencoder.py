@@ -220,20 +220,24 @@ def test_a_snapshot_puts_the_batchnorm_statistics_back():
 
 
 def test_channels_last_changes_the_layout_of_both_players_but_not_the_gradients(monkeypatch):
-    last = decoder()
+    """In float64, because float32's rounding may flip the sign of a LeakyReLU's input near 0, and
+    a single one changes all gradients by up to a percent."""
     a_post_init = Run.__post_init__
 
     def contiguous(self):
         a_post_init(self)
         self.channels_last = False
 
-    monkeypatch.setattr(Run, "__post_init__", contiguous)
-    plain = decoder()
+    with float64():
+        last = decoder()
+        monkeypatch.setattr(Run, "__post_init__", contiguous)
+        plain = decoder()
+        for stage in (plain, last):
+            stage.step(batch(), gan_on=True)
     assert last.discriminator.main[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert last.model.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    for stage in (plain, last):
-        stage.step(batch(), gan_on=True)
-    assert_close(gradients(last.model), gradients(plain.model), 1e-4)
+    for one, two in ((last.model, plain.model), (last.discriminator, plain.discriminator)):
+        assert_close(gradients(one), gradients(two), 1e-9)
 
 
 def test_bf16_networks_learn_with_float32_losses_and_weights():
