@@ -1,5 +1,5 @@
-# The commands typed most. All run in .venv, which the first of them makes from requirements.txt.
-#   PYTHON=python3.12   another interpreter to make .venv with (3.11 or newer)
+# The most common commands. They run in .venv, which is made from requirements.txt when it is missing.
+#   PYTHON=python3.12   makes .venv with another interpreter (3.11 or newer)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,15 +10,15 @@ RUFF   := 0.17.5
 .PHONY: help demo test lint
 
 help:
-	@echo "make demo             all four stages on the embedded signs, then the report (runs/signs-tiny)"
-	@echo "make demo STEPS=50    a short run of 50 steps a stage, in a folder of its own"
+	@echo "make demo             all four stages on drawn signs, then the report (runs/signs-tiny)"
+	@echo "make demo STEPS=50    a short run of 50 steps per stage (runs/signs-tiny-50steps)"
 	@echo "make test             the tests; ARGS='-m slow', ARGS=tests/test_masks.py, ..."
 	@echo "make lint             ruff $(RUFF)"
 	@echo "Each installs what it needs into $(VENV) first. Without make: see README.md."
 
 demo: $(STAMP)
 ifdef STEPS
-	@echo "A short run of $(STEPS) steps a stage: not the run whose figures the README reports."
+	@echo "A short run of $(STEPS) steps per stage. The figures in the README are from the full run."
 	$(BIN)/python train.py --steps $(STEPS) --out runs/signs-tiny-$(STEPS)steps $(ARGS)
 else
 	$(BIN)/python train.py $(ARGS)
@@ -35,7 +35,7 @@ $(STAMP): requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
-# A half-made environment (Debian without python3-venv) is removed, so that the next try is a whole one.
+# An incomplete environment (Debian without python3-venv) is removed, so that the next call makes it again.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

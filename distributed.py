@@ -1,8 +1,8 @@
-"""Run the same lines on one process or many: DistributedDataParallel that vanishes on one.
+"""Run the same code on one process or many, and end programs with one-line errors.
 
-`python train.py` is one process, `torchrun --nproc_per_node=8 train.py` is eight. Tensors on the
-device travel by NCCL, host numbers by gloo, so a decision about stopping never waits for the
-device. A program ends here as well: after a user's mistake, a signal, a failure.
+`python train.py` is one process, where every function here does nothing or next to nothing;
+`torchrun --nproc_per_node=8 train.py` is eight with DistributedDataParallel. NCCL moves tensors
+between GPUs. gloo moves numbers between CPUs, so a decision about stopping waits for no GPU.
 """
 
 import ctypes
@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)    # full, or refuses
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)  # full or read-only
 
 
 class UserError(Exception):
-    """A user's mistake, in one line that names file or flag and what to do; exit status 2."""
+    """Tell of a user's mistake in one line: the file or flag, and what to do. Exit status 2."""
 
 
 def setup(device="auto"):
     """Join the group that torchrun made, if any, and return this process's `torch.device`.
 
-    device: "auto" (CUDA, then MPS, then CPU) or anything `torch.device` takes. Under torchrun each
-    process takes the CUDA device of its own number. Raises UserError for a device that is not here.
+    device: "auto" (CUDA, then MPS, then CPU) or anything that `torch.device` takes. Under torchrun
+    each process uses the CUDA device of its local rank. Raises UserError for a missing device.
     """
     name = device if device != "auto" else (
         "cuda" if torch.cuda.is_available() else
@@ -54,15 +54,15 @@ def setup(device="auto"):
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # A process that died is noticed within this time even where the launcher died with it.
+        # Within this time the others notice a process that died, even without the launcher.
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed buffers of up to 32 MiB; without, a CPU step is a fifth slower.
+    """Make glibc keep freed buffers of up to 32 MiB: otherwise a CPU step is a fifth slower.
 
-    What a step frees and allocates again would return page by page, each by a fault. Linux only.
+    Memory that is given back to Linux returns page by page, with a page fault for each.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -71,16 +71,16 @@ def keep_freed_memory():
 
 
 def close():
-    """Leave the group; harmless on one process."""
+    """Leave the process group. Does nothing on one process."""
     if dist.is_initialized():
-        # Dropping a gloo group joins its threads while holding the interpreter's lock, for which a
-        # thread with a tensor to drop waits (pytorch/pytorch#56297): they finish in this time.
+        # Destroying a gloo group joins its threads while it holds the interpreter's lock. A thread
+        # that frees a tensor waits for that lock (pytorch/pytorch#56297), so let them finish first.
         time.sleep(0.2)
         dist.destroy_process_group()
 
 
 def rank():
-    """Give this process's number; torchrun's word for it before `setup` and after `close`."""
+    """Give this process's number, from torchrun's RANK before `setup` and after `close`."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -95,7 +95,7 @@ def print0(*args, **kwargs):
 
 
 def mean_over_ranks(tensor):
-    """Average `tensor` over all processes; the tensor itself on one. No gradient passes."""
+    """Average `tensor` over all processes, without gradient; on one, return it as it is."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -104,7 +104,7 @@ def mean_over_ranks(tensor):
 
 
 def any_rank(flag):
-    """Tell whether any rank has set the flag; agreed over gloo, so nothing waits for a GPU."""
+    """Tell every rank whether any rank's flag is true."""
     vote = torch.tensor(float(bool(flag)))
     if world_size() > 1:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
@@ -112,7 +112,7 @@ def any_rank(flag):
 
 
 def on_rank0(function):
-    """Run function() on rank 0; every rank has its result, a small host value, or its UserError."""
+    """Run function() on rank 0 and give every rank its result, a small value, or its UserError."""
     if world_size() == 1:
         return function()
     answer = [None, None]
@@ -128,7 +128,7 @@ def on_rank0(function):
 
 
 def gather_objects(value):
-    """List every rank's value, rank 0's first, on every rank; for small host values."""
+    """Give every rank the list of all ranks' values, small ones, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -137,35 +137,35 @@ def gather_objects(value):
 
 
 def wait_for(device):
-    """Wait until the device has done all that was asked of it; a CPU always has."""
+    """Wait until the device has finished all kernels, so that a clock measures their time."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def wrap(module, device):
-    """Put `module` in DistributedDataParallel; on one process return it as it is."""
+    """Wrap `module` in DistributedDataParallel; on one process, return it as it is."""
     if world_size() == 1:
         return module
-    # The strides of a 1x1 kernel have two spellings for one layout; DDP warns where they differ.
+    # Two different strides describe the same layout of a 1x1 kernel, and DDP warns of the two.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     DDP = nn.parallel.DistributedDataParallel
     known = inspect.signature(DDP).parameters            # the flag's name changed in PyTorch 2.13
-    # The only buffers are the discriminator's running statistics, which training never reads.
+    # Without copying buffers: they are D's running statistics, which training never reads.
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
     return DDP(module, device_ids=ids, **{flag: False})
 
 
 def no_sync(module, last):
-    """Keep gradients on their rank in all but the last of a step's micro-batches."""
+    """Give the context of a micro-batch: DDP averages gradients over ranks in the last one only."""
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
 
 
 def exit_on_user_error(main):
-    """Run a program's `main()` and leave with its exit status.
+    """Run a program's `main()` and exit with its status.
 
-    A UserError, a full disk or too little device memory is one line on stderr and status 2; SIGINT
-    is 130 and SIGTERM 143; anything else keeps its traceback and is status 1.
+    A UserError, a full disk or too little device memory prints one line on stderr and gives status
+    2. SIGINT gives 130 and SIGTERM 143. Any other exception prints its traceback and gives 1.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -175,7 +175,7 @@ def exit_on_user_error(main):
         status, complaint = 2, error
     except torch.OutOfMemoryError as error:
         status = 2
-        complaint = f"{str(error).split('. ')[0]}; give fewer images at once, or smaller ones"
+        complaint = f"{str(error).split('. ')[0]}; use fewer images at a time, or smaller ones"
     except KeyboardInterrupt:
         status, complaint = 128 + signal.SIGINT, None
     except Exception as error:
@@ -185,12 +185,12 @@ def exit_on_user_error(main):
         else:
             traceback.print_exc()
     if complaint:
-        # Where all make the same mistake, rank 0 says so, and the launcher ends the others in time.
+        # If all ranks have the same error, only rank 0 prints it: torchrun ends the others first.
         if rank():
             time.sleep(3)
         who = f"rank {rank()}: " if rank() else ""
         print(f"{who}error: {complaint}", file=sys.stderr, flush=True)
     if status and world_size() > 1:
         sys.stdout.flush()
-        os._exit(status)            # to leave the group in good order is to wait for the others
+        os._exit(status)            # an orderly exit would wait for the other processes
     sys.exit(status)

@@ -1,4 +1,9 @@
-"""State the numbers of training as their sources print them, one row a recipe; learning rate."""
+"""State the numbers of training, one row per recipe, and compute the learning rate.
+
+A comment above each row names its sources; "ours" marks what none gives. Elsewhere are the image
+size, LPIPS network, P, K, T and EMA's decay (train.resolve), the networks' sizes (VQGAN_PRESETS,
+ASYM_PRESETS, UNET_PRESETS), beta (VQGANConfig), crops (data.square_crop) and masks (masks.py).
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,27 +13,27 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the numbers of one stage; lr scales linearly with the batch size.  deviation D25"""
-    batch_size:    int   = 80          # global, over all processes
+    """Hold the numbers of one stage. lr changes in proportion to the batch size.  deviation D25"""
+    batch_size:    int   = 80          # images per step, over all processes
     lr:            float = 3.6e-4      # Adam's peak learning rate at this batch size
     betas:         tuple = (0.5, 0.9)  # Adam
     steps:         int   = 0           # length of the run; 0: by epochs
-    epochs:        float = 0           # passes over the data at hand
+    epochs:        float = 0           # passes over the data
     warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of all)
     min_lr:        float = 0.0         # the cosine's end; 0: constant after the warm-up
-    trunk_factor:  float = 1.0         # on the rate of a trunk that starts from the first stage's
+    trunk_factor:  float = 1.0         # on the learning rate of a trunk that start_trunk started
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
     lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
-    disc_start:    float = 0.29        # < 1 of the steps, else a step;  deviation D11
+    disc_start:    float = 0.29        # first step of the GAN; below 1 a fraction;  deviation D11
     ndf:           int   = 64          # the discriminator's width
-    disc_layers:   int   = 3           # and its strided layers
+    disc_layers:   int   = 3           # its strided layers
     disc_factor:   float = 1.0         # on its learning rate
     latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
-    p_full:        float = 0.5         # share of full masks among the decoder's
-    mask_kind:     str   = "thick"     # of the others, masks.MASK_KINDS
-    max_maps:      int   = 0           # the prior sees the codes of so many images; 0: of all
-    code_start:    bool  = False       # its embedding and last layer start from the codebook
+    p_full:        float = 0.5         # share of full masks in the decoder's training
+    mask_kind:     str   = "thick"     # of the other masks: a name in masks.MASK_KINDS
+    max_maps:      int   = 0           # the prior trains on the codes of so many images; 0: of all
+    code_start:    bool  = False       # the prior's first and last layer start from the codebook
 
 
 # [AVQ Sec. 4] [DDM Sec. 4.1] [DDM App. A]  deviations D10 D21 D46
@@ -52,7 +57,8 @@ RECIPES = {
                        disc_factor=2.0, ndf=32, disc_layers=2),
     },
     "decoder": {               # an ASYM_PRESETS size without a row of its own trains as base
-        # AVQ Sec. 4; start and discriminator as in the authors' configuration
+        # AVQ Sec. 4; start and discriminator as in the authors' code, whose GAN starts at step
+        # 50,001 of 172,824, or 0.29 of 12 epochs of 1,152,196 images. ImageNet has 1,281,167.
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
                        start_trunk=True, trunk_factor=0.1),
         "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
@@ -73,7 +79,7 @@ RECIPES = {
 
 
 def run_length(recipe, images):
-    """Count the steps of a stage on a data set of so many images."""
+    """Count the steps of a stage on a data set of `images` images."""
     return recipe.steps or math.ceil(recipe.epochs * images / recipe.batch_size)
 
 
@@ -84,9 +90,9 @@ def first_gan_step(recipe, steps):
 
 
 def learning_rate(step, steps, peak, warmup, min_lr):
-    """Give the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
+    """Compute the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
 
-    min_lr 0 keeps the peak after the warm-up, as the first stages do.  deviation D27
+    With min_lr 0 it stays at the peak after the warm-up, as for the first stages.  deviation D27
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:
@@ -99,7 +105,7 @@ def learning_rate(step, steps, peak, warmup, min_lr):
 
 
 def adam(groups, recipe, device):
-    """Make Adam for [(parameters, factor on the learning rate)]."""
+    """Make Adam for groups: [(parameters, factor on the learning rate)]."""
     return torch.optim.Adam([{"params": list(parameters), "factor": factor}
                              for parameters, factor in groups],
                             lr=recipe.lr, betas=recipe.betas, fused=device.type != "mps")
@@ -108,7 +114,7 @@ def adam(groups, recipe, device):
 def set_learning_rates(optimizers, recipe, step, steps, disc_start):
     """Set every learning rate for `step`; return the generator's.
 
-    The discriminator's schedule begins when the discriminator does. No group falls below min_lr.
+    The discriminator's schedule begins when it does. A factor takes no group below min_lr.
     """
     schedule = recipe.lr, recipe.warmup, recipe.min_lr
     rates = {"generator": learning_rate(step, steps, *schedule),

@@ -1,8 +1,8 @@
 """Keep a run on disk: its settings, its log, and checkpoints that survive a kill at any moment.
 
-    RUN/config.json               the resolved settings: the same ones continue the run
+    RUN/config.json               the resolved settings, which must be the same to continue the run
     RUN/command.txt               every command that worked on this run
-    RUN/STAGE/log.jsonl           one line a step, each step once, cut back on resume
+    RUN/STAGE/log.jsonl           one line per step, cut back to the checkpoint when a run continues
     RUN/STAGE/{last,previous}.pt  plain tensors and containers; loading never executes code
 
 The progress line and the signals that end a run early are here as well.
@@ -33,13 +33,13 @@ except ImportError:                                        # Windows has no such
     fcntl = None
 
 FORMAT = 1
-PATIENCE = 3            # seconds from one signal to the next that is meant as another
+PATIENCE = 3            # seconds after which a second Ctrl-C is taken for a new one
 
 
 @dataclass
 class Run:
-    """Hold what all stages of one call of train.py share."""
-    settings:  dict             # what the flags resolved to, the run's config.json
+    """Hold what all stages share in one call of train.py."""
+    settings:  dict             # the resolved flags, as in config.json
     out:       Path
     device:    torch.device
     workers:   int              # data processes of each training process
@@ -50,17 +50,17 @@ class Run:
         self.channels_last = self.device.type != "mps"   # a pixel's channels side by side in memory
 
     def autocast(self):
-        """Run the networks in the precision that was asked for."""
+        """Give the autocast context of --precision, for the networks."""
         bf16 = self.settings["precision"] == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager
 def open_run(out, settings, may_change=frozenset()):
-    """Hold the run folder `out`, made or continued for `settings`, while the block runs.
+    """Make or continue the run folder `out` for `settings`, and lock it while the block runs.
 
-    may_change: keys that need not be as they were. Raises UserError, on every rank, for a folder
-    that another process writes to, a run with other settings, or something that is no run.
+    may_change: the keys that may differ from before. Raises UserError, on every rank, for a folder
+    that another process writes to, for other settings, and for a folder that is not a run.
     """
     out = Path(out)
 
@@ -75,11 +75,11 @@ def open_run(out, settings, may_change=frozenset()):
                        for key in sorted(before.keys() | now.keys())
                        if before.get(key) != now.get(key) and key not in may_change]
             if changed:
-                raise UserError(f"{out} was begun with other settings: {'; '.join(changed)}. Give "
-                                "the same ones to continue it, or another --out for a new run")
+                raise UserError(f"{out} was started with other settings: {'; '.join(changed)}. "
+                                "Repeat the old ones to continue it, or choose another --out")
         elif not config.exists() and any(path.name not in (".lock", "config.json.part")
                                          for path in out.iterdir()):
-            raise UserError(f"--out {out}: the folder is not empty and holds no run of ours; "
+            raise UserError(f"--out {out}: the folder is not empty and not a run of train.py; "
                             "choose another --out")
         write_text(config, json.dumps(settings, indent=2) + "\n")
         launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
@@ -92,7 +92,7 @@ def open_run(out, settings, may_change=frozenset()):
 
 
 def _flat(settings, prefix=""):
-    """Join the keys of nested settings by dots."""
+    """Flatten nested settings: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat = {}
     for key, value in settings.items():
         flat |= (_flat(value, f"{prefix}{key}.") if isinstance(value, dict)
@@ -102,9 +102,10 @@ def _flat(settings, prefix=""):
 
 @contextmanager
 def lock(folder):
-    """Hold `folder` (made if missing) for this process; UserError where another one holds it.
+    """Lock `folder`, made if missing, for this process while the block runs.
 
-    The kernel releases the lock even after SIGKILL; data workers that outlive a run do not hold it.
+    Raises UserError where another process has the lock. The kernel releases it even after SIGKILL,
+    and data workers that outlive the run do not keep it.
     """
     folder = make_folder(Path(folder))
     try:
@@ -114,7 +115,7 @@ def lock(folder):
                         "--out") from None
     with file:
         try:
-            if fcntl:           # lockf: flock's lock would pass to forked data workers
+            if fcntl:           # not flock, whose lock forked data workers would inherit
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
@@ -122,7 +123,7 @@ def lock(folder):
                             "stop it or choose another --out") from None
         except OSError as error:
             print0(f"{folder}: this file system has no locks ({error.strerror}); "
-                   "take care that no second process writes there")
+                   "start no second process with this --out")
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
@@ -130,7 +131,7 @@ def lock(folder):
 
 
 def make_folder(path, flag="--out"):
-    """Make `path`, a Path, a folder. Raises UserError where it cannot be one."""
+    """Make the folder `path`, a Path, if it is missing. Raises UserError where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +141,7 @@ def make_folder(path, flag="--out"):
 
 
 def write_text(path, text):
-    """Write a whole file or none of it."""
+    """Write `text` to `path` so that a kill leaves the old file or the new one, both whole."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
@@ -150,9 +151,9 @@ def write_text(path, text):
 
 
 def save(path, state):
-    """Write `state` to `path`; the file that stood there becomes previous.pt beside it.
+    """Write the checkpoint `state` to `path`, and rename the one before it to previous.pt.
 
-    At every moment one of the two is whole. Raises UserError where the disk refuses.
+    At every moment one of the two is whole. Raises UserError where the disk is full or fails.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -162,7 +163,7 @@ def save(path, state):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if zipfile.is_zipfile(path):             # a damaged file would replace a good one
+        if zipfile.is_zipfile(path):             # else it would replace a good previous.pt
             os.replace(path, path.with_name("previous.pt"))
         os.replace(temporary, path)
         if os.name != "nt":                      # make the new names durable
@@ -181,7 +182,7 @@ def save(path, state):
 
 
 def load(path):
-    """Read the dictionary that `save` wrote at `path`, its tensors on the CPU.
+    """Read the checkpoint `path`, a dictionary with tensors on the CPU.
 
     Raises UserError for a file that is missing, truncated, damaged, of another format, or that
     would execute code.
@@ -194,8 +195,8 @@ def load(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, it holds more than tensors and plain containers and "
-                        "could execute code; use a checkpoint that train.py wrote") from None
+        raise UserError(f"{path}: refused, because it has more than tensors and plain containers "
+                        "and could execute code; use a checkpoint of train.py") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
@@ -209,10 +210,10 @@ def load(path):
 
 
 def latest(folder):
-    """Read the newest whole state in a stage's `folder`: last.pt, else previous.pt; None: neither.
+    """Read a stage's newest whole checkpoint: last.pt, else previous.pt, else None.
 
-    Falling back prints a line that names the bad file. Raises UserError where no file can be read:
-    a run never starts again in silence.
+    Prints the error of a last.pt that cannot be read. Raises UserError where files are there and
+    none can be read, because the run would start again without a word.
     """
     failures = []
     for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
@@ -231,12 +232,12 @@ def latest(folder):
 
 
 def load_optimizer(optimizer, state):
-    """Continue an optimizer from its state_dict, in the memory layout of the present parameters.
+    """Load an optimizer's state_dict, in the memory layout of its present parameters.
 
-    torch would keep the layout that the state was saved in, and fused Adam reads parameter and
-    state element by element as they lie in memory: with another layout its steps are wrong.
+    torch would keep the layout that the state was saved in. Fused Adam goes through parameter and
+    state in the order of memory, so with two layouts its steps would be wrong.
     """
-    for group in state["param_groups"]:                  # another device may be in use now
+    for group in state["param_groups"]:                  # as the present device needs it
         group["fused"] = optimizer.param_groups[0]["fused"]
     optimizer.load_state_dict(state)
     for parameter, kept in optimizer.state.items():
@@ -273,7 +274,7 @@ class Log:
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record, durable=False):
-        """Write a line; durable: before a checkpoint, which must not be ahead of its log."""
+        """Write a line. durable: force it to disk, as a checkpoint must not be ahead of its log."""
         if self.file:
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
             if durable:
@@ -285,9 +286,9 @@ class Log:
 
 
 class Progress:
-    """Show one updating line with rate and, from the twentieth step on, time left.
+    """Show one updating line with the rate and, from the twentieth step on, the time left.
 
-    Off a terminal it is a plain line every ten seconds.
+    Without a terminal, print a new line every ten seconds.
     """
 
     def __init__(self, name, first, steps, batch_size):
@@ -296,7 +297,7 @@ class Progress:
         self.terminal = sys.stdout.isatty()
 
     def show(self, step, terms):
-        """Show the state after `step` steps; terms: numbers by name, of which some are shown."""
+        """Show the progress after `step` steps, and the main ones of `terms`, {name: number}."""
         now = time.monotonic()
         if rank() or (now - self.shown < (0.2 if self.terminal else 10) and step < self.steps):
             return
@@ -318,10 +319,10 @@ class Progress:
 
 @contextmanager
 def stop_signals():
-    """Yield a list that SIGTERM and SIGINT join; the loop looks at it at the end of a step.
+    """Yield a list to which SIGTERM and SIGINT are added; the loop reads it after each step.
 
-    A later Ctrl-C is a KeyboardInterrupt, but not at once: launchers repeat a signal within
-    milliseconds.
+    A second Ctrl-C is a KeyboardInterrupt if it comes PATIENCE seconds after the first signal.
+    Launchers repeat a signal within milliseconds, which must not count.
     """
     received, first = [], math.inf
 
@@ -330,8 +331,8 @@ def stop_signals():
         if not received:
             first = time.monotonic()
             text = (f"\n{signal.Signals(number).name}: finishing this step, then saving; Ctrl-C "
-                    f"after {PATIENCE} s leaves at once\n")
-            os.write(2, text.encode() if rank() == 0 else b"")   # print may be busy just now
+                    f"after {PATIENCE} s stops at once\n")
+            os.write(2, text.encode() if rank() == 0 else b"")   # print is not safe in a handler
         elif number == signal.SIGINT and time.monotonic() - first > PATIENCE:
             raise KeyboardInterrupt
         received.append(number)

@@ -3,8 +3,8 @@
     (stream, seed, ..., position) --numpy_generator--> order, crops, masks, drawn scenes
     (seed, stage, position)       --keyed_generators-> a latent's noise, t and the diffusion's noise
 
-Each number that is drawn is a function of such a key: no rank, worker or batch size changes it, and
-as all generators live on the CPU, no device.
+Each random number is a function of such a key, so no rank, worker or batch size changes it. All
+generators are on the CPU, so the device changes none either.
 """
 
 import numpy as np
@@ -20,18 +20,18 @@ SAMPLE, FIGURE, COMPLETION = 401, 402, 403       # sample.py; DDM Fig. 8; inpain
 
 
 def numpy_generator(stream, *key):
-    """Make the generator of a stream (a number above) and a key of integers >= 0."""
+    """Make the numpy generator of a stream, a number above, and a key of integers >= 0."""
     return np.random.default_rng((stream, *key))
 
 
 def keyed_generators(keys):
-    """Make one CPU torch.Generator for each key, a tuple of integers >= 0."""
+    """Make one CPU torch.Generator per key, a tuple of integers >= 0."""
     states = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys)
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
 def image_generators(seed, stage, positions):
-    """Make one generator for each image, from the run's seed, the stage and its position."""
+    """Make one generator per image, from the run's seed, the stage and the image's position."""
     return keyed_generators((seed, STAGE_IDS[stage], position) for position in positions)
 
 
@@ -41,7 +41,7 @@ def stage_seed(seed, stage):
 
 
 def per_image(generator, B):
-    """Make a list of B generators: the list given, or B that one generator or torch's own seeds."""
+    """Return a list of B generators as it is, or seed B from one generator (None: torch's own)."""
     if isinstance(generator, list):
         if len(generator) != B:
             raise ValueError(f"{len(generator)} generators for {B} images; give one for each")

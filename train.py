@@ -179,9 +179,8 @@ def train_stage(run, name, args, signals, deadline):
 
     # Train.
     save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
-    workers = run.workers if stage.reads_files else 0
-    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(), workers,
-                               pin=run.device.type == "cuda")
+    batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
+                               run.workers if stage.reads_files else 0, run.device.type == "cuda")
     leave = False
     with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         for step, batch in enumerate(batches, start=done):
@@ -218,12 +217,11 @@ def train_stage(run, name, args, signals, deadline):
 
 
 def gradients(stage, batch, gan_on, micro_batch):
-    """Compute one step's gradients, `micro_batch` images at a time, and fewer if memory is short.
+    """Compute one step's gradients, `micro_batch` images at a time, or fewer if memory is short.
 
-    batch: this process's share. Each micro-batch has its own lambda and BatchNorm statistics.
-    deviation D24
+    Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
     Returns ({term of the losses, or "grad_norm": mean over the global batch}, the micro-batch that
-    fitted). Raises UserError where memory is too short for one image, or on several processes.
+    fitted). Raises UserError where one image does not fit, or a micro-batch of several processes.
     """
     local, before = len(batch["position"]), stage.snapshot()
     while True:
@@ -279,8 +277,7 @@ def stop_unless_finite(name, step, terms):
 def micro_batch_size(asked, kept, settings, name, device):
     """Choose how many images a process takes at once.
 
-    asked: --micro-batch or None. kept: the checkpoint's number or None. Raises UserError for a
-    batch that cannot be divided so.
+    asked: --micro-batch or None; kept: the checkpoint's number or None.
     """
     local, rest = divmod(settings["recipes"][name]["batch_size"], world_size())
     if rest:

@@ -23,6 +23,9 @@ def test_the_decoders_recipes_are_the_papers():
         assert (recipe.epochs, recipe.gan, recipe.lambda_rule) == (12, "hinge", "paper")
     assert (base.start_trunk, base.trunk_factor) == (True, 0.1)
     assert not large.start_trunk
+    theirs = 12 * (1_152_196 // base.batch_size)         # the authors' steps: their GAN's at 50,001
+    assert (theirs, run_length(base, 1_281_167)) == (172_824, 192_176)
+    assert base.disc_start == large.disc_start == round(50_001 / theirs, 2)
 
 
 def test_the_first_stages_recipes_are_tamings():
