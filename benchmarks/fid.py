@@ -1,14 +1,14 @@
-"""The Frechet distance by several routes: time, and the distance's error.
+"""Compare two ways to compute the Frechet distance: time and error.
 
     OMP_NUM_THREADS=1 python benchmarks/fid.py [--dim 2048] [--images 500 5000] [--rounds 1]
 
-Both sides have as many images, of normal features mixed at random. The routes differ only in the
-trace of the square root of sigma1 sigma2: by the symmetric eigenproblem, as `frechet_distance` does
-it, and by the matrix square root, as the field does it. Errors are relative, against the singular
-values of the features' triangular factors. Times are the processor's, of all threads together.
-Routes run in turns and medians are compared, so that a slow moment of the machine falls on all
-alike. NumPy's threads are set where it starts, hence the variable. By default it takes minutes,
-most of them for the matrix square root.
+Both sets have the same number of images, with normal features mixed at random. The routes differ
+only in the trace of the square root of sigma1 sigma2: `frechet_distance` solves the symmetric
+eigenproblem, the usual program takes the matrix square root. Errors are relative to the distance
+from the singular values of the features' triangular factors. Times are CPU seconds of all threads
+together. Routes run in turns and medians are compared, so that a slow moment of the machine affects
+all of them. NumPy reads the number of threads when it starts, therefore the variable. By default
+the program takes minutes, mostly for the matrix square root.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def arguments(argv):
 
 
 def by_matrix_root(mu1, sigma1, mu2, sigma2):
-    """The formula as it stands."""
+    """Compute the distance by its formula, with scipy's matrix square root."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).trace().real
     return np.square(mu1 - mu2).sum() + sigma1.trace() + sigma2.trace() - 2 * root
 
 
 def exact(*features):
-    """From triangular factors R of the centred features, sigma = R^T R / (n - 1)."""
+    """Compute the distance from triangular factors R of the features: sigma = R^T R / (n - 1)."""
     mu1, mu2 = (f.mean(0) for f in features)
     R1, R2 = (np.linalg.qr(f - f.mean(0), mode="r") / (len(f) - 1) ** 0.5 for f in features)
     root = np.linalg.svd(R1 @ R2.T, compute_uv=False).sum()
@@ -49,14 +49,14 @@ def exact(*features):
 
 
 def draw(n, dim):
-    """Two sets of features (n,dim) of different mixtures, float64."""
+    """Draw two sets of features (n,dim), float64, each with a mixture of its own."""
     generator = np.random.default_rng(0)
     return [generator.standard_normal((n, dim)) @ generator.standard_normal((dim, dim)) / dim ** 0.5
             for _ in range(2)]
 
 
 def routes(features):
-    """{name: the distance by that route}, to be run again and again."""
+    """Give {name: a function that computes the distance by this route}."""
     one, two = (FeatureStatistics(f.shape[1]) for f in features)
     one.update(torch.from_numpy(features[0]))
     two.update(torch.from_numpy(features[1]))

@@ -1,12 +1,12 @@
-"""quantize.nearest_code against the expression the field copies: time, and wrong codes.
+"""Compare quantize.nearest_code with the usual expression: time and wrong codes.
 
     python benchmarks/nearest_code.py [--threads 1] [--cases 1024x256 16384x4]
 
-Codes as they are initialised, uniform in ±1/K, and encoder outputs with a mean, N(3,1): all codes
-are nearly equally far, and in z² + e² - 2ze the z², over ten million times e², takes most of
-float32's digits. A code is wrong where float64 has another one. Both forms run in turns and medians
-are compared, so that a slow moment of the machine falls on both alike. The largest case needs about
-3 GiB, nearly all of it for the field's whole matrix.
+Codes are uniform in ±1/K, as at the start of training, and encoder outputs are N(3,1). All codes
+are then nearly equally far. In z² + e² - 2ze the term z² is over ten million times e² and takes
+most of float32's digits. A code is wrong if float64 finds another one. Both forms run in turns and
+medians are compared, so that a slow moment of the machine affects both. The largest case needs
+about 3 GiB, nearly all of it for the whole matrix of the usual expression.
 """
 
 import argparse
@@ -33,21 +33,21 @@ def arguments(argv):
 
 
 def copied(z, codebook):
-    """The usual expression, on the whole matrix at once: z (N,d), codebook (K,d) -> (N,)."""
+    """Search by the usual expression, in one matrix: z (N,d), codebook (K,d) -> (N,)."""
     distance = (z.square().sum(1, keepdim=True) + codebook.square().sum(1)
                 - 2 * z @ codebook.T)                                       # (N, K)
     return distance.argmin(1)
 
 
 def exact(z, codebook):
-    """The nearest codes in float64, without z², 256 rows at once: (N,)."""
+    """Search in float64, without z², 256 rows at once: (N,)."""
     codes = codebook.double()
     square = codes.square().sum(1)                                          # (K)
     return torch.cat([(square - 2 * part.double() @ codes.T).argmin(1) for part in z.split(256)])
 
 
 def data(rows, K, d):
-    """z (N,d) and codebook (K,d), as at the start of training."""
+    """Draw z (N,d) and codebook (K,d) as at the start of training."""
     generator = torch.Generator().manual_seed(0)
     z = 3 + torch.randn(rows, d, generator=generator)
     return z, (2 * torch.rand(K, d, generator=generator) - 1) / K
@@ -65,7 +65,7 @@ def main(argv=None):
     print(f"torch {torch.__version__}, CPU threads: {args.threads} "
           f"({torch.backends.cpu.get_cpu_capability()}), N = {args.rows}, "
           f"median of {args.rounds} interleaved runs\n")
-    print("| K | d | nearest_code | the field's | ratio | wrong codes | the field's wrong codes |")
+    print("| K | d | nearest_code | usual | ratio | wrong codes | wrong codes, usual |")
     print("|---" * 7 + "|")
     for case in args.cases:
         K, d = map(int, case.split("x"))

@@ -1,11 +1,11 @@
-"""PartialConv2d against a plain convolution, forward and backward, on one thread.
+"""Time PartialConv2d and a plain convolution, forward and backward, on one thread.
 
     python benchmarks/pconv.py [--rounds 31] [--system-malloc]
 
-The forms run in turns and medians are compared, so that a slow moment of the machine falls on
-all alike. On Linux the process keeps freed memory meanwhile, as the programs do: whether a form's
-8 MiB buffers are fetched anew from the system depends on what ran before it, and outweighs the
-arithmetic in question. `--system-malloc` measures with that.
+The forms run in turns and medians are compared, so that a slow moment of the machine affects all
+of them. On Linux the process keeps freed memory, as the programs do. Without that, buffers of 8 MiB
+may be requested from the system again, depending on what ran before, and this takes longer than the
+arithmetic. `--system-malloc` does not keep it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def arguments(argv):
 
 
 def published(layer, x, valid):
-    """The published layer's arithmetic, step by step, over a one-channel mask."""
+    """Compute what the published layer computes, step by step, for a one-channel mask."""
     kernel = torch.ones(1, 1, *layer.kernel_size)
     count = nn.functional.conv2d(valid, kernel, None, layer.stride, layer.padding)
     updated = count.clamp(0, 1)
@@ -44,7 +44,7 @@ def published(layer, x, valid):
 
 
 def seconds(forward, x):
-    """Wall time of one forward and backward pass of `forward(x)`."""
+    """Measure the wall time of one forward and backward pass of `forward(x)`."""
     x.grad = None
     start = time.perf_counter()
     forward(x).sum().backward()

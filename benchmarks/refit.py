@@ -1,12 +1,12 @@
-"""Seeding by AFK-MC² against k-means++ and uniform seeds, and Lloyd's passes: time and inertia.
+"""Compare seeds by AFK-MC², k-means++ and uniform draws, then Lloyd's passes: time and inertia.
 
     python benchmarks/refit.py [--rows 20000 100000] [--threads 1]
 
-Features of low rank in as many clusters as there are codes, with noise. k-means++ updates the
-distance of every feature to its nearest seed once for each seed, here by one matrix-vector product,
-the fastest form we know; a chain of AFK-MC² looks at 200 features. Seedings run in turns and
-medians are compared; the first one's seeds are then moved by Lloyd's algorithm. Times are CPU
-seconds, all threads together, so that a busy machine adds little to them.
+The features have low rank and noise, in as many clusters as there are codes. For each seed,
+k-means++ computes the distance of every feature, here by one matrix-vector product, the fastest
+form we know. AFK-MC² computes 200 distances. The ways of seeding run in turns and medians are
+compared. Lloyd's algorithm then starts from the seeds of the first round. Times are CPU seconds of
+all threads together, so that a busy machine adds little to them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def arguments(argv):
 
 
 def plain_seeds(features, K, generator):
-    """k-means++ as it is defined: indices (K,) of features (n,d)."""
+    """Draw the seeds of k-means++ by its definition: indices (K,) of features (n,d)."""
     square = features.square().sum(1)                                       # (n)
     chosen = torch.randint(len(features), (1,), generator=generator).tolist()
     nearest = torch.full_like(square, torch.inf)                            # (n), d(x,C)²
@@ -48,7 +48,7 @@ def plain_seeds(features, K, generator):
 
 
 def data(rows, width, codes):
-    """Features (n,d): rank 32, in clusters, with noise."""
+    """Draw features (n,d) of rank 32, in clusters, with noise."""
     generator = torch.Generator().manual_seed(0)
     rank = min(32, width)
     centres = torch.randn(codes, rank, generator=generator)
@@ -59,14 +59,14 @@ def data(rows, width, codes):
 
 
 def timed(function, *arguments):
-    """(result, CPU seconds)."""
+    """Call a function: (its result, CPU seconds)."""
     start = time.process_time()
     result = function(*arguments)
     return result, time.process_time() - start
 
 
 def compare(args, rows):
-    """Lines of the table for so many features."""
+    """Yield the table's lines for `rows` features."""
     features = data(rows, args.width, args.codes)
     seedings = {
         "AFK-MC²": lambda g: afkmc2_seeds(features, args.codes, generator=g),
@@ -89,7 +89,7 @@ def main(argv=None):
     print(f"torch {torch.__version__}, CPU threads: {args.threads} "
           f"({torch.backends.cpu.get_cpu_capability()}), K = {args.codes}, "
           f"median of {args.rounds} interleaved seedings\n")
-    print("| features | seeding | time | inertia | passes | time a pass | inertia then |")
+    print("| features | seeding | time | inertia | passes | time per pass | inertia after them |")
     print("|---" * 7 + "|")
     for rows in args.rows:
         for line in compare(args, rows):

@@ -1,10 +1,10 @@
-"""How fast the embedded pictures are drawn, on one thread.
+"""Measure how fast street scenes are drawn, on one thread.
 
     python benchmarks/signs.py [--size 64] [--pictures 300]
 
-`Signs.read` draws a picture; `TrainingItems` adds its training mask and makes tensors of both. The
-aim is at least 300 images/s at 64 px, so that drawing does not hold up training. Both run in turns,
-each round with pictures of its own, and the median of all rounds is printed with the slowest.
+`Signs.image` draws an image. `TrainingItems` adds its training mask and makes tensors of both. The
+aim is at least 300 images/s at 64 px, so that drawing does not slow training down. Both run in
+turns, each round with other images. The program prints the median of all rounds and the slowest.
 """
 
 import argparse
@@ -43,11 +43,11 @@ def main(argv=None):
     rounds = [range(start, start + args.pictures)
               for start in range(0, args.rounds * args.pictures, args.pictures)]
     for read in readers.values():
-        read(0)                          # glyphs and the epoch's order are made once
+        read(0)                          # letters and the epoch's order are made once
     speeds = [[images_per_second(read, indices) for read in readers.values()]
               for indices in rounds]
     print(f"torch {torch.__version__}, 1 thread, {args.size} px, "
-          f"{args.rounds} interleaved rounds of {args.pictures} pictures\n")
+          f"{args.rounds} interleaved rounds of {args.pictures} images\n")
     print("| | images/s, median | slowest round |\n|---|---|---|")
     for name, column in zip(readers, zip(*speeds)):
         print(f"| {name} | {statistics.median(column):.0f} | {min(column):.0f} |")

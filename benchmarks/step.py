@@ -1,11 +1,11 @@
-"""One training step of each stage, small sizes: float32 and bf16, NCHW and channels_last.
+"""Time a training step of each stage at small sizes: float32 and bf16, NCHW and channels_last.
 
     python benchmarks/step.py [--device cuda] [--threads 2] [--batch-size 8] [--size 64]
 
-A step is forward, backward and the optimisers, on one batch of drawn signs that is already on the
-device; half of its masks are full. "+ D" is the same with the discriminator at work. There is no
-perceptual loss, as in the run on signs. All forms run in turns and medians are compared, so that a
-slow moment of the machine falls on all alike. Not here: loading (benchmarks/signs.py).
+A step is forward, backward and the optimisers, on one batch of street scenes that is already on the
+device. Half of its masks are full. "+ D" is a step with the discriminator. There is no perceptual
+loss, as in the run on signs. All forms run in turns and medians are compared, so that a slow moment
+of the machine affects all of them. benchmarks/signs.py times the loading.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FORMS = {                                # precision, channels_last
     "bf16, channels_last": ("bf16", True),
 }
 STAGES = {"vqgan": train_autoencoder.FirstStage, "decoder": train_autoencoder.DecoderStage}
-LR = 1e-5                                # the numbers stay those of an untrained network
+LR = 1e-5                                # so small that the network stays nearly untrained
 
 
 def arguments(argv):
@@ -49,7 +49,7 @@ def arguments(argv):
 
 
 def build(name, precision, channels_last, device):
-    """A stage of the tiny plan, not yet trained."""
+    """Build an untrained stage of preset tiny."""
     torch.manual_seed(0)
     config = VQGAN_PRESETS["tiny"]
     first_stage = SimpleNamespace(model=VQGAN(config), parent=None)
@@ -63,7 +63,7 @@ def build(name, precision, channels_last, device):
 
 
 def half_full(size, batch_size):
-    """The first training batch of signs of which half the masks are full."""
+    """Give the first training batch of signs with half of its masks full."""
     items = TrainingItems(Signs("train", size), 0, STAGE_IDS["decoder"], masks=True)
     batches = training_batches(items, 0, 1000, batch_size)
     return next(batch for batch in batches
@@ -76,7 +76,7 @@ def one_step(stage, batch, gan_on):
 
 
 def cases(device, drawn):
-    """{(stage and players, form): one step of it}, to be run again and again."""
+    """Give {(stage and players, form): a function that runs one step}."""
     steps = {}
     for form, (precision, channels_last) in FORMS.items():
         for stage_name in STAGES:
@@ -88,7 +88,7 @@ def cases(device, drawn):
 
 
 def seconds(step, device):
-    """Wall time of one step."""
+    """Measure the wall time of one step."""
     start = time.perf_counter()
     step()
     torch.get_device_module(device).synchronize()
@@ -106,7 +106,7 @@ def main(argv=None):
     medians = dict(zip(steps, map(statistics.median, zip(*runs))))
     print(f"torch {torch.__version__}, {args.device}, CPU threads: {args.threads} "
           f"({torch.backends.cpu.get_cpu_capability()}), {args.size} px, batch {args.batch_size}, "
-          f"median of {args.rounds} interleaved runs; images/s (ms an image)\n")
+          f"median of {args.rounds} interleaved runs; images/s (ms per image)\n")
     print("| step | " + " | ".join(FORMS) + " |\n|---" + "|---" * len(FORMS) + "|")
     for name in dict.fromkeys(name for name, _ in steps):
         each = [medians[name, form] / args.batch_size for form in FORMS]
