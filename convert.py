@@ -6,6 +6,7 @@
     RUN/prior/last.pt, and the first stage that it was trained on --load_prior------------> Prior
 
     python convert.py CHECKPOINT                       says what it is
+    python convert.py CHECKPOINT --layers              lists its layers as AVQ's Tables 7 and 8 do
     python convert.py CHECKPOINT -o FILE               makes one file of ours of it
     python convert.py CHECKPOINT --to-diffusers DIR    makes a folder that from_pretrained opens
 
@@ -15,12 +16,14 @@ A run's decoder file holds the decoder only. Its first stage is the run's own, o
 
 import argparse
 import json
+import re
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import public_names
 import run_folder
@@ -28,12 +31,14 @@ from asym_decoder import AsymDecoder, AsymVQGAN
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
 from unet import UNet, UNetConfig
-from vqgan import VQGAN, VQGANConfig
+from vqgan import VQGAN, AttnBlock, Downsample, ResBlock, Upsample, VQGANConfig
 from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
 STAGES = ("decoder", *FIRST_STAGES)
 SCALING_FACTOR = 0.18215                # Stable Diffusion's; a diffusion model's, not the weights'
+# What each stage trains, by the start of its layers' names.
+TRAINS = {"vqgan": "", "refit": ("decoder", "post_quant_conv"), "decoder": "decoder"}
 STEPS = 100                             # that a map is drawn in, where nobody says
 
 
@@ -305,6 +310,118 @@ def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
     return made
 
 
+def count(model, run):
+    """Count what run() does in each module of `model`: {module: (output shape, multiplications)}.
+
+    Only convolutions, linear layers and attention's two products are counted. The model moves to
+    the meta device, where only shapes are computed: it costs nothing, but its weights are gone.
+    """
+    shapes, counts = {}, {}
+
+    def before(module, inputs):
+        counts[module] = -counter.get_total_flops()
+
+    def after(module, inputs, output):
+        counts[module] += counter.get_total_flops()
+        shapes[module] = (output if isinstance(output, torch.Tensor) else output[0]).shape[1:]
+    for module in model.to("meta").modules():
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    # torch counts a multiplication and the addition after it as two operations.
+    return {module: (shape, counts[module] // 2) for module, shape in shapes.items()}
+
+
+def count_prior(unet, grid):
+    """Count a UNet's multiplications for one map: in plain convolutions, in all. [DDM Tab. 2]"""
+    counted = count(unet, lambda: unet(torch.zeros(1, *grid, dtype=torch.int64), torch.ones(1)))
+    plain = sum(number for module, (_, number) in counted.items() if isinstance(module, nn.Conv2d))
+    return plain, counted[unet][1]
+
+
+def layers(module, name):
+    """Yield (name, layer) below `module`. A block is a layer; those of one level share a name."""
+    if isinstance(module, ResBlock | AttnBlock | Downsample | Upsample):
+        yield re.sub(r"\.\d+$", "", name), module
+    elif list(module.parameters(recurse=False)):
+        yield name, module
+    else:
+        for child, layer in module.named_children():
+            yield from layers(layer, f"{name}.{child}".lstrip("."))
+
+
+def list_layers(model, stage, size):
+    """List the layers of a model that `stage` trained. [AVQ Tab. 7] [AVQ Tab. 8]
+
+    {part: [(l, name, layer, output shape, parameters, multiplications, "trained" or "frozen")]} for
+    one image of size x size, in the tables' order. Blends and the search for codes have no
+    multiplications, None. The weights of `model` are gone afterwards.
+    """
+    first_stage, asym = model.first_stage, model is not model.first_stage
+    where, levels = "first_stage." if asym else "", len(model.config.ch_mult)
+
+    def run():
+        x, mask = torch.zeros(1, 3, size, size), torch.zeros(1, 1, size, size)
+        latent = first_stage.moments(x)
+        z = latent.mode() if model.config.latent == "kl" else latent        # (1, d, h, w)
+        if first_stage.decoder is not None:
+            first_stage.decode(z)
+        if asym:
+            model.decoder(first_stage.post_quant_conv(z), x, mask)
+    counted, named, rows = count(model, run), {}, {}
+    # Make a row for each name, and for each blend.
+    for name, layer in layers(model, ""):
+        named.setdefault(name, []).append(layer)
+    for name, same in named.items():
+        kernel = "x".join(map(str, getattr(same[0], "kernel_size", ())))
+        ran = [counted[layer] for layer in same if layer in counted]        # a codebook never does
+        detail = f"x {len(same)}" if len(same) > 1 else kernel
+        rows[name] = (f"{type(same[0]).__name__} {detail}".rstrip(),
+                      ran[-1][0] if ran else same[0].weight.shape,
+                      sum(p.numel() for layer in same for p in layer.parameters()),
+                      sum(number for _, number in ran) if ran else None,
+                      "trained" if name.startswith(TRAINS[stage]) else "frozen")
+    for i, layer in enumerate(model.decoder.encoder.layers if asym else ()):
+        (C, h, w), add = counted[layer][0], model.decoder.blend == "add"
+        rows[f"decoder._blend({i})"] = ("add" if add else "Concat", (C if add else 2 * C + 1, h, w),
+                                        0, None, "")
+    # Order the rows by the starts of their names, each with its l.
+    condition = [(i, f"encoder.layers.{i}") for i in range(levels + 1)]
+    main = [("Out", start) for start in ("_blend(0)", "fuse.0", "norm_out", "conv_out")]
+    for i in range(levels):
+        main += [(i, f"_blend({i + 1})"), (i, f"fuse.{i + 1}"), (i, f"up.{i}.")]
+    main += [(levels, "conv_in"), (levels, "mid.")]
+    latent = [("", start) for start in ("quant_conv", "quantize", "post_quant_conv")]
+    parts = [("first stage, encoder", f"{where}encoder.", [("", "")]),
+             ("first stage, latent", where, latent)]
+    if first_stage.decoder is not None:
+        parts.append(("first stage, decoder", f"{where}decoder.", main))
+    if asym:
+        parts = [("Condition", "decoder.", condition), ("Main", "decoder.", main), *parts]
+    return {part: [(place, name.removeprefix(within), *row) for place, start in order
+                   for name, row in rows.items() if name.startswith(within + start)]
+            for part, within, order in parts}
+
+
+def print_layers(parts, size):
+    """Print what list_layers gave, and the totals of each part."""
+    def show(*cells):
+        line = "{:>3}  {:18} {:17}  {:>13} {:>12} {:>18}  {}".format(*cells)
+        print0(line.rstrip())
+    print0(f"\nOne image of {size} x {size} px; l and the order as in AVQ's Tables 7 and 8")
+    show("l", "name", "layer", "output", "parameters", "multiplications", "")
+    for part, rows in parts.items():
+        print0(f"\n{part}")
+        for place, name, layer, shape, parameters, number, state in rows:
+            show(place, name, layer, "x".join(map(str, shape)), f"{parameters:,}",
+                 "" if number is None else f"{number:,}", state)
+        sums = {"total": rows} | ({"both": parts["Condition"] + rows} if part == "Main" else {})
+        for name, some in sums.items():
+            show("", name, "", "", f"{sum(row[4] for row in some):,}",
+                 f"{sum(row[5] or 0 for row in some):,}", "")
+
+
 def main():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="What a checkpoint is; if asked for, the same as a file of "
@@ -316,9 +433,13 @@ def main():
                         help="write all of the model into one file of ours")
     parser.add_argument("--to-diffusers", metavar="DIR",
                         help="write a folder that diffusers' from_pretrained opens")
+    parser.add_argument("--layers", action="store_true",
+                        help="print the network as AVQ's Tables 7 and 8 do, for the run's --size "
+                             "(of public weights 256), and count the run's prior as DDM's Table 2")
     args = parser.parse_args()
     # Say what it is.
     loaded, made = load(args.checkpoint), []
+    side = loaded.config.get("size") or 256
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
     print0(f"{args.checkpoint}: {loaded.stage}, {trained if loaded.step else 'public weights'}")
     model, config, first_stage = loaded.model, loaded.model.config, loaded.model.first_stage
@@ -341,8 +462,7 @@ def main():
         _check_new(args.output)
     if args.to_diffusers:
         made += to_diffusers(model, args.to_diffusers,
-                             loaded.config.get("scaling_factor", SCALING_FACTOR),
-                             loaded.config.get("size") or 256)
+                             loaded.config.get("scaling_factor", SCALING_FACTOR), side)
     if args.output:
         save_model(loaded, args.output)
         made.append(args.output)
@@ -350,6 +470,17 @@ def main():
         print0("  left out     the first stage's own decoder, as only one has these names")
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))
+    if args.layers:
+        print_layers(list_layers(model, loaded.stage, side), side)
+        prior = run_folder.latest(Path(args.checkpoint) / "prior")
+        if prior:
+            settings, grid = prior["config"]["prior"], prior["extra"]["grid"]
+            with torch.device("meta"):
+                unet, _ = denoiser(settings, prior["extra"]["K"])
+            plain, total = count_prior(unet, grid)
+            print0(f"\nprior, {settings['unet']}: {sum(p.numel() for p in unet.parameters()):,} "
+                   f"parameters\nOne map of {grid[0]} x {grid[1]} codes: {plain:,} multiplications "
+                   f"in plain convolutions, as in DDM's Table 2,\nand {total:,} in all")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,21 @@ import convert
 import run_folder
 import weight_files
 from asym_decoder import AsymDecoder, AsymVQGAN
-from convert import load, load_first_stage, load_model, load_prior, save_model, to_diffusers
+from convert import (
+    TRAINS,
+    count,
+    list_layers,
+    load,
+    load_first_stage,
+    load_model,
+    load_prior,
+    save_model,
+    to_diffusers,
+)
 from distributed import UserError, exit_on_user_error
 from public_names import diffusers_names
-from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+from refit import install_codebook
+from vqgan import VQGAN, VQGAN_PRESETS, AttnBlock, VQGANConfig
 
 # As public files have no settings, GroupNorm's 32 groups must divide every width.
 VQ = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,), z_channels=4,
@@ -310,6 +321,128 @@ def test_a_file_alone_is_only_described(tmp_path, monkeypatch, capsys):
                  "base, add: ch 32, num_res_blocks 2"):
         assert part in text
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- the layers as a table
+
+
+def test_multiplications_are_those_counted_by_hand():
+    """Outputs times the weights that each one takes; of attention, two products besides."""
+    conv, up = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.ConvTranspose2d(8, 4, 4)
+    linear, attention = torch.nn.Linear(4, 5), AttnBlock(32)
+    model = torch.nn.ModuleList([conv, up, linear, attention])
+
+    def run():
+        linear(up(conv(torch.zeros(1, 3, 8, 8))).mean((2, 3)))
+        attention(torch.zeros(1, 32, 6, 5))
+    counted = count(model, run)
+    assert counted[conv] == ((8, 4, 4), 8 * 4 * 4 * 3 * 3 * 3)
+    assert counted[up] == ((4, 7, 7), 8 * 4 * 4 * 4 * 4 * 4)         # each input, each tap
+    assert counted[linear] == ((5,), 4 * 5)
+    assert counted[attention] == ((32, 6, 5), 4 * 30 * 32**2 + 2 * 30**2 * 32)
+    assert counted[attention.q][1] == 30 * 32**2
+    assert counted[attention.norm][1] == 0
+
+
+@pytest.mark.parametrize("blend", ["add", "concat"])
+@pytest.mark.parametrize("config", [VQ, KL, FOUR], ids=["vq", "kl", "four"])
+def test_every_parameter_is_in_one_row_and_the_parts_sum_to_the_networks(config, blend):
+    model = asymmetric(VQGAN(config), num_res_blocks=2, blend=blend)
+    parts = list_layers(model, "decoder", 32)
+
+    def total(*names, column=4):
+        return sum(row[column] or 0 for name in names for row in parts[name])
+    first_stage = [f"first stage, {part}" for part in ("encoder", "latent", "decoder")]
+    for module, names in ((model, parts), (model.decoder, ["Condition", "Main"]),
+                          (model.first_stage, first_stage), (model.decoder.encoder, ["Condition"]),
+                          (model.first_stage.encoder, first_stage[:1]),
+                          (model.first_stage.decoder, first_stage[2:])):
+        assert total(*names) == sum(p.numel() for p in module.parameters())
+    mask, x = torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32)
+    side = 32 // config.f
+    z = torch.zeros(1, config.z_channels, side, side)
+    counted = count(model, lambda: model.decoder(*(t.to("meta") for t in (z, x, mask))))
+    assert total("Condition", "Main", column=5) == counted[model.decoder][1]
+
+
+def test_the_base_decoder_is_listed_as_in_table_7():
+    """Layers and shapes at 512 px, row by row; names, counts and states of some."""
+    with torch.device("meta"):
+        config = VQGAN_PRESETS["kl-f8"]
+        model = AsymVQGAN(VQGAN(config), AsymDecoder.from_preset(config, "base", "concat"))
+    parts = list_layers(model, "decoder", 512)
+    assert [(i, layer, *shape) for i, _, layer, shape, *_ in parts["Condition"]] == [
+        (0, "PartialConv2d 3x3", 128, 512, 512), (1, "PartialConv2d 3x3", 256, 512, 512),
+        (2, "PartialConv2d 4x4", 512, 256, 256), (3, "PartialConv2d 4x4", 512, 128, 128),
+        (4, "PartialConv2d 4x4", 512, 64, 64)]
+    assert [(i, layer, *shape) for i, _, layer, shape, *_ in parts["Main"]] == [
+        ("Out", "Concat", 257, 512, 512), ("Out", "Conv2d 1x1", 128, 512, 512),
+        ("Out", "GroupNorm", 128, 512, 512), ("Out", "Conv2d 3x3", 3, 512, 512),
+        (0, "Concat", 513, 512, 512), (0, "Conv2d 1x1", 256, 512, 512),
+        (0, "ResBlock x 3", 128, 512, 512),
+        (1, "Concat", 1025, 256, 256), (1, "Conv2d 1x1", 512, 256, 256),
+        (1, "ResBlock x 3", 256, 256, 256), (1, "Upsample", 256, 512, 512),
+        (2, "Concat", 1025, 128, 128), (2, "Conv2d 1x1", 512, 128, 128),
+        (2, "ResBlock x 3", 512, 128, 128), (2, "Upsample", 512, 256, 256),
+        (3, "Concat", 1025, 64, 64), (3, "Conv2d 1x1", 512, 64, 64),
+        (3, "ResBlock x 3", 512, 64, 64), (3, "Upsample", 512, 128, 128),
+        (4, "Conv2d 3x3", 512, 64, 64), (4, "ResBlock", 512, 64, 64),
+        (4, "AttnBlock", 512, 64, 64), (4, "ResBlock", 512, 64, 64)]
+    assert parts["Main"][1] == ("Out", "fuse.0", "Conv2d 1x1", (128, 512, 512), 257 * 128 + 128,
+                                257 * 128 * 512**2, "trained")
+    assert [row[1] for row in parts["Main"][-2:]] == ["mid.attn_1", "mid.block_2"]
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [
+    ("base", 60_276_227), ("large", 160_136_835), ("large2", 371_966_467)])
+def test_the_published_decoders_have_their_parameters_in_the_table(preset, parameters):
+    with torch.device("meta"):
+        config = VQGAN_PRESETS["kl-f8"]
+        model = AsymVQGAN(VQGAN(config), AsymDecoder.from_preset(config, preset))
+    parts = list_layers(model, "decoder", 256)
+    assert sum(row[4] for part in ("Condition", "Main") for row in parts[part]) == parameters
+    if preset == "base":            # its trunk is the vanilla decoder, and costs the same
+        ours, vanilla = ([row[2:6] for row in parts[part] if row[4]]
+                         for part in ("Main", "first stage, decoder"))
+        assert ours == vanilla
+
+
+def test_the_rows_say_what_each_stage_trains():
+    first_stage, rebuilt = VQGAN(VQ), VQGAN(VQ)
+    install_codebook(rebuilt, torch.zeros(8, 4))
+    for stage, model in (("vqgan", first_stage), ("refit", rebuilt),
+                         ("decoder", asymmetric(VQGAN(VQ)))):
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == name.startswith(TRAINS[stage]), (stage, name)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows = [row for part in list_layers(model, stage, 32).values() for row in part]
+        assert sum(row[4] for row in rows if row[6] == "trained") == trained
+
+
+def test_layers_are_printed_in_columns_with_the_prior_and_no_file_is_written(
+        tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    _, parent = write_first_stage(run)
+    write_decoder(run, parent, blend="concat")
+    write_prior(run, parent)
+    before = sorted(tmp_path.rglob("*"))
+    text = run_main(monkeypatch, capsys, run, "--layers")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert max(map(len, text.splitlines())) < 100
+    assert f"One image of {SIZE} x {SIZE} px" in text
+    totals = [line.split() for line in text.splitlines() if line.strip().startswith(("to", "bo"))]
+    model, prior = load_model(run), load_prior(run).unet
+    assert int(totals[2][1].replace(",", "")) == sum(p.numel() for p in model.decoder.parameters())
+    assert [name for name, *_ in totals] == ["total", "total", "both", "total", "total", "total"]
+    assert f"prior, tiny: {sum(p.numel() for p in prior.parameters()):,} parameters" in text
+    path = write_public(tmp_path / "base.ckpt", asymmetric(VQGAN(KL), num_res_blocks=2))
+    text = run_main(monkeypatch, capsys, path, "--layers")
+    assert "One image of 256 x 256 px" in text
+    assert "first stage, decoder" not in text                # it is not in the file
+    assert "prior" not in text
+
+
+# ---------------------------------------------------------------- the command
 
 
 def test_both_outputs_of_a_run_come_from_one_command(tmp_path, monkeypatch, capsys):
