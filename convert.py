@@ -1,17 +1,12 @@
-"""Load models from runs, files of ours and public checkpoints; write them for us and for diffusers.
+"""Load models from runs, converted files and public checkpoints; convert them; list their layers.
 
-    a run, or its stage file: a decoder and the first stage it stands on --------------+
-    a file that -o wrote: all of one model --------------------------------------------+--> Loaded
+    a run or one of its stage files, with the first stage that it was trained on -------+
+    a file that -o wrote, which holds a whole model ------------------------------------+--> Loaded
     Stable Diffusion's, taming's, the authors', diffusers' --weight_files, public_names-+
-    RUN/prior/last.pt, and the first stage that it was trained on --load_prior------------> Prior
+    RUN/prior/last.pt, with the first stage that it was trained on --load_prior-----------> Prior
 
-    python convert.py CHECKPOINT                       says what it is
-    python convert.py CHECKPOINT --layers              lists its layers as AVQ's Tables 7 and 8 do
-    python convert.py CHECKPOINT -o FILE               makes one file of ours of it
-    python convert.py CHECKPOINT --to-diffusers DIR    makes a folder that from_pretrained opens
-
-A run's decoder file holds the decoder only. Its first stage is the run's own, or the one that
-`--vqgan` named, and must still be the very weights that the decoder was trained on.
+A run's decoder file holds the decoder only. Its first stage is the run's own or the one that
+`--vqgan` named, and its weights must be those that the decoder was trained on.
 """
 
 import argparse
@@ -31,35 +26,39 @@ from asym_decoder import AsymDecoder, AsymVQGAN
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
 from unet import UNet, UNetConfig
-from vqgan import VQGAN, AttnBlock, Downsample, ResBlock, Upsample, VQGANConfig
+from vqgan import VQGAN, VQGANConfig
 from weight_files import diffusers_folder, read_public, write_safetensors
 
-FIRST_STAGES = ("refit", "vqgan")       # the order in which a run's first stage is looked for
+FIRST_STAGES = ("refit", "vqgan")       # in the order of preference
 STAGES = ("decoder", *FIRST_STAGES)
-SCALING_FACTOR = 0.18215                # Stable Diffusion's; a diffusion model's, not the weights'
-# What each stage trains, by the start of its layers' names.
-TRAINS = {"vqgan": "", "refit": ("decoder", "post_quant_conv"), "decoder": "decoder"}
-STEPS = 100                             # that a map is drawn in, where nobody says
+SCALING_FACTOR = 0.18215                # Stable Diffusion multiplies latents by it
+# By the names of modules: what each stage trains, and what has a row in --layers.
+TRAINS = {"vqgan": "first_stage.", "decoder": "decoder.",
+          "refit": ("first_stage.decoder.", "first_stage.post_quant_conv")}
+ROW = re.compile(r".*(\.(block|attn)\.\d+|mid\.\w+|sample|(layers|fuse)\.\d+|conv_in|conv_out|"
+                 r"norm_out|quant_conv|embedding)")
+STEPS = 100                             # default number of steps that draw a map of codes
 
 
 @dataclass
 class Loaded:
-    """A model, ready to be used, and what its file says about it."""
-    model:    nn.Module      # VQGAN or AsymVQGAN; eval mode, no gradients
-    stage:    str            # "vqgan", "refit" or "decoder"
-    config:   dict           # a run's resolved settings; of public ones "first_stage", "decoder"
-    step:     int            # 0 for public ones
-    finished: bool           # whether that stage's training came to its end
-    parent:   str            # weights_hash of the first stage
-    latents:  str            # the same of what makes latents: equal ones mean the same latents
-    notes:    list = field(default_factory=list)     # what was dropped, stood in for or cast
+    """Hold a model that is ready for use, and the facts in its file."""
+    model:       nn.Module   # VQGAN or AsymVQGAN; eval mode, no gradients
+    stage:       str         # "vqgan", "refit" or "decoder"
+    config:      dict        # a run's settings; of a public file only "first_stage", "decoder"
+    step:        int         # 0 for a public file
+    finished:    bool        # whether the stage was trained to its end
+    parent:      str         # weights_hash of the first stage
+    latent_hash: str         # weights_hash of encoder, quant_conv and codebook
+    notes:       list = field(default_factory=list)  # weights that were dropped, added or cast
 
 
 def load(path, device="cpu", stages=STAGES):
-    """Load the VQGAN or AsymVQGAN at `path`, strictly: a Loaded. Raises UserError.
+    """Load the VQGAN or AsymVQGAN at `path`: a Loaded. Raises UserError.
 
-    path: a run folder (of the first of `stages` that it has; a refit must be finished), one of our
-    files, a public file, or a folder of diffusers. A public asymmetric one has no vanilla decoder.
+    path: a run folder, a file of train.py or convert.py, a public file, or a folder of diffusers.
+    A run folder gives the first of `stages` that it has; an unfinished refit is skipped. The first
+    stage in a public asymmetric model has no decoder.
     """
     path = Path(path)
     if _is_public(path):
@@ -70,7 +69,7 @@ def load(path, device="cpu", stages=STAGES):
         config = VQGANConfig(**_tuples(state["config"]["first_stage"]))
         size = state["config"]["decoder"] if state["stage"] == "decoder" else None
         if size and all(name.startswith("decoder.") for name in state["model"]):
-            first_stage = first_stage_of(state, path).model      # -o writes it into the same file
+            first_stage = load_parent(state, path).model         # a file of -o holds its own
             config = first_stage.config
         loaded = _loaded(_network(path, state["model"], config, size, first_stage), state)
     loaded.model.to(device)
@@ -83,12 +82,12 @@ def load_model(path, device="cpu"):
 
 
 def load_first_stage(path):
-    """Load the first stage at `path`, as `load` does; a decoder's file is refused by UserError."""
+    """Load the first stage at `path`, as `load` does. Raises UserError for a decoder's file."""
     return load(path, stages=FIRST_STAGES)
 
 
 def _read(path, stages):
-    """The contents of a stage file, or of the first of `stages` that a run folder has."""
+    """Read a stage file, or the file of the first of `stages` that a run folder has."""
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint")
     if path.is_file():
@@ -115,42 +114,46 @@ def _tuples(fields):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
-def first_stage_of(state, source):
-    """Load the first stage that `state`, of `source`, stands on; UserError: missing or changed."""
+def load_parent(state, source):
+    """Load the first stage that `source`, whose contents are `state`, was trained on.
+
+    Raises UserError if it is missing or has other weights now.
+    """
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
-        raise UserError(f"the {stage} in {source} stands on the first stage {where}, which is not "
-                        "there; bring it back, or start from the folder of the training")
+        raise UserError(f"the {stage} in {source} needs the first stage {where}, which does not "
+                        "exist; bring it back, or start from the folder of the training")
     first_stage = load_first_stage(where)
     if first_stage.parent != state["parent"]:
         raise UserError(f"the {stage} in {source} was trained on other first-stage weights than "
-                        f"{where} holds; bring those back, or train a {stage} on these: "
+                        f"those in {where}; restore them, or train a new {stage}: "
                         f"train.py --stage {stage} --vqgan {where} --out NEW_RUN")
     return first_stage
 
 
 def run_of(source):
-    """Find the run folder of a stage file, RUN/decoder/last.pt -> RUN, or of itself."""
+    """Find the run folder: RUN/decoder/last.pt -> RUN, RUN -> RUN."""
     return source if source.is_dir() else source.parent.parent
 
 
 def _is_public(path):
-    """Say whether others wrote `path`: a file that is not ours, a folder of diffusers."""
+    """Tell whether `path` is a folder of diffusers, or a file that no program here wrote."""
     if not path.is_file():
         return diffusers_folder(path)[0] is not None
-    try:                        # the pickles of all our files begin with these two keys
+    try:                        # run_folder.save's pickles begin with these two keys
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as file:
                 head = file.read(100)
-    except Exception:           # whatever is wrong with it, read_public says so
+    except Exception:           # read_public tells what is wrong with the file
         return True
     return not (b"format" in head and b"stage" in head)
 
 
 def _public(path):
+    """Load a public model: a Loaded, with the sizes that the weights' shapes tell."""
     public = read_public(path)
-    stated = public.config or {}                    # diffusers' own settings
+    stated = public.config or {}                    # diffusers' config.json
     try:
         weights, notes = public_names.tidy(public_names.taming_names(public.state))
         groups = stated.get("norm_num_groups") or 32
@@ -169,7 +172,7 @@ def _public(path):
 
 
 def _loaded(model, state, notes=()):
-    """Make the Loaded of a model and its stage file's `state`."""
+    """Make a Loaded from a model and the contents of its stage file."""
     model.eval().requires_grad_(False)
     weights = model.first_stage.state_dict()
     encodes = {name: value for name, value in weights.items()
@@ -180,9 +183,9 @@ def _loaded(model, state, notes=()):
 
 
 def _network(source, weights, config, size, first_stage=None):
-    """Build a VQGAN, or with a decoder's `size` an AsymVQGAN; no random number is drawn.
+    """Build a VQGAN, or an AsymVQGAN of a decoder's `size`, without drawing random numbers.
 
-    weights: by the names of _file_names; where a VQGAN is given, only the decoder's.
+    weights: named as by _file_names; only the decoder's if `first_stage` (a VQGAN) is given.
     """
     if size:
         weights = {name if name.startswith("decoder.") else f"first_stage.{name}": value
@@ -209,23 +212,23 @@ def _misfit(source, error):
 
 
 def _file_names(model):
-    """List the model's weights by the authors' names; of two decoders the asymmetric one."""
+    """Name the weights as the authors do: {name: tensor}, without the vanilla of two decoders."""
     return {name.removeprefix("first_stage."): value for name, value in model.state_dict().items()
             if not name.startswith("first_stage.decoder.")}
 
 
 @dataclass
 class Prior:
-    """VQ-DDM's prior, ready to be sampled from, and what its file says about it."""
+    """Hold VQ-DDM's prior, ready to be sampled from, and the facts in its file."""
     unet:        UNet                   # the averaged weights; eval mode, no gradients
     diffusion:   MultinomialDiffusion
-    first_stage: VQGAN                  # likewise, on the same device
+    first_stage: VQGAN                  # eval mode, no gradients, on the same device
     grid:        tuple                  # (h, w) of the maps that it was trained on
-    config:      dict                   # the resolved settings of the run
+    config:      dict                   # the run's settings
     step:        int
-    finished:    bool                   # whether its training came to its end
+    finished:    bool                   # whether it was trained to its end
     parent:      str                    # weights_hash of the first stage
-    facts:       dict                   # "score": held-out bound in nats a map, "maps", "K", "grid"
+    facts:       dict                   # "score": held-out bound in nats per map, "K", "grid"
 
     @property
     def device(self):
@@ -233,24 +236,24 @@ class Prior:
 
 
 def denoiser(settings, K):
-    """Build a UNet and its process for K codes; UserError: a kind that is no longer here."""
+    """Build a UNet and its diffusion for K codes. Raises UserError for a kind that was removed."""
     for name, ours in (("schedule", "cosine"), ("form", "theta")):
         if settings.get(name, ours) != ours:
-            raise UserError(f"this prior was trained with {name} {settings[name]!r}, which is no "
-                            f"longer here; train one with {ours!r}, as train.py does")
+            raise UserError(f"this prior was trained with {name} {settings[name]!r}, which was "
+                            f"removed; train a new one, which will have {ours!r}")
     net = _tuples(settings["net"])
     if net.pop("layout", "multinomial") == "ddpm" or net.pop("attention", "linear") == "full":
-        raise UserError("this prior's network has DDPM's layout, which is no longer here: train "
-                        "one of the presets")
+        raise UserError("this prior's network has DDPM's layout, which was removed; train a new "
+                        "prior")
     T = settings["T"]
     return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
 
 
 def load_prior(path, device="cpu"):
-    """Load the Prior at `path`, a run folder or a prior's file, with its first stage: as `load`."""
+    """Load the Prior in a run folder or a prior's file, with its first stage. Raises UserError."""
     path = Path(path)
     state = _read(path, ("prior",))
-    config, extra, first_stage = state["config"], state["extra"], first_stage_of(state, path)
+    config, extra, first_stage = state["config"], state["extra"], load_parent(state, path)
     try:
         unet, diffusion = denoiser(config["prior"], extra["K"])
         unet.load_state_dict(state["ema"]["weights"])
@@ -262,14 +265,14 @@ def load_prior(path, device="cpu"):
 
 
 def chosen_steps(asked, T, most=STEPS):
-    """Check that `asked` steps of T can be taken; None is `most`, or T if that is less."""
+    """Give the number of steps: `asked`, or by default `most` but at most T. Raises UserError."""
     if asked is not None and not 1 <= asked <= T:
-        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
+        raise UserError(f"--steps: give numbers from 1 to T = {T} of this prior")
     return asked or min(most, T)
 
 
 def save_model(loaded, path):
-    """Write a Loaded's model, of two decoders the asymmetric one, to a new file; or UserError."""
+    """Write a Loaded's weights, named by _file_names, to a new file. Raises UserError."""
     _check_new(path)
     state = {"format": run_folder.FORMAT, "stage": loaded.stage,
              "config": loaded.config | {"vqgan": None}, "model": _file_names(loaded.model),
@@ -279,17 +282,17 @@ def save_model(loaded, path):
 
 
 def _check_new(path):
-    """Raise UserError unless nothing is at `path`, or an empty folder."""
+    """Raise UserError if `path` exists and is not an empty folder."""
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already and is not overwritten; choose another name, or "
+        raise UserError(f"{path} exists already and is not overwritten; choose another name, or "
                         "remove it first")
 
 
 def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
-    """Write a VQGAN or AsymVQGAN into `folder` for diffusers' from_pretrained; the paths made.
+    """Write a VQGAN or AsymVQGAN into `folder` for diffusers' from_pretrained: the two new paths.
 
-    scaling_factor: what the diffusion model multiplies latents by; sample_size: px. Raises
+    scaling_factor: the diffusion model multiplies latents by it; sample_size: in pixels. Raises
     UserError: a model that diffusers cannot build, a folder that is not empty, a full disk.
     """
     folder, weights = Path(folder), _file_names(model)
@@ -316,21 +319,22 @@ def count(model, run):
     Only convolutions, linear layers and attention's two products are counted. The model moves to
     the meta device, where only shapes are computed: it costs nothing, but its weights are gone.
     """
-    shapes, counts = {}, {}
+    started, counted = {}, {}
 
     def before(module, inputs):
-        counts[module] = -counter.get_total_flops()
+        started[module] = counter.get_total_flops()
 
     def after(module, inputs, output):
-        counts[module] += counter.get_total_flops()
-        shapes[module] = (output if isinstance(output, torch.Tensor) else output[0]).shape[1:]
+        # torch counts a multiplication and the addition after it as two operations.
+        number = (counter.get_total_flops() - started[module]) // 2
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        counted[module] = output.shape[1:], number
     for module in model.to("meta").modules():
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
-    # torch counts a multiplication and the addition after it as two operations.
-    return {module: (shape, counts[module] // 2) for module, shape in shapes.items()}
+    return counted
 
 
 def count_prior(unet, grid):
@@ -340,104 +344,87 @@ def count_prior(unet, grid):
     return plain, counted[unet][1]
 
 
-def layers(module, name):
-    """Yield (name, layer) below `module`. A block is a layer; those of one level share a name."""
-    if isinstance(module, ResBlock | AttnBlock | Downsample | Upsample):
-        yield re.sub(r"\.\d+$", "", name), module
-    elif list(module.parameters(recurse=False)):
-        yield name, module
-    else:
-        for child, layer in module.named_children():
-            yield from layers(layer, f"{name}.{child}".lstrip("."))
-
-
 def list_layers(model, stage, size):
-    """List the layers of a model that `stage` trained. [AVQ Tab. 7] [AVQ Tab. 8]
+    """List a model's layers, for an image of size x size pixels. [AVQ Tab. 7] [AVQ Tab. 8]
 
-    {part: [(l, name, layer, output shape, parameters, multiplications, "trained" or "frozen")]} for
-    one image of size x size, in the tables' order. Blends and the search for codes have no
-    multiplications, None. The weights of `model` are gone afterwards.
+    A row: part, l, name, layer, output shape, parameters, multiplications, and if `stage` trained
+    it. Decoders are in the tables' order. Blends and the search for codes are not counted. The
+    weights of `model` are gone afterwards.
     """
     first_stage, asym = model.first_stage, model is not model.first_stage
-    where, levels = "first_stage." if asym else "", len(model.config.ch_mult)
 
     def run():
         x, mask = torch.zeros(1, 3, size, size), torch.zeros(1, 1, size, size)
         latent = first_stage.moments(x)
-        z = latent.mode() if model.config.latent == "kl" else latent        # (1, d, h, w)
+        z = (latent.mode() if model.config.latent == "kl" else
+             first_stage.quantize.lookup(latent[:, 0].long()))   # any codes; (1, d, h, w)
+        z = first_stage.post_quant_conv(z)
         if first_stage.decoder is not None:
-            first_stage.decode(z)
+            first_stage.decoder(z)
         if asym:
-            model.decoder(first_stage.post_quant_conv(z), x, mask)
+            model.decoder(z, x, mask)
     counted, named, rows = count(model, run), {}, {}
-    # Make a row for each name, and for each blend.
-    for name, layer in layers(model, ""):
-        named.setdefault(name, []).append(layer)
+    for name, module in model.named_modules(prefix="" if asym else "first_stage"):
+        if ROW.fullmatch(name):                            # the blocks of a level share a row
+            named.setdefault(re.sub(r"(block|attn)\.\d+$", r"\1", name), []).append(module)
     for name, same in named.items():
         kernel = "x".join(map(str, getattr(same[0], "kernel_size", ())))
-        ran = [counted[layer] for layer in same if layer in counted]        # a codebook never does
-        detail = f"x {len(same)}" if len(same) > 1 else kernel
-        rows[name] = (f"{type(same[0]).__name__} {detail}".rstrip(),
-                      ran[-1][0] if ran else same[0].weight.shape,
-                      sum(p.numel() for layer in same for p in layer.parameters()),
-                      sum(number for _, number in ran) if ran else None,
+        rows[name] = (f"{type(same[0]).__name__} {kernel or f'x {len(same)}'}".removesuffix(" x 1"),
+                      counted[same[-1]][0],
+                      sum(p.numel() for module in same for p in module.parameters()),
+                      sum(counted[module][1] for module in same),
                       "trained" if name.startswith(TRAINS[stage]) else "frozen")
     for i, layer in enumerate(model.decoder.encoder.layers if asym else ()):
-        (C, h, w), add = counted[layer][0], model.decoder.blend == "add"
-        rows[f"decoder._blend({i})"] = ("add" if add else "Concat", (C if add else 2 * C + 1, h, w),
-                                        0, None, "")
-    # Order the rows by the starts of their names, each with its l.
-    condition = [(i, f"encoder.layers.{i}") for i in range(levels + 1)]
+        (C, h, w), concat = counted[layer][0], model.decoder.blend == "concat"
+        rows[f"decoder._blend({i})"] = ("Concat" if concat else "add",
+                                        (2 * C + 1 if concat else C, h, w), 0, 0, "")
+    # Order the rows: part, l, the start of their names.
+    n = len(model.config.ch_mult)
     main = [("Out", start) for start in ("_blend(0)", "fuse.0", "norm_out", "conv_out")]
-    for i in range(levels):
-        main += [(i, f"_blend({i + 1})"), (i, f"fuse.{i + 1}"), (i, f"up.{i}.")]
-    main += [(levels, "conv_in"), (levels, "mid.")]
-    latent = [("", start) for start in ("quant_conv", "quantize", "post_quant_conv")]
-    parts = [("first stage, encoder", f"{where}encoder.", [("", "")]),
-             ("first stage, latent", where, latent)]
-    if first_stage.decoder is not None:
-        parts.append(("first stage, decoder", f"{where}decoder.", main))
-    if asym:
-        parts = [("Condition", "decoder.", condition), ("Main", "decoder.", main), *parts]
-    return {part: [(place, name.removeprefix(within), *row) for place, start in order
-                   for name, row in rows.items() if name.startswith(within + start)]
-            for part, within, order in parts}
+    main += [(i, start) for i in range(n)
+             for start in (f"_blend({i + 1})", f"fuse.{i + 1}", f"up.{i}.")]
+    main += [(n, "conv_in"), (n, "mid.")]
+    order = [("Condition", i, f"decoder.encoder.layers.{i}") for i in range(n + 1)]
+    order += [("Main", place, f"decoder.{start}") for place, start in main]
+    order += [("First stage's decoder", place, f"first_stage.decoder.{start}")
+              for place, start in main]
+    order += [("First stage's encoder and latent", "", f"first_stage.{start}")
+              for start in ("encoder.", "quant_conv", "quantize.", "post_quant_conv")]
+    return [(part, place, name, *row) for part, place, start in order
+            for name, row in rows.items() if name.startswith(start)]
 
 
-def print_layers(parts, size):
-    """Print what list_layers gave, and the totals of each part."""
-    def show(*cells):
-        line = "{:>3}  {:18} {:17}  {:>13} {:>12} {:>18}  {}".format(*cells)
-        print0(line.rstrip())
-    print0(f"\nOne image of {size} x {size} px; l and the order as in AVQ's Tables 7 and 8")
-    show("l", "name", "layer", "output", "parameters", "multiplications", "")
-    for part, rows in parts.items():
+def print_layers(rows, size):
+    """Print the rows of list_layers, and the totals of each part."""
+    line = "{:>3} {:25} {:17} {:>12} {:>11} {:>17} {}"
+    print0(f"\nOne image of {size} x {size} px; l and the order of AVQ's Tables 7 and 8; "
+           "multiplications of\nconvolutions, linear layers and attention\n" + line.format(
+               "l", "name", "layer", "output", "parameters", "multiplications", ""))
+    for part in dict.fromkeys(row[0] for row in rows):
+        mine = [row[1:] for row in rows if row[0] == part]
         print0(f"\n{part}")
-        for place, name, layer, shape, parameters, number, state in rows:
-            show(place, name, layer, "x".join(map(str, shape)), f"{parameters:,}",
-                 "" if number is None else f"{number:,}", state)
-        sums = {"total": rows} | ({"both": parts["Condition"] + rows} if part == "Main" else {})
-        for name, some in sums.items():
-            show("", name, "", "", f"{sum(row[4] for row in some):,}",
-                 f"{sum(row[5] or 0 for row in some):,}", "")
+        for place, name, layer, shape, parameters, number, state in mine:
+            print0(line.format(place, name.partition(".")[2], layer, "x".join(map(str, shape)),
+                               f"{parameters:,}", f"{number:,}", state))
+        print0(line.format("", "total", "", "", f"{sum(row[4] for row in mine):,}",
+                           f"{sum(row[5] for row in mine):,}", ""))
 
 
 def main():
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="What a checkpoint is; if asked for, the same as a file of "
-                                        "ours or as a folder for diffusers.")
+        allow_abbrev=False, description="Tell what a checkpoint is, list its layers, convert it.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
-                        help="a run folder, a file of ours, or a public checkpoint: a .ckpt, .pt, "
-                             ".bin or .safetensors file, or a folder of diffusers")
+                        help="a run folder, one of its files, a file that -o wrote, or a public "
+                             "one: .ckpt, .pt, .bin, .safetensors, or a folder of diffusers")
     parser.add_argument("-o", metavar="FILE", dest="output",
-                        help="write all of the model into one file of ours")
+                        help="write the whole model into one file that all programs here read")
     parser.add_argument("--to-diffusers", metavar="DIR",
                         help="write a folder that diffusers' from_pretrained opens")
     parser.add_argument("--layers", action="store_true",
-                        help="print the network as AVQ's Tables 7 and 8 do, for the run's --size "
-                             "(of public weights 256), and count the run's prior as DDM's Table 2")
+                        help="print the network as AVQ's Tables 7 and 8 do, at the run's --size "
+                             "(public weights: 256), and count its prior as DDM's Table 2 does")
     args = parser.parse_args()
-    # Say what it is.
+    # Tell what it is.
     loaded, made = load(args.checkpoint), []
     side = loaded.config.get("size") or 256
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
@@ -454,10 +441,10 @@ def main():
         print0(f"  decoder      {size['preset']}, {size['blend']}: ch {size['ch']}, num_res_blocks "
                f"{size['num_res_blocks']}; {sum(p.numel() for p in model.decoder.parameters()):,} "
                "parameters")
-    print0(f"  latents      {loaded.latents[:16]}, equal wherever they are the same")
+    print0(f"  latents      hash {loaded.latent_hash[:16]}; equal hashes, equal latents")
     for note in loaded.notes:
         print0(f"  note         {note}")
-    # Write what is asked for, or nothing.
+    # Write what is asked for. to_diffusers refuses before -o writes anything.
     if args.output:
         _check_new(args.output)
     if args.to_diffusers:
@@ -467,20 +454,19 @@ def main():
         save_model(loaded, args.output)
         made.append(args.output)
     if made and loaded.stage == "decoder" and first_stage.decoder is not None:
-        print0("  left out     the first stage's own decoder, as only one has these names")
+        print0("  left out     the first stage's own decoder, which has the same names")
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))
     if args.layers:
         print_layers(list_layers(model, loaded.stage, side), side)
-        prior = run_folder.latest(Path(args.checkpoint) / "prior")
-        if prior:
-            settings, grid = prior["config"]["prior"], prior["extra"]["grid"]
+        if prior := run_folder.latest(Path(args.checkpoint) / "prior"):
+            grid, name = prior["extra"]["grid"], prior["config"]["prior"]["unet"]
             with torch.device("meta"):
-                unet, _ = denoiser(settings, prior["extra"]["K"])
+                unet, _ = denoiser(prior["config"]["prior"], prior["extra"]["K"])
             plain, total = count_prior(unet, grid)
-            print0(f"\nprior, {settings['unet']}: {sum(p.numel() for p in unet.parameters()):,} "
-                   f"parameters\nOne map of {grid[0]} x {grid[1]} codes: {plain:,} multiplications "
-                   f"in plain convolutions, as in DDM's Table 2,\nand {total:,} in all")
+            print0(f"\nPrior {name}: {sum(p.numel() for p in unet.parameters()):,} parameters; for "
+                   f"{grid[0]} x {grid[1]} codes\n{plain:,} multiplications in plain convolutions, "
+                   f"as in DDM's Table 2, {total:,} in all")
 
 
 if __name__ == "__main__":

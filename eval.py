@@ -194,7 +194,7 @@ def open_runs(paths, device):
         runs[str(path)] = load(path, device)
     for name, run in list(runs.items())[1:]:
         first, one = next(iter(runs.items()))
-        if run.latents != one.latents:
+        if run.latent_hash != one.latent_hash:
             raise UserError(f"{name} and {first} have different first-stage weights; evaluate "
                             f"them one by one, or train one on the other's: --vqgan {first}")
         for key in ("data", "size"):

@@ -1,10 +1,11 @@
-"""VQ-DDM's denoiser: a map of codes and a time in, K logits for each cell of the map out.
+"""VQ-DDM's denoiser: from a noisy map of codes and its time t to K logits for each cell.
 
     indices (B,h,w) --embedding--> (B,C,h,w) --trunk--> (B,C',h,w) --1x1 conv--> logits (B,K,h,w)
                                                  ^
     t (B,) --sinusoids--> (B,C) --MLP--> time (B,time_width), to every block
 
-The trunk is multinomial diffusion's U-Net (Hoogeboom et al. 2021), which the paper's figures fit.
+The paper's words describe DDPM's U-Net, but its Table 2 fits the one of multinomial diffusion
+(Hoogeboom et al. 2021). So that one is here.  deviation D37
 """
 
 import math
@@ -14,36 +15,36 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-TIME_SCALE = 4000       # the embedding sees t · 4000/T: one setting for every T  deviation D39
+TIME_SCALE = 4000       # the embedding of t · 4000/T serves every T  deviation D39
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Every width and level of a denoiser; level i has 1/2^i of h and w."""
+    """Hold the sizes of a denoiser. Level i has 1/2^i of h and w."""
     width:       int   = 128             # of the embedded codes
     mults:       tuple = (1, 2, 4, 8)    # level i has width * mults[i] channels
-    num_blocks:  int   = 2               # residual blocks a level, each way
-    top_skip:    bool  = False           # whether full resolution has a skip and a way up, too
+    num_blocks:  int   = 2               # residual blocks per level, down and up
+    top_skip:    bool  = False           # whether level 0 has a skip connection and a way up
     attn_levels: tuple = (0, 1, 2, 3)    # levels with attention; the middle always has it
     heads:       int   = 4               # of each attention
     head_width:  int   = 32              # of each head
-    time_width:  int   = 128             # of what the blocks know of t
+    time_width:  int   = 128             # of the embedded time
     norm_groups: int   = 8               # GroupNorm groups
 
     @property
     def widths(self):
-        """Channels of each level, highest resolution first."""
+        """List the channels of each level, the highest resolution first."""
         return [self.width * mult for mult in self.mults]
 
     @property
     def factor(self):
-        """What h and w must be multiples of."""
+        """Give the number of which h and w must be multiples."""
         return 2 ** (len(self.mults) - 1)
 
 
-# [DDM Tab. 2] prints 117 M parameters, and at 16x16 1.06 G operations for K = 1024, 1.04 for 512.
-# "paper117" has 117,586,568 and 117,454,984, and 1.06 and 1.04 G multiplications in its plain
-# convolutions (1.11 and 1.09 in all). "tiny" is our own.  deviation D37
+# [DDM Tab. 2] has 117 M parameters, and for 16x16 codes 1.06 G operations (K = 1024) or 1.04 (512).
+# "paper117" has 117,586,568 and 117,454,984, and in plain convolutions 1.06 and 1.04 G
+# multiplications (1.11 and 1.09 in all). "tiny" is not the paper's.
 UNET_PRESETS = {
     "tiny":     UNetConfig(width=40, mults=(1, 2, 2), num_blocks=1, top_skip=True,
                            attn_levels=(2,)),
@@ -59,7 +60,7 @@ def sinusoids(t, width):
 
 
 class ConvNormMish(nn.Sequential):
-    """mish(norm(conv(x)))."""
+    """Compute mish(norm(conv(x))): (B,in,h,w) -> (B,out,h,w)."""
 
     def __init__(self, in_channels, out_channels, norm_groups):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
@@ -67,7 +68,7 @@ class ConvNormMish(nn.Sequential):
 
 
 class Block(nn.Module):
-    """x + f2(f1(x) + time), f = mish(norm(conv(·))); a 1x1 shortcut where the width changes."""
+    """Compute x + f2(f1(x) + time), f = mish(norm(conv(·))); x by a 1x1 conv if widths differ."""
 
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
@@ -83,9 +84,10 @@ class Block(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """x + gate · proj(v softmax(k)^T q): O(h·w). The gate starts at zero (ReZero).
+    """Compute x + gate · proj(v softmax(k)^T q), in O(h·w). The gate starts at zero (ReZero).
 
-    softmax runs over the positions: k says where a feature is gathered from, q where it is spent.
+    The softmax is over positions. Each feature is averaged over the positions that k weights, and q
+    mixes these averages at each position.
     """
 
     def __init__(self, channels, config):
@@ -100,13 +102,13 @@ class LinearAttention(nn.Module):
         qkv = self.qkv(x).reshape(B, 3, self.heads, -1, h * w)              # (B, 3, heads, d, hw)
         q, k, v = qkv.unbind(1)                                             # (B, heads, d, hw)
         weight = k.softmax(-1, dtype=torch.promote_types(k.dtype, torch.float32))
-        gathered = v @ weight.transpose(2, 3)                               # (B, heads, d, d)
-        spent = (gathered @ q).reshape(B, -1, h, w)                         # (B, heads·d, h, w)
-        return x + self.gate * self.proj(spent)                             # (B, C, h, w)
+        averages = v @ weight.transpose(2, 3)                               # (B, heads, d, d)
+        mixed = (averages @ q).reshape(B, -1, h, w)                         # (B, heads·d, h, w)
+        return x + self.gate * self.proj(mixed)                             # (B, C, h, w)
 
 
 class Level(nn.Module):
-    """num_blocks residual blocks, then attention where it is wanted."""
+    """Apply num_blocks residual blocks, then attention if `attends`."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attends, config):
         super().__init__()
@@ -121,7 +123,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block, at the lowest resolution."""
+    """Apply block, attention, block at the lowest resolution."""
 
     def __init__(self, channels, config):
         super().__init__()
@@ -133,10 +135,11 @@ class Middle(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The levels down, the middle, and the levels up, each joined by the skip of its level.
+    """Go down the levels, through the middle, and up with the skip connection of each level.
 
-    Without top_skip, as in the paper's network, the way up ends at level 1, and Eq. 23's residual
-    is the only direct way from Z_t to the logits.
+    "paper117" has no way up at level 0. There Eq. 23's residual is the only path from Z_t to the
+    logits at full resolution, and train.py adds 1 as the paper does. "tiny" has such a path itself
+    (top_skip), and train.py adds nothing.  deviation D31
     """
 
     def __init__(self, config):
@@ -175,7 +178,7 @@ class Trunk(nn.Module):
 
 
 class UNet(nn.Module):
-    """mu(Z_t, t): the logits of x0_hat, all zero before training. [DDM Sec. 4.1] [DDM App. A]
+    """Predict mu(Z_t, t), the logits of x0_hat, zero at first. [DDM Sec. 4.1] [DDM App. A]
 
     config: a row of UNET_PRESETS or another UNetConfig; K: codes; T: steps of the diffusion.
     """
@@ -184,7 +187,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.K, self.T = config, K, T
         self.embedding = nn.Embedding(K, config.width)
-        self.time = nn.Sequential(      # ends with the Mish that each block would apply to it
+        self.time = nn.Sequential(      # the last Mish is applied here once, not in each block
             nn.Linear(config.width, 4 * config.width), nn.Mish(),
             nn.Linear(4 * config.width, config.time_width), nn.Mish())
         self.trunk = Trunk(config)
@@ -193,7 +196,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, indices, t):
-        """indices (B,h,w) int64, t (B,) -> logits (B,K,h,w) float32; ValueError for other h, w."""
+        """Map indices (B,h,w) int64, t (B,) to logits (B,K,h,w) float32. Raises ValueError."""
         factor = self.config.factor
         if indices.ndim != 3 or indices.shape[1] % factor or indices.shape[2] % factor:
             raise ValueError(f"a map of codes is (B,h,w) with h and w multiples of {factor}, "

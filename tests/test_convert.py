@@ -80,7 +80,7 @@ def test_a_first_stage_that_changed_or_went_is_refused_with_the_mend(tmp_path, s
     with pytest.raises(UserError, match=rf"other first-stage weights .*--stage {stage} --vqgan"):
         read(tmp_path / "b")
     shutil.rmtree(tmp_path / "a")
-    with pytest.raises(UserError, match=r"stands on the first stage .*a, which is not there"):
+    with pytest.raises(UserError, match=r"needs the first stage .*a, which does not exist"):
         read(tmp_path / "b")
 
 
@@ -178,14 +178,14 @@ def test_whatever_encodes_alike_has_the_same_latents_wherever_it_comes_from(tmp_
     sources = [tmp_path / "run", write_public(tmp_path / "sd.ckpt", first_stage),
                write_public(tmp_path / "base.ckpt", asymmetric(first_stage))]
     run, sd, base = (load(path) for path in sources)
-    assert run.latents == sd.latents == base.latents
+    assert run.latent_hash == sd.latent_hash == base.latent_hash
     assert run.parent == sd.parent != base.parent                # base has no vanilla decoder
     with torch.no_grad():
         first_stage.decoder.conv_out.bias += 1
-    assert load(write_public(tmp_path / "tuned.ckpt", first_stage)).latents == run.latents
+    assert load(write_public(tmp_path / "tuned.ckpt", first_stage)).latent_hash == run.latent_hash
     with torch.no_grad():
         first_stage.quant_conv.bias += 1
-    assert load(write_public(tmp_path / "other.ckpt", first_stage)).latents != run.latents
+    assert load(write_public(tmp_path / "other.ckpt", first_stage)).latent_hash != run.latent_hash
 
 
 def test_a_runs_decoder_may_stand_on_a_public_first_stage(tmp_path):
@@ -200,7 +200,7 @@ def test_a_runs_decoder_may_stand_on_a_public_first_stage(tmp_path):
     write_stage(tmp_path / "run", "decoder", weights, config, parent)
     loaded = load(tmp_path / "run")
     assert same_pictures(loaded.model, model)
-    assert (loaded.parent, loaded.latents) == (parent, load(path).latents)
+    assert (loaded.parent, loaded.latent_hash) == (parent, load(path).latent_hash)
 
 
 def test_public_files_that_cannot_be_loaded_are_one_line_each(tmp_path):
@@ -247,8 +247,8 @@ def test_a_converted_file_gives_the_same_model_and_latents_and_stands_alone(tmp_
     for name, before in made.items():
         after = load(tmp_path / f"{name}.pt")
         assert same_pictures(after.model, before.model)
-        assert (after.latents, after.stage, after.finished, after.config["vqgan"]) == (
-            before.latents, before.stage, before.finished, None)
+        assert (after.latent_hash, after.stage, after.finished, after.config["vqgan"]) == (
+            before.latent_hash, before.stage, before.finished, None)
         assert after.config["first_stage"] == before.config["first_stage"]
         keys = run_folder.load(tmp_path / f"{name}.pt")["model"]
         assert {key.split(".")[0] for key in keys} == {
@@ -285,7 +285,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     to_diffusers(model, vae)                                 # an empty one is as good as none
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for place in (vae, vae / "config.json"):
-        with pytest.raises(UserError, match=f"{place.name} is there already"):
+        with pytest.raises(UserError, match=f"{place.name} exists already"):
             to_diffusers(model, place)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -316,7 +316,7 @@ def test_a_file_alone_is_only_described(tmp_path, monkeypatch, capsys):
     path = write_public(tmp_path / "base.ckpt", asymmetric(VQGAN(KL), num_res_blocks=2))
     before = sorted(tmp_path.rglob("*"))
     text = run_main(monkeypatch, capsys, path)
-    for part in ("base.ckpt: decoder, public weights", "up_layers", load(path).latents[:16],
+    for part in ("base.ckpt: decoder, public weights", "up_layers", load(path).latent_hash[:16],
                  "KL latent, d 4, f 2, ch 32, ch_mult (1, 2)",
                  "base, add: ch 32, num_res_blocks 2"):
         assert part in text
@@ -344,38 +344,44 @@ def test_multiplications_are_those_counted_by_hand():
     assert counted[attention.norm][1] == 0
 
 
+def part(rows, name):
+    """The rows of one part, without its name."""
+    return [row[1:] for row in rows if row[0] == name]
+
+
 @pytest.mark.parametrize("blend", ["add", "concat"])
 @pytest.mark.parametrize("config", [VQ, KL, FOUR], ids=["vq", "kl", "four"])
 def test_every_parameter_is_in_one_row_and_the_parts_sum_to_the_networks(config, blend):
     model = asymmetric(VQGAN(config), num_res_blocks=2, blend=blend)
-    parts = list_layers(model, "decoder", 32)
-
-    def total(*names, column=4):
-        return sum(row[column] or 0 for name in names for row in parts[name])
-    first_stage = [f"first stage, {part}" for part in ("encoder", "latent", "decoder")]
-    for module, names in ((model, parts), (model.decoder, ["Condition", "Main"]),
-                          (model.first_stage, first_stage), (model.decoder.encoder, ["Condition"]),
-                          (model.first_stage.encoder, first_stage[:1]),
-                          (model.first_stage.decoder, first_stage[2:])):
-        assert total(*names) == sum(p.numel() for p in module.parameters())
-    mask, x = torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32)
+    rows = list_layers(model, "decoder", 32)
+    for module, names in ((model, {row[0] for row in rows}), (model.decoder, {"Condition", "Main"}),
+                          (model.decoder.encoder, {"Condition"}),
+                          (model.first_stage.decoder, {"First stage's decoder"})):
+        listed = sum(row[5] for row in rows if row[0] in names)
+        assert listed == sum(p.numel() for p in module.parameters())
     side = 32 // config.f
-    z = torch.zeros(1, config.z_channels, side, side)
-    counted = count(model, lambda: model.decoder(*(t.to("meta") for t in (z, x, mask))))
-    assert total("Condition", "Main", column=5) == counted[model.decoder][1]
+    inputs = [torch.zeros(1, C, h, h, device="meta")
+              for C, h in ((config.z_channels, side), (3, 32), (1, 32))]
+    in_all = count(model, lambda: model.decoder(*inputs))[model.decoder][1]
+    assert sum(row[6] for row in rows if row[0] in ("Condition", "Main")) == in_all > 0
+    assert sum(row[5] for row in list_layers(VQGAN(config), "vqgan", 32)) == sum(
+        p.numel() for p in model.first_stage.parameters())
+
+
+def on_meta(preset, blend):
+    with torch.device("meta"):
+        config = VQGAN_PRESETS["kl-f8"]
+        return AsymVQGAN(VQGAN(config), AsymDecoder.from_preset(config, preset, blend))
 
 
 def test_the_base_decoder_is_listed_as_in_table_7():
-    """Layers and shapes at 512 px, row by row; names, counts and states of some."""
-    with torch.device("meta"):
-        config = VQGAN_PRESETS["kl-f8"]
-        model = AsymVQGAN(VQGAN(config), AsymDecoder.from_preset(config, "base", "concat"))
-    parts = list_layers(model, "decoder", 512)
-    assert [(i, layer, *shape) for i, _, layer, shape, *_ in parts["Condition"]] == [
+    """Layers and shapes at 512 px, row by row; name, counts and state of one."""
+    rows = list_layers(on_meta("base", "concat"), "decoder", 512)
+    assert [(i, layer, *shape) for i, _, layer, shape, *_ in part(rows, "Condition")] == [
         (0, "PartialConv2d 3x3", 128, 512, 512), (1, "PartialConv2d 3x3", 256, 512, 512),
         (2, "PartialConv2d 4x4", 512, 256, 256), (3, "PartialConv2d 4x4", 512, 128, 128),
         (4, "PartialConv2d 4x4", 512, 64, 64)]
-    assert [(i, layer, *shape) for i, _, layer, shape, *_ in parts["Main"]] == [
+    assert [(i, layer, *shape) for i, _, layer, shape, *_ in part(rows, "Main")] == [
         ("Out", "Concat", 257, 512, 512), ("Out", "Conv2d 1x1", 128, 512, 512),
         ("Out", "GroupNorm", 128, 512, 512), ("Out", "Conv2d 3x3", 3, 512, 512),
         (0, "Concat", 513, 512, 512), (0, "Conv2d 1x1", 256, 512, 512),
@@ -388,35 +394,34 @@ def test_the_base_decoder_is_listed_as_in_table_7():
         (3, "ResBlock x 3", 512, 64, 64), (3, "Upsample", 512, 128, 128),
         (4, "Conv2d 3x3", 512, 64, 64), (4, "ResBlock", 512, 64, 64),
         (4, "AttnBlock", 512, 64, 64), (4, "ResBlock", 512, 64, 64)]
-    assert parts["Main"][1] == ("Out", "fuse.0", "Conv2d 1x1", (128, 512, 512), 257 * 128 + 128,
-                                257 * 128 * 512**2, "trained")
-    assert [row[1] for row in parts["Main"][-2:]] == ["mid.attn_1", "mid.block_2"]
+    assert part(rows, "Main")[1] == ("Out", "decoder.fuse.0", "Conv2d 1x1", (128, 512, 512),
+                                     257 * 128 + 128, 257 * 128 * 512**2, "trained")
+    assert [row[1] for row in part(rows, "Main")[-2:]] == ["decoder.mid.attn_1",
+                                                           "decoder.mid.block_2"]
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [
     ("base", 60_276_227), ("large", 160_136_835), ("large2", 371_966_467)])
 def test_the_published_decoders_have_their_parameters_in_the_table(preset, parameters):
-    with torch.device("meta"):
-        config = VQGAN_PRESETS["kl-f8"]
-        model = AsymVQGAN(VQGAN(config), AsymDecoder.from_preset(config, preset))
-    parts = list_layers(model, "decoder", 256)
-    assert sum(row[4] for part in ("Condition", "Main") for row in parts[part]) == parameters
-    if preset == "base":            # its trunk is the vanilla decoder, and costs the same
-        ours, vanilla = ([row[2:6] for row in parts[part] if row[4]]
-                         for part in ("Main", "first stage, decoder"))
+    rows = list_layers(on_meta(preset, "add"), "decoder", 256)
+    assert sum(row[5] for row in rows if row[0] in ("Condition", "Main")) == parameters
+    if preset == "base":                   # its trunk is the vanilla decoder and costs the same
+        ours, vanilla = ([row[2:6] for row in part(rows, name) if row[2] != "add"]
+                         for name in ("Main", "First stage's decoder"))
         assert ours == vanilla
 
 
 def test_the_rows_say_what_each_stage_trains():
-    first_stage, rebuilt = VQGAN(VQ), VQGAN(VQ)
+    rebuilt = VQGAN(VQ)
     install_codebook(rebuilt, torch.zeros(8, 4))
-    for stage, model in (("vqgan", first_stage), ("refit", rebuilt),
+    for stage, model in (("vqgan", VQGAN(VQ)), ("refit", rebuilt),
                          ("decoder", asymmetric(VQGAN(VQ)))):
+        prefix = "" if stage == "decoder" else "first_stage."
         for name, parameter in model.named_parameters():
-            assert parameter.requires_grad == name.startswith(TRAINS[stage]), (stage, name)
+            assert parameter.requires_grad == f"{prefix}{name}".startswith(TRAINS[stage]), name
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        rows = [row for part in list_layers(model, stage, 32).values() for row in part]
-        assert sum(row[4] for row in rows if row[6] == "trained") == trained
+        rows = list_layers(model, stage, 32)
+        assert sum(row[5] for row in rows if row[7] == "trained") == trained
 
 
 def test_layers_are_printed_in_columns_with_the_prior_and_no_file_is_written(
@@ -430,16 +435,17 @@ def test_layers_are_printed_in_columns_with_the_prior_and_no_file_is_written(
     assert sorted(tmp_path.rglob("*")) == before
     assert max(map(len, text.splitlines())) < 100
     assert f"One image of {SIZE} x {SIZE} px" in text
-    totals = [line.split() for line in text.splitlines() if line.strip().startswith(("to", "bo"))]
+    totals = [int(line.split()[1].replace(",", "")) for line in text.splitlines()
+              if line.split()[:1] == ["total"]]
     model, prior = load_model(run), load_prior(run).unet
-    assert int(totals[2][1].replace(",", "")) == sum(p.numel() for p in model.decoder.parameters())
-    assert [name for name, *_ in totals] == ["total", "total", "both", "total", "total", "total"]
-    assert f"prior, tiny: {sum(p.numel() for p in prior.parameters()):,} parameters" in text
+    assert sum(totals) == sum(p.numel() for p in model.parameters())
+    assert sum(totals[:2]) == sum(p.numel() for p in model.decoder.parameters())
+    assert f"Prior tiny: {sum(p.numel() for p in prior.parameters()):,} parameters" in text
     path = write_public(tmp_path / "base.ckpt", asymmetric(VQGAN(KL), num_res_blocks=2))
     text = run_main(monkeypatch, capsys, path, "--layers")
     assert "One image of 256 x 256 px" in text
-    assert "first stage, decoder" not in text                # it is not in the file
-    assert "prior" not in text
+    assert "First stage's decoder" not in text               # it is not in the file
+    assert "Prior" not in text
 
 
 # ---------------------------------------------------------------- the command
@@ -486,8 +492,8 @@ def test_a_mistake_at_the_command_line_ends_with_status_2_and_one_line(tmp_path,
                                                                        capsys):
     path = write_public(tmp_path / "sd.ckpt", VQGAN(KL))
     for args, reason in (([tmp_path / "gone.ckpt"], "gone.ckpt: no such run folder or checkpoint"),
-                         ([path, "-o", path], "sd.ckpt is there already"),
-                         ([path, "--to-diffusers", tmp_path], "is there already")):
+                         ([path, "-o", path], "sd.ckpt exists already"),
+                         ([path, "--to-diffusers", tmp_path], "exists already")):
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
         with pytest.raises(SystemExit) as left:
             exit_on_user_error(convert.main)
@@ -525,10 +531,10 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
-    ("form", "mixture", "trained with form 'mixture', which is no longer here"),
-    ("schedule", "cosine_sqrt", "trained with schedule 'cosine_sqrt', which is no longer here"),
+    ("form", "mixture", "trained with form 'mixture', which was removed"),
+    ("schedule", "cosine_sqrt", "trained with schedule 'cosine_sqrt', which was removed"),
     ("net", {"breadth": 8}, "of another version: .* train it again .*breadth"),
-    ("net", {"layout": "ddpm", "attention": "full"}, "has DDPM's layout, which is no longer")])
+    ("net", {"layout": "ddpm", "attention": "full"}, "has DDPM's layout, which was removed")])
 def test_a_prior_of_another_process_or_network_is_refused_in_one_line(
         tmp_path, name, value, reason):
     write_prior(tmp_path, write_first_stage(tmp_path)[1])
@@ -546,7 +552,7 @@ def test_steps_are_a_hundred_or_all_unless_asked_for():
     assert [convert.chosen_steps(*given) for given in (
         (None, 50), (None, 4000), (7, 4000), (None, 4000, 25))] == [50, 100, 7, 25]
     for asked in (0, 51):
-        with pytest.raises(UserError, match="from 1 to T = 50"):
+        with pytest.raises(UserError, match="from 1 to T = 50 of this prior"):
             convert.chosen_steps(asked, 50)
 
 
