@@ -1,10 +1,10 @@
-"""Translate names and sizes between public checkpoints and ours: pure functions, no files.
+"""Translate weights' names and read sizes from their shapes: pure functions, no files.
 
-    any state dict --taming_names--> our names --tidy--> nothing unused in it, nothing lacking
-      --first_stage_config, asym_decoder_size--> the sizes to build, read from the shapes
-    our names --diffusers_names--> diffusers' names, beside a diffusers_config
+    state dict --taming_names--> taming's names --tidy--> exactly the weights that are used
+      --first_stage_config, asym_decoder_size--> the sizes to build
+    taming's names --diffusers_names--> diffusers' names, with a diffusers_config
 
-Our names are taming's, latent-diffusion's, the authors'; diffusers has others, of two generations.
+Taming, latent-diffusion, the authors and this code share names. Diffusers has newer and older ones.
 """
 
 import re
@@ -17,7 +17,7 @@ from vqgan import VQGANConfig
 
 TAMING, DIFFUSERS = 0, 1                        # columns of the two tables
 
-# In encoder and decoder; `up` counts levels from the highest, `up_blocks` from the lowest.
+# In encoder and decoder. `up` counts levels from the highest one, `up_blocks` from the lowest.
 MODULES = (
     ("mid.block_1",        "mid_block.resnets.0"),
     ("mid.attn_1",         "mid_block.attentions.0"),
@@ -31,7 +31,7 @@ MODULES = (
     ("norm_out",           "conv_norm_out"),
     ("encoder.layers",     "condition_encoder.layers"),
 )
-# Inside those; the last four are diffusers' older names, which are only read.
+# Inside these modules. The last four are diffusers' older names, which are read but not written.
 LAYERS = (
     ("nin_shortcut", "conv_shortcut"),
     ("norm",     "group_norm"),
@@ -44,12 +44,12 @@ LAYERS = (
     ("v",        "value"),
     ("proj_out", "proj_attn"),
 )
-# The weights of attention in taming's names: 1x1 convolutions here, linear layers in diffusers.
+# Attention's weights by taming's names: 1x1 convolutions in taming, linear layers in diffusers.
 PROJECTION = re.compile(r".*\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight")
 
 
 def taming_names(state):
-    """A state dict with taming's or diffusers' names -> taming's, attention as 1x1 convolutions."""
+    """Rename a state dict from taming's or diffusers' names to taming's. Raises ValueError."""
     renamed, levels = {}, _levels(state)
     for name, value in state.items():
         new = _rename(name, DIFFUSERS, TAMING, levels)
@@ -62,7 +62,7 @@ def taming_names(state):
 
 
 def diffusers_names(state):
-    """The inverse: a VQGAN's or a self-contained decoder's names -> those of diffusers' models."""
+    """Rename a state dict from taming's names to diffusers'."""
     levels = _levels(state)
     return {_rename(name, TAMING, DIFFUSERS, levels):
             value.flatten(1) if PROJECTION.fullmatch(name) else value
@@ -70,13 +70,13 @@ def diffusers_names(state):
 
 
 def _levels(state):
-    """How many levels the decoder has."""
+    """Count the decoder's levels."""
     found = [re.match(r"decoder\.(?:up|up_blocks)\.(\d+)\.", name) for name in state]
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def _rename(name, source, target, levels):
-    """One key from column `source` of the tables to column `target`."""
+    """Translate a name from column `source` of the tables to column `target`."""
     half, _, rest = name.partition(".")
     if half not in ("encoder", "decoder"):
         return name
@@ -94,18 +94,18 @@ def _rename(name, source, target, levels):
     return name
 
 
-UNUSED = {                                       # parts of names that no forward pass looks at
+UNUSED = {                                       # parts of the names of weights without use
     "decoder.up_layers.":    "which the authors' decoder never uses",
-    ".cluster_size":         "a running mean of the codebook's training",
-    ".embed_avg":            "a running mean of the codebook's training",
+    ".cluster_size":         "a running mean that only training needs",
+    ".embed_avg":            "a running mean that only training needs",
 }
 
 
 def tidy(state):
-    """A public state dict with taming's names -> (the weights to use, notes on the others).
+    """Drop unused weights from a public state dict with taming's names: (weights, notes).
 
-    Where the 1x1 convolutions around the latent are missing, as in diffusers' newer files,
-    identities stand for them. Raises KeyError: no autoencoder.
+    Diffusers' newer files lack the 1x1 convolutions around the latent, so identities are added.
+    Raises KeyError if it is no autoencoder.
     """
     kept, notes = dict(state), []
     for part, reason in UNUSED.items():
@@ -118,14 +118,14 @@ def tidy(state):
         if not any(key.startswith(f"{name}.") for key in state):
             kept[f"{name}.weight"] = torch.eye(width)[:, :, None, None]             # (w, w, 1, 1)
             kept[f"{name}.bias"] = torch.zeros(width)
-            notes.append(f"no {name} in it; an identity stands for it, which is exact")
+            notes.append(f"no {name} in it; an identity was added, which changes nothing")
     return kept, notes
 
 
 def first_stage_config(state, norm_groups=32):
-    """The VQGANConfig of a tidied state dict, from its shapes, which do not tell norm_groups.
+    """Read the VQGANConfig from the shapes in a tidied state dict, except norm_groups.
 
-    Raises KeyError: no autoencoder of this kind; ValueError: widths that norm_groups do not divide.
+    Raises KeyError if it is no such autoencoder, ValueError if norm_groups does not divide a width.
     """
     ch, z_channels = len(state["encoder.conv_in.weight"]), len(state["encoder.conv_out.weight"])
     blocks = _blocks(state, "encoder.down")
@@ -141,12 +141,12 @@ def first_stage_config(state, norm_groups=32):
     if "quantize.embedding.weight" in state:
         K, d = state["quantize.embedding.weight"].shape
         return VQGANConfig("vq", z_channels=z_channels, embed_dim=d, K=K, **sizes)
-    d = len(state["quant_conv.weight"]) // 2             # mean and log-variance
+    d = len(state["quant_conv.weight"]) // 2             # half is the mean, half the log-variance
     return VQGANConfig("kl", z_channels=z_channels // 2, embed_dim=d, **sizes)
 
 
 def _blocks(state, where):
-    """[ResBlocks of level 0, of level 1, ...] of encoder.down or decoder.up."""
+    """Count the ResBlocks of each level of encoder.down or decoder.up."""
     blocks = []
     while f"{where}.{len(blocks)}.block.0.conv1.weight" in state:
         level = f"{where}.{len(blocks)}.block"
@@ -155,7 +155,7 @@ def _blocks(state, where):
 
 
 def asym_decoder_size(state, config):
-    """{"preset" (or "own"), "ch", "num_res_blocks", "blend"} of an asymmetric decoder, or None."""
+    """Read an asymmetric decoder's sizes: None, or {"preset", "ch", "num_res_blocks", "blend"}."""
     if not any(name.startswith("decoder.encoder.") for name in state):
         return None
     ch = state["decoder.conv_out.weight"].shape[1] // config.ch_mult[0]
@@ -167,10 +167,10 @@ def asym_decoder_size(state, config):
 
 
 def diffusers_config(config, size=None, scaling_factor=0.18215, sample_size=256):
-    """The config.json with which diffusers builds this model: a dict.
+    """Make the dict of the config.json from which diffusers builds this model.
 
-    config: the first stage's VQGANConfig, for an AutoencoderKL or a VQModel; with `size`, as from
-    asym_decoder_size, for an AsymmetricAutoencoderKL. Raises ValueError for what fits none.
+    config: a VQGANConfig. size: None for an AutoencoderKL or VQModel; of an AsymmetricAutoencoderKL
+    the result of asym_decoder_size. Raises ValueError for a model that diffusers cannot build.
     """
     levels = range(len(config.ch_mult))
     down = [f"{'Attn' if i in config.attn_levels else ''}DownEncoderBlock2D" for i in levels]
@@ -188,8 +188,8 @@ def diffusers_config(config, size=None, scaling_factor=0.18215, sample_size=256)
             return {"_class_name": "AutoencoderKL", **fields}
         return {"_class_name": "VQModel", **fields, "num_vq_embeddings": config.K,
                 "vq_embed_dim": config.embed_dim}
-    # diffusers' branch has five layers, twice as wide from one to the next until the lowest level's
-    # width, and finds features by their shape.
+    # diffusers' branch has five layers, each twice as wide as the last up to the lowest level's
+    # width, and it finds a level's feature by its shape.
     widths = [size["ch"] * multiplier for multiplier in config.ch_mult]
     theirs = [min(widths[0] * 2**i, widths[-1]) for i in range(4)]
     if (config.latent != "kl" or size["blend"] != "add" or widths != theirs

@@ -1,11 +1,11 @@
-"""Read weights that others wrote, without running anything from their files.
+"""Read the weights that other programs wrote, without running code from their files.
 
     .ckpt .pt .pth .bin --read_pickle-----+
     .safetensors --------read_safetensors-+--> {key: tensor} --read_public--> the first stage in it
-    a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> the same, config
-    a published name --find_weights--> path, downloaded once --read_weights--> state dict
+    a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> and its config
+    the name of a published file --find_weights--> path --read_weights--> state dict
 
-Files are mapped into memory, and only what is kept is read: most of Stable Diffusion is not.
+Files are mapped into memory, so of Stable Diffusion only the first stage is read from the disk.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from distributed import UserError, print0
 
 
 class StandIn:
-    """Stand in for an object whose class is not imported: take anything, do nothing."""
+    """Replace an object whose class is not imported: accept any arguments, do nothing."""
 
     def __new__(cls, *args):
         return super().__new__(cls)
@@ -32,8 +32,8 @@ class StandIn:
         pass
 
 
-# What a file may name besides tensors and what torch's own reader knows: containers, packages whose
-# classes trainers leave in checkpoints, and single classes. No name is looked up in its package.
+# The names that a file may contain besides torch's own weights-only list: containers, packages
+# whose classes trainers leave in checkpoints, and single classes. None of them is imported.
 CONTAINERS = {f"builtins.{kind.__name__}": kind for kind in (
     bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)}
 CONTAINERS |= {"collections.defaultdict": lambda *args: {}, "collections.deque": lambda *args: []}
@@ -45,10 +45,10 @@ CLASSES = {"argparse.Namespace", "typing.Any", "torch.torch_version.TorchVersion
 
 
 def read_pickle(path):
-    """Read what torch.save wrote into `path`: containers, and tensors on the CPU, mapped.
+    """Read a file of torch.save: containers and tensors, mapped, on the CPU.
 
-    Nothing that the file names is imported or called, but for torch's own weights-only list. Raises
-    UserError for a name that is not listed above, and for a file that is none or is damaged.
+    Only names on torch's weights-only list are imported or called. Raises UserError for names that
+    are not listed above, and for a damaged or other file.
     """
     path, known = Path(path), {}
     try:
@@ -59,9 +59,9 @@ def read_pickle(path):
                     f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
-                raise UserError(f"{path}: refused: it asks for {_one_line(name)}, which is code, "
-                                "not weights")
-            # Lightning's AttributeDict is filled as a dict is.
+                raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
+                                "code, not weights")
+            # A pickle fills Lightning's AttributeDict as it fills a dict.
             known[name] = dict if name.endswith(".AttributeDict") else CONTAINERS.get(name, StandIn)
         with torch.serialization.safe_globals([(kind, name) for name, kind in known.items()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -77,11 +77,11 @@ def _unreadable(path, error, remedy="get the file again"):
 
 
 def _one_line(text):
-    """Make text that the file chose fit for a terminal: short, no control characters."""
+    """Shorten text from a file and escape its control characters, for the terminal."""
     return text[:200].encode("unicode_escape").decode()
 
 
-# The .safetensors format: length of the header, header, numbers.
+# The .safetensors format: 8 bytes with the header's length, a header in JSON, the numbers.
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
          "U8": torch.uint8, "BOOL": torch.bool}
@@ -91,7 +91,7 @@ def read_safetensors(path):
     """Read {name: tensor} from the file `path`, on the CPU, mapped. Raises UserError."""
     path, tensors = Path(path), {}
     try:
-        # Mapped privately: what is written into a tensor does not reach the file.
+        # The mapping is private: writing into a tensor does not change the file.
         data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         entries = json.loads(data[8:start].numpy().tobytes())
@@ -101,7 +101,7 @@ def read_safetensors(path):
             if not 0 <= first <= last <= len(data) - start:
                 raise ValueError(f"the numbers of {name} are not all there")
             numbers, dtype = data[start + first:start + last], TYPES[entry["dtype"]]
-            if numbers.data_ptr() % dtype.itemsize:      # a view begins where such a number may
+            if numbers.data_ptr() % dtype.itemsize:      # a view of dtype must be aligned
                 numbers = numbers.clone()
             tensors[name] = numbers.view(dtype).view(entry["shape"])
         return tensors
@@ -110,13 +110,13 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, weights):
-    """Write {name: tensor} in float32 to `path` (a Path), whole or not at all. Raises OSError."""
+    """Write {name: tensor} in float32 to `path` (a Path), completely or not. Raises OSError."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, value in weights.items():
         start, end = end, end + 4 * value.numel()
         header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                     # the tensors lie aligned
+    text += b" " * (-len(text) % 8)                                     # aligns the tensors
     part = path.with_name(f"{path.name}.part")
     with open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -127,16 +127,16 @@ def write_safetensors(path, weights):
     os.replace(part, path)
 
 
-PREFIXES = ("first_stage_model.", "vae.", "")        # what encoder. and decoder. may stand behind
+PREFIXES = ("first_stage_model.", "vae.", "")        # that may precede encoder. and decoder.
 
 
 @dataclass
 class Public:
-    """The first stage in a public checkpoint, by the names it has there."""
+    """Hold the first stage of a public checkpoint, by the names in its file."""
     path:   Path          # of the file of weights
-    state:  dict          # {key: tensor}, prefix taken off; on the CPU, floats in float32
+    state:  dict          # {key without prefix: tensor}, on the CPU, floats in float32
     config: dict | None   # diffusers' config.json beside it
-    notes:  list          # what was left out or cast, a line each
+    notes:  list          # lines about weights that were left out or cast
 
 
 def read_public(path):
@@ -161,11 +161,11 @@ def read_public(path):
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    for wrapper in ("state_dict", "model"):              # what a trainer wraps around it
+    for wrapper in ("state_dict", "model"):              # a trainer's keys around the weights
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
-    # Find the first stage by the start of its keys: decoder.encoder. is the condition branch, and
-    # text encoders have an encoder. inside.
+    # Find the first stage by how its keys start: decoder.encoder. is the condition branch, and
+    # text encoders have an encoder. inside their names.
     keys = list(weights) if isinstance(weights, dict) else []
     found = [p for p in PREFIXES
              if any(str(key).startswith((f"{p}encoder.", f"{p}decoder.")) for key in keys)]
@@ -174,7 +174,7 @@ def read_public(path):
         names = _one_line(", ".join(map(str, names))) or "no keys"
         raise UserError(f"{file}: needs one first stage, whose keys start with encoder. or "
                         f"decoder.; it holds {names}: save that model's state_dict()")
-    # Keep it, in float32, without what only training needed.
+    # Keep it in float32, without the weights that only training needs.
     prefix, state, dropped, dtypes = found[0], {}, Counter(), set()
     for key, value in weights.items():
         name = key.removeprefix(prefix)
@@ -183,21 +183,21 @@ def read_public(path):
             dropped[key.split(".")[0] if "." in key else "single buffers"] += 1
             continue
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{file}: {name} is no tensor; save the model's state_dict()")
+            raise UserError(f"{file}: {name} is not a tensor; save the model's state_dict()")
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         if dtype != value.dtype:
             dtypes.add(str(value.dtype).removeprefix("torch."))
-        # A copy needs the mapped file no more.
+        # A copy no longer needs the mapped file.
         state[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if dropped:
         counts = ", ".join(f"{family} ({count})" for family, count in dropped.items())
-        notes.append(f"keys that are no first stage's, left out: {counts}")
+        notes.append(f"keys that are not used, left out: {counts}")
     notes += [f"{dtype} weights are read as float32" for dtype in sorted(dtypes)]
     return Public(file, state, config, notes)
 
 
 def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
-    """Find diffusers' autoencoder in one of `path`'s `places`: (folder, its config), or Nones."""
+    """Find diffusers' autoencoder below `path`: (folder, its config.json), or (None, None)."""
     for folder in (path / place for place in places):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ _TORCHVISION = "https://download.pytorch.org/models/"
 _LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
 _PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 PUBLISHED_FILES = {
-    # file name: (its public address, its sha256 or the first digits of it that are published)
+    # file name: (its public address, its sha256 or the published first digits of it)
     "vgg16-397923af.pth": (_TORCHVISION, "397923af"),
     "alexnet-owt-7be5be79.pth": (_TORCHVISION, "7be5be79"),
     "squeezenet1_1-b8a52dc0.pth": (_TORCHVISION, "b8a52dc0"),
@@ -223,14 +223,15 @@ PUBLISHED_FILES = {
     "squeeze.pth": (_LPIPS, "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
     "pt_inception-2015-12-05-6726825d.pth": (_PYTORCH_FID, "6726825d"),
 }
-_told = set()             # paths of files whose hash was compared
+_checked = set()          # paths of files whose hash was compared
 
 
 def find_weights(name, folder=None):
-    """Find the published file `name` (of PUBLISHED_FILES) in `folder`, or download it: a Path.
+    """Find the published file `name` in `folder`, or download it there: its Path.
 
-    folder: default torch hub's cache. On each machine only local rank 0 downloads, and the others
-    wait. A file with another hash is used, and said. Raises UserError where it cannot be had.
+    name: of PUBLISHED_FILES. folder: default torch hub's cache. Only local rank 0 of each machine
+    downloads, and the others wait. A file with another hash is used, with a printed line. Raises
+    UserError if the download fails.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     path, (address, sha256) = folder / name, PUBLISHED_FILES[name]
@@ -244,30 +245,30 @@ def find_weights(name, folder=None):
             raise UserError(f"{name} is not in {folder} and could not be downloaded "
                             f"({_one_line(str(error))}): get {address}{name} and put it "
                             "there") from None
-    while not path.exists():                 # where local rank 0 fails, torchrun ends the others
+    while not path.exists():                 # torchrun ends this wait if local rank 0 fails
         time.sleep(0.5)
-    if path not in _told:                    # once, however often the file is read
-        _told.add(path)
+    if path not in _checked:
+        _checked.add(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(sha256):
-            print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}): "
-                   "using it as it is")
+            print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}); "
+                   "it is used as it is")
     return path
 
 
 def read_weights(name, wanted, folder=None, ignore=None):
     """Read the published file `name`: its state dict on the CPU, floats in float32.
 
-    It must have exactly the keys and shapes of the state dict `wanted`, but for keys that start
-    with `ignore`. Raises UserError as `find_weights`, and for a file that does not fit.
+    Apart from keys that start with `ignore`, it must have exactly the keys and shapes of the state
+    dict `wanted`. Raises UserError if they differ, and as find_weights does.
     """
     path, remedy = find_weights(name, folder), f"put {PUBLISHED_FILES[name][0]}{name} there"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {key: tuple(value.shape) for key, value in state.items()
                   if not (ignore and key.startswith(ignore))}
-    except Exception as error:               # whatever torch.load raises for what it cannot read
+    except Exception as error:               # a damaged file can raise anything
         raise _unreadable(path, error, remedy) from None
     wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
     wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" if key in shapes
