@@ -212,9 +212,9 @@ def adaptive_weight(rec, gan, last_layer, rule="paper"):
     a 0-d tensor. Eq. 9 prints gradients and means their norms.
     rule: "paper" is Eq. 9, with the pixel loss for rec. "taming" is the rule of taming and of the
     authors' code, clamped and times 0.8, with pixel + perceptual for rec.  deviation D7
-    Why at the last layer: all of the image's gradients pass through it, so equal norms there let
-    both losses pull about equally hard on the whole decoder. And it is cheap, because neither
-    backward pass has to enter the layers before.
+    Why at the last layer: every gradient of the image passes through it. With lambda both losses
+    pull equally hard there, and so about equally on the whole decoder. It is cheap, because neither
+    backward pass enters the layers before.
     On several processes the gradients are averaged first, so lambda is that of the whole batch.
     """
     _check(rule, "lambda", ("paper", "taming"))

@@ -41,7 +41,7 @@ VALIDATION_IMAGES = 64
 class Autoencoder:
     """Hold an image network and its discriminator, and train both in one step. [AVQ App. A]
 
-    groups: the trained parameters, for recipes.adam. parent: the hash of the frozen weights below.
+    groups: the trained parameters, for recipes.adam. parent: the frozen first stage's hash or None.
     config, facts: what the checkpoint adds to the run's settings and to its `extra`.
     """
 
@@ -53,6 +53,7 @@ class Autoencoder:
         self.run, self.name, self.recipe, self.parent = run, name, recipe, parent
         self.config, self.facts = config or {}, facts or {}
         device, net = run.device, run.settings["perceptual"]
+        # Put both networks on the device.
         self.model = model.to(device).train()
         self.model.decoder.checkpointing = run.settings["checkpointing"]
         self.discriminator = PatchDiscriminator(ndf=recipe.ndf,
@@ -62,6 +63,7 @@ class Autoencoder:
         if run.channels_last:      # before DDP, which copies the memory layout into its buckets
             self.model.to(memory_format=torch.channels_last)
             self.discriminator.to(memory_format=torch.channels_last)
+        # Wrap them for several processes, and make what trains them.
         self.ddp_model = wrap(self.model, device)
         self.ddp_discriminator = wrap(self.discriminator, device)
         self.parallel = [self.ddp_model, self.ddp_discriminator]

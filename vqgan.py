@@ -228,7 +228,8 @@ class VQGAN(nn.Module):
         if config.latent not in ("vq", "kl"):
             raise ValueError(f'latent must be "vq" or "kl", not {config.latent!r}')
         self.config = config
-        d, z, twice = config.embed_dim, config.z_channels, 2 if config.latent == "kl" else 1
+        d, z = config.embed_dim, config.z_channels
+        twice = 2 if config.latent == "kl" else 1        # a KL latent has mean and logvar
         self.encoder = Encoder(config)
         self.decoder = Decoder(config) if own_decoder else None
         if config.latent == "vq":

@@ -204,6 +204,21 @@ def test_beta_weighs_the_encoders_gradient_and_in_legacy_order_the_codebooks(bet
                                rtol=1e-5, atol=1e-8)
 
 
+def test_adam_moves_the_codes_alike_in_both_orders_of_beta_and_plain_descent_does_not():
+    def moved(legacy, optimizer, lr):
+        torch.manual_seed(0)
+        quantizer = VectorQuantizer(12, 5, legacy_beta=legacy, code_range=1)
+        before = quantizer.embedding.weight.detach().clone()
+        quantizer(torch.randn(2, 5, 3, 4))[2].backward()
+        optimizer(quantizer.parameters(), lr=lr).step()
+        return quantizer.embedding.weight.detach() - before
+
+    adam, descent = ([moved(legacy, optimizer, lr) for legacy in (False, True)]
+                     for optimizer, lr in ((torch.optim.Adam, 1e-3), (torch.optim.SGD, 1)))
+    torch.testing.assert_close(adam[1], adam[0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(descent[1], 0.25 * descent[0], rtol=1e-3, atol=1e-6)
+
+
 def test_gradients_pass_straight_through_to_the_encoder_and_not_to_the_codebook():
     quantizer = VectorQuantizer(8, 3)
     z_e = torch.randn(2, 3, 4, 4, requires_grad=True)
