@@ -130,3 +130,22 @@ def test_the_files_that_the_table_of_symbols_points_to_exist():
     for symbol, _, _, places in table("a"):
         for place in re.findall(r"`(\w+\.py)`", places):
             assert (ROOT / place).exists(), f"{symbol}: {place}"
+
+
+def test_no_file_of_the_readmes_reading_path_needs_a_later_one():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## The reading path.*?^## ", text, re.MULTILINE | re.DOTALL)[0]
+    path = list(dict.fromkeys(re.findall(r"\[`(\w+)\.py`\]", section)))
+    assert len(path) >= 15
+    for place, name in enumerate(path):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        needed = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        later = needed & set(path[place:])
+        assert not later, f"{name}.py is read before {later}, which it imports"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_every_link_to_a_file_of_the_repository_leads_somewhere(path):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    dead = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not dead, f"{path.name} links to {dead}, which are not there"
