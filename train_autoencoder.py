@@ -175,7 +175,7 @@ class Autoencoder:
         return {name: total / count for name, total in sums.items()}
 
     def measures(self, batch):
-        """Measure {"val_...": mean over the batch}; add the x_hat for the perceptual loss."""
+        """Measure {"val_...": mean over the batch}; return it with x_hat, for LPIPS."""
         x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
         return {"val_pixel": pixel_loss(x_hat, batch.x)}, x_hat
 
