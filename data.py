@@ -62,8 +62,7 @@ class ImageFiles:
     """Read the photos below a folder, sorted by file name, then folder.
 
     layout "imagenet": root/train/... and root/val/..., flat or by class. layout "folder": the same
-    where both exist, else all files, of which every 20th is held out as val. A single photo serves
-    as train and val.
+    where both exist, else all files, every 20th held out as val. A single photo serves as both.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
@@ -273,9 +272,8 @@ def _view(dataset, index, rng=None):
 def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0, pin=False):
     """Load the batches of steps first..last-1 for one rank of `world`.
 
-    In step s, rank r has the B/W positions from s·B + r·B/W on. Yields dicts with the keys of the
-    items: tensors are stacked, other values listed. Raises ValueError unless `world` divides
-    `batch_size`.
+    In step s, rank r has the B/W positions from s·B + r·B/W on. Yields dicts of stacked tensors and
+    of lists of other values. Raises ValueError unless `world` divides `batch_size`.
     """
     local, rest = divmod(batch_size, world)
     if rest:
@@ -316,7 +314,7 @@ def _load(read, positions, workers, pin=False):
     running = [iter(DataLoader(_Lists(read), batch_sampler=positions, collate_fn=dict,
                                num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
                                generator=torch.Generator()))]
-    # At exit, drop the iterator: its workers ignore SIGTERM, so multiprocessing would hang joining.
+    # Empty the list at exit, as multiprocessing would wait for workers that ignore SIGTERM.
     atexit.register(running.clear)
     try:
         while (batch := next(running[0], None)) is not None:

@@ -69,11 +69,8 @@ def draw_scene(rng, size, held_out=False):
         cloud = shade(scene.sky[1], 0.8 if scene.night else 1.12)
         for dx, dy, f in ((-1.1, 0.3, 0.7), (0, 0, 1), (1.2, 0.25, 0.75)):
             scene.disc(x + dx * r, y + dy * r * 0.5, f * r, f * r * 0.5, cloud)
-    # Draw the street and its signs.
-    if rng.random() < 0.7:
-        _street_from_the_front(scene)
-    else:
-        _street_along(scene)
+    street = _street_from_the_front if rng.random() < 0.7 else _street_along
+    street(scene)
     return np.array(scene.image)                                              # (size,size,3)
 
 
@@ -122,7 +119,7 @@ def _street_from_the_front(scene):
     """Draw a shop with its sign between other houses, and the road in front."""
     rng, ground = scene.rng, scene.rng.uniform(49, 54)
     _skyline(scene, ground)
-    # Build a shop as wide as its words need, and houses to both sides until the picture ends.
+    # Build a shop as wide as its words need, and houses on both sides up to the image's edges.
     lines = _words(scene, pair_share=0.45)
     board_width = max(word_mask(line, scene.letter).width for line in lines) / scene.unit + 6
     width = min(62, board_width + rng.uniform(2, 8))

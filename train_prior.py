@@ -121,13 +121,13 @@ class PriorStage:
     def held_out(self, size):
         """Encode the first held-out images: [(CodeBatch, x of the first batch, else None)].
 
-        Computes what two baselines without a network cost on them.
+        Also puts into `facts` what two baselines without a network cost on them.
         """
         run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        batches = [(CodeBatch(list(places), self.encode(image)),
-                    None if places[0] else pixels(image, run.device))
-                   for places, image in zip(ranges, views(run.val_set, ranges))]
+        batches = [(CodeBatch(list(index), self.encode(image)),
+                    None if index[0] else pixels(image, run.device))
+                   for index, image in zip(ranges, views(run.val_set, ranges))]
         maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
         K = self.first_stage.config.K
         self.facts |= {"uniform_nats": maps[0].size * math.log(K),
@@ -191,7 +191,7 @@ def start_from_codes(unet, codebook):
     """
     centred = codebook - codebook.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh                # (n, d)
-    places = centred @ axes.T                                               # (K, n)
+    places = centred @ axes.T                                               # (K, n), coordinates
     places = places / places.std()
     embedding, logits = unet.embedding.weight, unet.logits.weight           # (K, C), (K, C', 1, 1)
     into, out = (min(places.shape[1], weight.shape[1]) for weight in (embedding, logits))
