@@ -27,7 +27,7 @@ from unet import UNET_PRESETS, UNet
 
 # preset: (K, side of the maps, T, maps a step on a CPU, on CUDA); the last is the largest in use
 CASES = {"tiny": [("tiny", 128, 16, 100, 16, 256)],
-         "paper117": [("paper117", 1024, 16, 4000, 4, 90), ("paper117", 16384, 32, 4000, 1, 8)]}
+         "paper117": [("paper117", 1024, 16, 4000, 4, 180), ("paper117", 16384, 32, 4000, 1, 22)]}
 
 # log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
 softplus = partial(F.softplus, threshold=40.0)
@@ -70,24 +70,22 @@ class ClosedForm(MultinomialDiffusion):
 
 
 def measure(forms, rounds, device):
-    """[(median ms, peak MiB above the start)] of each form, run in turns."""
-    cuda, runs = device.type == "cuda", [[] for _ in forms]
+    """[(ms of each round, peak MiB above the start)] of each form, run in turns."""
+    cuda, runs = device.type == "cuda", [([], []) for _ in forms]
+    clock = time.perf_counter if cuda else time.process_time
     for _ in range(rounds + 1):
-        for form, own in zip(forms, runs):
+        for form, (times, peaks) in zip(forms, runs):
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            clock = time.perf_counter if cuda else time.process_time
             start = clock()
             form()
             if cuda:
                 torch.cuda.synchronize()
-            seconds = clock() - start
-            own.append((seconds * 1e3, (torch.cuda.max_memory_allocated() - before) / 2**20
-                        if cuda else 0))
-    return [(statistics.median(ms for ms, _ in own[1:]), max(mib for _, mib in own[1:]))
-            for own in runs]
+                peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+            times.append((clock() - start) * 1e3)
+    return [(times[1:], max(peaks, default=0)) for times, peaks in runs]
 
 
 def compare(preset, K, side, T, B, args):
@@ -122,13 +120,14 @@ def compare(preset, K, side, T, B, args):
     for name, work in (("loss", loss), ("step", step)):
         (ms, mib), (fast, less) = measure([partial(work, diffusion) for diffusion in diffusions],
                                           args.rounds, device)
+        low, middle, high = statistics.quantiles([100 * (a / b - 1) for a, b in zip(ms, fast)])
         memory = f"{mib:.0f} / {less:.0f}" if device.type == "cuda" else "not measured"
-        if name == "loss":
-            extra = ms - fast
-            memory += f" ({mib / size:.1f}x / {less / size:.1f}x)" if device.type == "cuda" else ""
-        share = "" if name == "loss" else f"{100 * extra / fast:.1f} %"
-        print(f"| {preset}, K = {K}, {side} x {side}, B = {B} | {name} | {ms:.1f} | {fast:.1f} | "
-              f"{share} | {memory} | {differ if name == 'loss' else ''} |", flush=True)
+        if name == "loss" and device.type == "cuda":
+            memory += f" ({mib / size:.1f}x / {less / size:.1f}x)"
+        print(f"| {preset}, K = {K}, {side} x {side}, B = {B} | {name} | "
+              f"{statistics.median(ms):.1f} | {statistics.median(fast):.1f} | {middle:.1f} % "
+              f"({low:.1f} to {high:.1f}) | {memory} | {differ if name == 'loss' else ''} |",
+              flush=True)
 
 
 def main(argv=None):
@@ -136,15 +135,15 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--presets", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each form")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each form")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     where = (torch.cuda.get_device_name() + ", networks in bf16" if args.device == "cuda" else
              f"CPU, {args.threads} threads ({torch.backends.cpu.get_cpu_capability()})")
     print(f"torch {torch.__version__}, {where}, median of {args.rounds} interleaved runs\n")
-    print("| case | | textbook, ms | closed form, ms | more, of a step | memory, MiB: textbook / "
-          "closed | values, gradients differ by |")
+    print("| case | | textbook, ms | closed form, ms | more (quartiles of pairs) | memory, MiB: "
+          "textbook / closed | values, gradients differ by |")
     print("|---" * 7 + "|")
     for preset in args.presets:
         for *case, cpu, cuda in CASES[preset]:
