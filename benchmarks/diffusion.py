@@ -1,13 +1,12 @@
-"""What the textbook form of the bound's terms costs, beside a closed form without the sum over k.
+"""What Eq. 24 costs as it is printed, beside the closed form that trains.
 
     python benchmarks/diffusion.py [--device cpu] [--threads 1] [--presets tiny paper117]
 
-diffusion.py computes Eq. 24 as it is printed: log q and log p for every code, then the sum of
-q (log q - log p). Both laws have one value at all codes but two, so the sum has a closed form,
-which is `ClosedForm` here. "loss" is forward and backward from given logits; "step" is one training
-step of the network: noise, forward, backward, Adam. "memory" is the most that one loss or step
-holds above what it begins with (CUDA only), in MiB, and for the loss as a multiple of the logits'
-size. Both forms run in turns and medians are compared; a CPU's milliseconds are processor time.
+`terms` sums q (log q - log p) over all codes, `closed_terms` gives the same without that sum.
+"loss" is forward and backward from given logits; "step" is one training step of the network: noise,
+forward, backward, Adam. "memory" is the most that one loss or step holds above what it begins with
+(CUDA only), in MiB, and for the loss as a multiple of the logits' size. Both forms run in turns.
+Medians are given, and of their ratio the quartiles; a CPU's milliseconds are processor time.
 """
 
 import argparse
@@ -17,56 +16,24 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import MultinomialDiffusion
 from distributed import setup
 from unet import UNET_PRESETS, UNet
 
-# preset: (K, side of the maps, T, maps a step on a CPU, on CUDA); the last is the largest in use
+# preset: (preset, K, side of the maps, T, maps a step on a CPU, on CUDA)
 CASES = {"tiny": [("tiny", 128, 16, 100, 16, 256)],
          "paper117": [("paper117", 1024, 16, 4000, 4, 180), ("paper117", 16384, 32, 4000, 1, 22)]}
 
-# log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
-softplus = partial(F.softplus, threshold=40.0)
 
-
-class ClosedForm(MultinomialDiffusion):
-    """Eq. 24 without a sum over log p: q and p share their first factor, so
-
-        r_k = log(a_0s x_k / b_0s + 1),
-        q_k / p_k = (a_0s/b_0s 1[k=j] + 1) / exp(r_k) · S(x)/S(z_0),
-        KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x)/S(z_0),
-
-    with i = z_t, j = z_0, S(x) = a_0t x_i + b_0t. q has one value at all k but i and j, hence
-
-        sum_k q_k r_k = q_k sum_k r_k + (q_i - q_k) r_i + 1[i!=j] (q_j - q_k) r_j.
-    """
-
-    def log_theta(self, log_x0_hat, z_t, t, s):
-        return log_x0_hat                                # `terms` needs no more
-
-    def terms(self, log_x, z_t, z_0, t):
-        s, zero = t - 1, torch.zeros_like(t)
-        (a_0s, b_0s), (a_st, b_st), (a_0t, b_0t) = (
-            self.transition(*times, log_x).exp() for times in ((zero, s), (s, t), (zero, t)))
-        i, j = z_t[:, None], z_0[:, None]                                           # (B, 1, h, w)
-        same, last = i == j, b_0s == 0
-        log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
-        S = torch.where(same, a_0t + b_0t, b_0t)                                    # (B, 1, h, w)
-        q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
-        q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
-        q_k = b_st * b_0s / S
-        odds = a_0s / torch.where(last, 1, b_0s)         # finite for s = 0
-        r = softplus(log_x + odds.log()).sum(1, keepdim=True)                       # (B, 1, h, w)
-        r_i, r_j = softplus(log_x_i + odds.log()), softplus(log_x_j + odds.log())
-        expected = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
-        divergence = torch.where(last, -log_x_j, q_j * odds.log1p() - expected)     # (B, 1, h, w)
-        odds = a_0t / b_0t                               # S(x) = b_0t (odds x_i + 1)
-        log_S_ratio = softplus(log_x_i + odds.log()) - torch.where(same, odds.log1p(), 0)
-        return (divergence + log_S_ratio)[:, 0]
+def textbook(K, T):
+    """A process that trains by the sum over codes."""
+    diffusion = MultinomialDiffusion(K, T)
+    diffusion.closed_terms = diffusion.terms
+    return diffusion
 
 
 def measure(forms, rounds, device):
@@ -90,7 +57,7 @@ def measure(forms, rounds, device):
 
 def compare(preset, K, side, T, B, args):
     """Print the rows of one case."""
-    device, diffusions = setup(args.device), (MultinomialDiffusion(K, T), ClosedForm(K, T))
+    device, diffusions = setup(args.device), (textbook(K, T), MultinomialDiffusion(K, T))
     t, z_0 = torch.randint(2, T + 1, (B,)), torch.randint(K, (B, side, side), device=device)
     t[0], p = 1, torch.full((B,), 1 / T, dtype=torch.float64)
     net = UNet(UNET_PRESETS[preset], K, T).to(device)
@@ -120,7 +87,8 @@ def compare(preset, K, side, T, B, args):
     for name, work in (("loss", loss), ("step", step)):
         (ms, mib), (fast, less) = measure([partial(work, diffusion) for diffusion in diffusions],
                                           args.rounds, device)
-        low, middle, high = statistics.quantiles([100 * (a / b - 1) for a, b in zip(ms, fast)])
+        low, middle, high = np.percentile([100 * (a / b - 1) for a, b in zip(ms, fast)],
+                                          [25, 50, 75])
         memory = f"{mib:.0f} / {less:.0f}" if device.type == "cuda" else "not measured"
         if name == "loss" and device.type == "cuda":
             memory += f" ({mib / size:.1f}x / {less / size:.1f}x)"
