@@ -267,7 +267,7 @@ def load_prior(path, device="cpu"):
 def chosen_steps(asked, T, most=STEPS):
     """Give the number of steps: `asked`, or by default `most` but at most T. Raises UserError."""
     if asked is not None and not 1 <= asked <= T:
-        raise UserError(f"--steps: give numbers from 1 to T = {T} of this prior")
+        raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
     return asked or min(most, T)
 
 

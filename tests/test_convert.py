@@ -552,7 +552,7 @@ def test_steps_are_a_hundred_or_all_unless_asked_for():
     assert [convert.chosen_steps(*given) for given in (
         (None, 50), (None, 4000), (7, 4000), (None, 4000, 25))] == [50, 100, 7, 25]
     for asked in (0, 51):
-        with pytest.raises(UserError, match="from 1 to T = 50 of this prior"):
+        with pytest.raises(UserError, match="from 1 to T = 50"):
             convert.chosen_steps(asked, 50)
 
 
