@@ -113,6 +113,7 @@ def run_programs(folder):
     for pair in ((photo, mask), (wide, hole)):
         call(inpaint, *pair, "--run", vq, "--steps", 2, "--resample", 2, "--compare", *device,
              "-o", folder / "filled.png")
+    call(convert, vq, "--layers")
     call(convert, concat, "-o", folder / "model.pt")
     call(convert, kl / "vqgan" / "last.pt", "--to-diffusers", folder / "diffusers")
     call(convert, folder / "diffusers")
