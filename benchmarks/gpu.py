@@ -1,19 +1,18 @@
-"""Measure and check what only a GPU can show, in about nine minutes: one JSON line a part.
+"""Measure and check what only a GPU can show, in at most seven minutes: a Markdown table.
 
     python benchmarks/gpu.py [--device cuda] [--parts speed compile]
 
     env      rates of copies, products and convolutions        speed    training steps, memory
-    prior    the prior's step and validation                   search   nearest codes, ReFiT
+    prior    the prior's step, loss and samples                search   nearest codes, ReFiT
     loader   photos through worker processes                   parity   each step against the CPU's
     compile  what torch.compile gains                          e2e      the programs themselves
 
-Weights are random and no file is needed. Each part has a process and a time limit of its own; what
-it found until then is printed. `--device cpu` runs all of it at tiny sizes.
+Weights are random and no file is needed. Each part runs in a process of its own, which is ended at
+its time limit. What it has found by then is printed. `--device cpu` runs all of it at tiny sizes.
 """
 
 import argparse
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -46,18 +46,18 @@ from losses import TRUNKS
 from quantize import exact_float32, nearest_code
 from recipes import RECIPES
 from refit import rebuild_codebook
-from run_folder import Run
+from run_folder import Run, load_optimizer
 from seeding import STAGE_IDS, keyed_generators
 from unet import UNET_PRESETS
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"env": 25, "speed": 110, "prior": 45, "search": 20, "loader": 25, "parity": 75,
-          "compile": 120, "e2e": 130}                              # seconds
+LIMITS = {"env": 15, "speed": 80, "prior": 35, "search": 15, "loader": 20, "parity": 50,
+          "compile": 115, "e2e": 90}                               # seconds
 CPU_LIMIT = 600
 FORMS = {"fp32 NHWC": ("fp32", True), "fp32 NCHW": ("fp32", False), "bf16 NHWC": ("bf16", True),
          "bf16 NCHW": ("bf16", False)}
-FOUND = {}                         # what this part has measured
+FAILED = []                        # names of measurements
 
 
 def main(argv=None):
@@ -68,57 +68,59 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.inside:
         return run_part(args.parts[0], args.device, Path(args.inside))
-    failed = 0
+    print("| part | measured | found |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
-            limit = LIMITS[part] if args.device == "cuda" else CPU_LIMIT
-            line, said = watch(part, args.device, folder, limit)
-            print(json.dumps(line), flush=True)
-            if not line["ok"]:
-                failed = 1
-                print(f"== {part}\n{said[-5000:]}", file=sys.stderr, flush=True)
-    return failed
+        return max([watch(part, args.device, folder) for part in args.parts])
 
 
-def watch(part, device, folder, limit):
-    """Run a part in a process of its own: (its line, what it said)."""
-    start, log = time.monotonic(), Path(folder) / f"{part}.txt"
+def watch(part, device, folder):
+    """Run a part in a process of its own, until its time limit at most: 1 for failure, else 0."""
     command = [sys.executable, __file__, "--inside", folder, "--parts", part, "--device", device]
+    start, log = time.monotonic(), Path(folder) / f"{part}.txt"
     with open(log, "w") as file:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
+        child = subprocess.Popen(command, cwd=ROOT, stderr=file, start_new_session=True)
         try:
-            end = child.wait(limit)
+            status = child.wait(LIMITS[part] if device == "cuda" else CPU_LIMIT)
+            end = f"with status {status}" if status else "well"
         except subprocess.TimeoutExpired:
-            end = "time is up"
-            os.killpg(child.pid, signal.SIGKILL)             # and the programs that it started
+            end = "at its time limit"
+            os.killpg(child.pid, signal.SIGKILL)             # with the programs that it started
             child.wait()
-    kept = Path(folder) / f"{part}.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    ok = end == 0 and not any(str(value).startswith("error") for value in found.values())
-    return {"part": part, "ok": ok, "end": end,
-            "s": rounded(time.monotonic() - start)} | found, log.read_text()
+    print(f"| {part} | end | {end}, {time.monotonic() - start:.0f} s |", flush=True)
+    if end != "well":
+        print(f"== {part}\n{log.read_text()[-3000:]}", file=sys.stderr, flush=True)
+    return int(end != "well")
 
 
 def run_part(part, device, folder):
-    global CUDA, DEVICE, FOLDER, KEPT
-    CUDA, FOLDER, KEPT = device == "cuda", folder, folder / f"{part}.json"
+    """Print the rows of one part; everything else that it prints goes to stderr."""
+    global CUDA, DEVICE, FOLDER, PART
+    CUDA, FOLDER, PART = device == "cuda", folder, part
     DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
     if not CUDA:
         torch.set_num_threads(1)
-    PARTS[part]()
+    with redirect_stdout(sys.stderr):
+        PARTS[part]()
+    return int(bool(FAILED))
 
 
 def attempt(name, measure, *args, **options):
-    """Note what measure(...) gives, or its error; the other measurements follow in any case."""
+    """Print what measure(...) returns, or its error, so that the other measurements still run."""
     try:
-        FOUND[name] = measure(*args, **options)
+        found = measure(*args, **options)
     except Exception as error:
         traceback.print_exc()
-        FOUND[name] = f"error {type(error).__name__}: {str(error)[:200]}"
+        found = f"error {type(error).__name__}: {str(error)[:200]}"
+        FAILED.append(name)
+    print(f"| {PART} | {name} | {words(found)} |", file=sys.__stdout__, flush=True)
     if CUDA:
         torch.cuda.empty_cache()
-    KEPT.write_text(json.dumps(FOUND))
+
+
+def words(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {words(part)}" for name, part in value.items())
+    return " ".join(str(value).replace("|", "/").split())
 
 
 def rounded(x):
@@ -130,7 +132,7 @@ def sync():
 
 
 def ms(work, n=10, warm=3):
-    """Mean time of `work` in ms, run back to back as in training."""
+    """Time `work` in ms: the mean of n runs without a pause, as in training."""
     n, warm = (n, warm) if CUDA else (2, 1)
     for _ in range(warm):
         work()
@@ -143,15 +145,15 @@ def ms(work, n=10, warm=3):
 
 
 def kernels_ms(work):
-    """(ms that kernels run in one call of `work`, the longest of them), by the profiler."""
+    """Profile one call of `work`: (ms that its kernels take, the longest of them)."""
     if not CUDA:
         return None, {}
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         work()
         sync()
-    times = {event.key[:70]: event.self_device_time_total / 1e3 for event in record.key_averages()}
-    longest = sorted(times, key=times.get, reverse=True)[:10]
+    times = {event.key[:50]: event.self_device_time_total / 1e3 for event in record.key_averages()}
+    longest = sorted(times, key=times.get, reverse=True)[:6]
     return rounded(sum(times.values())), {name: rounded(times[name]) for name in longest}
 
 
@@ -163,13 +165,13 @@ def size_of(cuda, cpu):
 
 
 def small(latent):
-    """A first stage in which everything occurs, for comparisons."""
+    """Configure a small first stage with attention and each kind of level, for comparisons."""
     return VQGANConfig(latent=latent, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,),
                        z_channels=8, embed_dim=8, K=64, norm_groups=8, code_range=0.3)
 
 
 def lpips_weights(net):
-    """Random ones, which take the same time as the published."""
+    """Draw random LPIPS weights. They take the same time as the published ones."""
     build, _, _, widths = TRUNKS[net]
     weights = {f"features.{name}": value for name, value in build().state_dict().items()}
     return weights | {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1)
@@ -178,7 +180,7 @@ def lpips_weights(net):
 
 def stage_of(name, config, device=None, precision="fp32", channels_last=True, perceptual="none",
              preset="base", blend="add", unet="paper117"):
-    """A stage of train.py with random weights, on a first stage with random weights."""
+    """Build a stage of train.py with random weights, on a first stage with random weights."""
     device = device or DEVICE
     torch.manual_seed(0)
     net = UNET_PRESETS[unet] if isinstance(unet, str) else unet
@@ -203,13 +205,13 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
     if name == "decoder":
         return train_autoencoder.DecoderStage(run, RECIPES["decoder"][preset], None)
     stage = train_prior.PriorStage(run, RECIPES["prior"]["paper117"], None)
-    with torch.no_grad():                          # it starts at zero: no gradient would be seen
+    with torch.no_grad():                # a last layer of zeros would pass no gradient on
         stage.model.logits.weight.copy_(0.1 * torch.randn(stage.model.logits.weight.shape))
     return stage
 
 
 def batch_of(stage, B, size, seed=0):
-    """A batch of noise, half of its masks full."""
+    """Draw a batch of noise; half of its masks are full."""
     generator = torch.Generator().manual_seed(seed)
     position = list(range(seed, seed + B))
     if stage.name == "prior":
@@ -223,12 +225,13 @@ def batch_of(stage, B, size, seed=0):
 
 
 def trained(stage):
+    """List the parameters that have a gradient."""
     networks = [stage.model, getattr(stage, "discriminator", None)]
     return [p for net in networks if net for p in net.parameters() if p.grad is not None]
 
 
 def one_step(stage, batch, gan_on=True, parts=1):
-    """A step of train.py with `parts` micro-batches."""
+    """Take a step as train.py does, with `parts` micro-batches."""
     for _ in range(parts):
         terms = stage.step(batch, gan_on, 1 / parts)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained(stage)])
@@ -237,30 +240,34 @@ def one_step(stage, batch, gan_on=True, parts=1):
 
 
 def step_speed(stage, B, size, gan_on=True):
-    """Images a second of the stage's step, and its memory."""
+    """Measure the images per second of the stage's step, and the memory per image."""
     batch = batch_of(stage, B, size)
     took, peak = peak_of(lambda: one_step(stage, batch, gan_on))
-    return {"images/s": rounded(1e3 * B / took), "ms": took, "MiB_an_image": peak / B / 2**20}
+    return {"images/s": rounded(1e3 * B / took), "ms": took,
+            "MiB per image": rounded(peak / B / 2**20)}
 
 
 def peak_of(work):
-    """(ms of a call of `work`, the bytes that it takes for a while)."""
-    before = torch.cuda.memory_allocated() if CUDA else 0
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
+    """Measure a call of `work`: (its ms, the bytes that it holds at most)."""
+    if not CUDA:
+        return ms(work), 0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     took = ms(work, n=5, warm=2)
-    return took, rounded(torch.cuda.max_memory_allocated() - before) if CUDA else 0
+    return took, torch.cuda.max_memory_allocated() - before
 
 
 # -- the parts -------------------------------------------------------------------------------------
 
 
 def env():
-    FOUND.update(torch=torch.__version__, cpus=os.cpu_count())
-    if CUDA:
-        FOUND.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda,
-                     cudnn=torch.backends.cudnn.version(),
-                     free_GiB=rounded(torch.cuda.mem_get_info()[0] / 2**30))
+    def machine():
+        found = {"torch": torch.__version__, "cpus": os.cpu_count()}
+        if CUDA:
+            found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
+                      "cudnn": torch.backends.cudnn.version(),
+                      "free GiB": rounded(torch.cuda.mem_get_info()[0] / 2**30)}
+        return found
 
     def product(dtype, precision):
         n = size_of(8192, 256)
@@ -282,13 +289,14 @@ def env():
         w = torch.randn(C, C, 3, 3, device=DEVICE, dtype=dtype).to(memory_format=layout)
         x.requires_grad_(), w.requires_grad_()
         took = ms(lambda: torch.autograd.grad(F.conv2d(x, w, padding=1), (x, w), out))
-        return {"convolution_TFLOPs": rounded(3 * 2 * B * S * S * C * C * 9 / took / 1e9),
-                "group_norm_ms": ms(lambda: F.group_norm(x, 8))}
+        return {"convolution TFLOP/s": rounded(3 * 2 * B * S * S * C * C * 9 / took / 1e9),
+                "group norm ms": ms(lambda: F.group_norm(x, 8))}
 
-    attempt("product_TFLOPs bf16", product, torch.bfloat16, "highest")
-    attempt("product_TFLOPs fp32", product, torch.float32, "highest")
-    attempt("product_TFLOPs tf32", product, torch.float32, "high")
-    attempt("copy_GBps", copies)
+    attempt("machine", machine)
+    attempt("product TFLOP/s bf16", product, torch.bfloat16, "highest")
+    attempt("product TFLOP/s fp32", product, torch.float32, "highest")
+    attempt("product TFLOP/s tf32", product, torch.float32, "high")
+    attempt("copy GB/s", copies)
     for name, (precision, channels_last) in FORMS.items():
         attempt(name, layers, torch.float32 if precision == "fp32" else torch.bfloat16,
                 torch.channels_last if channels_last else torch.contiguous_format)
@@ -304,7 +312,7 @@ def speed():
         found = step_speed(stage, B, size, gan_on)
         if profile:
             batch = batch_of(stage, B, size)
-            found["kernels_ms"], found["longest"] = kernels_ms(lambda: one_step(stage, batch))
+            found["kernels ms"], found["longest"] = kernels_ms(lambda: one_step(stage, batch))
         return found
 
     def vqgan(precision):
@@ -347,8 +355,8 @@ def prior():
         maps = batch_of(stage, size_of(64, 4), 0)
         start = time.perf_counter()
         stage.validate([(maps, None)])
-        return {"ms": took, "maps/s": rounded(1e3 * B / took), "kernels_ms": kernels,
-                "longest": longest, f"validate_{len(maps.indices)}_maps_s":
+        return {"ms": took, "maps/s": rounded(1e3 * B / took), "kernels ms": kernels,
+                "longest": longest, f"validation of {len(maps.indices)} maps s":
                 rounded(time.perf_counter() - start)}
 
     def loss(K, B, side):
@@ -357,7 +365,7 @@ def prior():
         z = torch.randint(0, K, (B, side, side), device=DEVICE)
         t, p = torch.randint(2, 4000, (B,)), torch.full((B,), 1 / 4000, dtype=torch.float64)
         took, peak = peak_of(lambda: diffusion.loss(lambda z_t, t: logits, z, t, p)[0].backward())
-        return {"ms": took, "memory_by_logits": rounded(peak / (4 * logits.numel()))}
+        return {"ms": took, "memory / logits": rounded(peak / (4 * logits.numel()))}
 
     def drawing():
         stage = stage_of("prior", VQGAN_PRESETS[plan], unet=unet)
@@ -370,7 +378,7 @@ def prior():
         attempt(f"{unet} {precision} B{B}", step, precision)
     attempt("loss K1024 16x16 B180", loss, *size_of((1024, 180, 16), (64, 2, 8)))
     attempt("loss K16384 32x32 B8", loss, *size_of((16384, 8, 32), (64, 2, 8)))
-    attempt("sampling_ms_a_step", drawing)
+    attempt("sampling ms per step", drawing)
 
 
 def search():
@@ -393,11 +401,11 @@ def search():
 
     for K, d in ((1024, 256), (16384, 4), (16384, 256)):
         attempt(f"K{K} d{d}", codes, *size_of((K, d, 24576), (64, d, 500)))
-    attempt("rebuild_codebook_s, 5 moves", refit)
+    attempt("rebuild_codebook s, 5 moves", refit)
 
 
 def loader():
-    """Photos of ImageNet's mean size."""
+    """Measure how fast photos of ImageNet's mean size are read, cropped and masked."""
     rng = np.random.default_rng(0)
     for split, n in (("train", size_of(300, 8)), ("val", 1)):
         (FOLDER / "photos" / split).mkdir(parents=True)
@@ -422,7 +430,7 @@ def loader():
 
 
 def parity():
-    """Each stage's gradients against the CPU's, and how often a step waits for the device."""
+    """Compare each stage's gradients with the CPU's; count how often a step waits for the GPU."""
     paper117 = replace(UNET_PRESETS["paper117"], width=32, mults=(1, 2), attn_levels=(0, 1),
                        heads=2, head_width=16, time_width=32, norm_groups=8)
     cases = {"vqgan vq": ("vqgan", "vq", {}), "vqgan kl": ("vqgan", "kl", {}),
@@ -474,25 +482,29 @@ def parity():
         return found
 
     def resumed():
-        """How much the next step's movement differs in the other memory layout."""
-        stage = build("vqgan", "vq", {})
-        one_step(stage, batch_of(stage, 4, 64))
-        state, after = copy.deepcopy(stage.state_dict()), []
+        """Compare the next step of a checkpoint that is resumed in either memory layout."""
+        stage, after = build("vqgan", "vq", {}), []
+        for _ in range(3):
+            one_step(stage, batch_of(stage, 4, 64))
+        kept = stage.state_dict(), {k: o.state_dict() for k, o in stage.optimizers.items()}
         for channels_last in (True, False):
+            state, averages = copy.deepcopy(kept)
             stage = build("vqgan", "vq", {}, channels_last=channels_last)
-            stage.load_state_dict(copy.deepcopy(state))
+            stage.load_state_dict(state)
+            for key, optimizer in stage.optimizers.items():
+                load_optimizer(optimizer, averages[key])
             before = flat(stage.model.parameters())
             one_step(stage, batch_of(stage, 4, 64))
             after.append(flat(stage.model.parameters()) - before)
         return checked(error(*after), 0.05)
 
     def ddp():
-        """How much gradients differ under DistributedDataParallel, in one process."""
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", RANK="0", WORLD_SIZE="1")
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo",
-                                             timeout=timedelta(minutes=1))
+        """Compare gradients under DistributedDataParallel, in one process, with those without."""
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if CUDA else "gloo", init_method=f"file://{FOLDER / 'group'}",
+            rank=0, world_size=1, timeout=timedelta(minutes=1))
         alone = gradients(build("decoder", "kl", {}), parts=2)
-        kept, distributed.world_size = distributed.world_size, lambda: 2    # or nothing is wrapped
+        kept, distributed.world_size = distributed.world_size, lambda: 2    # one would wrap nothing
         stage = build("decoder", "kl", {})
         distributed.world_size = kept
         wrapped = stage.parallel
@@ -529,8 +541,8 @@ def compiled():
         eager = norm()
         stage.model.compile(backend=backend)
         start = time.perf_counter()
-        found = {"gradient_norm": [eager, norm()],
-                 "compile_s": rounded(time.perf_counter() - start)}
+        found = {"gradient norm eager": eager, "compiled": norm(),
+                 "first step s": rounded(time.perf_counter() - start)}
         return found | step_speed(stage, B, size)
 
     B, maps = size_of((16, 180), (2, 4))
@@ -540,37 +552,44 @@ def compiled():
 
 
 def e2e():
+    """Run the programs, in two chains at once: the second does not need the first one's run."""
     run, device = FOLDER / "run", ["--device", DEVICE.type]
     steps = size_of(["--steps", "60", "--save-every", "30"],
                     ["--steps", "4", "--size", "32", "--batch-size", "4", "--save-every", "2",
                      "--refit-samples", "200", "--timesteps", "8", "--workers", "0"])
+    train, part = ["train.py", *steps, *device, "--out"], ["--stage", "vqgan"]
 
-    def call(*words):
+    def call(*arguments):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
+                              text=True)
         print(done.stdout[-2000:], done.stderr[-2000:])
         if done.returncode:
             raise RuntimeError(f"status {done.returncode}: {done.stderr[-150:]}")
         return rounded(time.perf_counter() - start)
 
+    def chain(calls):
+        for name, *arguments in calls:
+            attempt(f"{name} s", call, *arguments)
+
     Image.fromarray(Signs("val", 64).image(0)).save(FOLDER / "photo.png")
     mask = np.zeros((64, 64), np.uint8)
     mask[20:44, 10:40] = 255
     Image.fromarray(mask).save(FOLDER / "mask.png")
-    train = ["train.py", *steps, *device, "--out"]
-    part = [*train, FOLDER / "part", "--stage", "vqgan"]
-    attempt("train_s", call, *train, run)
-    attempt("again_s", call, *train, run)
-    attempt("eval_s", call, "eval.py", run, *device, "--no-fid", "-n", size_of(64, 4))
-    attempt("sample_s", call, "sample.py", "--run", run, "-n", 4, "--steps", 4, *device, "-o",
-            FOLDER / "samples.png")
-    attempt("inpaint_s", call, "inpaint.py", FOLDER / "photo.png", FOLDER / "mask.png", "--run",
-            run, *device, "--steps", 4, "-o", FOLDER / "inpainted.png")
-    attempt("stopped_s", call, *part, "--max-hours", "0.00001")
-    attempt("continued_s", call, *part)
+    first = [("train", *train, run),
+             ("train again", *train, run),
+             ("eval", "eval.py", run, *device, "--no-fid", "-n", size_of(64, 4)),
+             ("sample", "sample.py", "--run", run, "-n", 4, "--steps", 4, *device,
+              "-o", FOLDER / "samples.png"),
+             ("inpaint", "inpaint.py", FOLDER / "photo.png", FOLDER / "mask.png", "--run", run,
+              "--steps", 4, *device, "-o", FOLDER / "inpainted.png")]
+    second = [("stopped", *train, FOLDER / "part", *part, "--max-hours", "0.00001"),
+              ("continued", *train, FOLDER / "part", *part)]
     if CUDA:
-        attempt("torchrun_s", call, "-m", "torch.distributed.run", "--nproc_per_node=1", *train,
-                FOLDER / "torchrun", "--stage", "vqgan", "--precision", "bf16", "--checkpointing")
+        second.append(("torchrun", "-m", "torch.distributed.run", "--nproc_per_node=1", *train,
+                       FOLDER / "torchrun", *part, "--precision", "bf16", "--checkpointing"))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(chain, [first, second]))
 
 
 PARTS = {"env": env, "speed": speed, "prior": prior, "search": search, "loader": loader,
