@@ -67,12 +67,9 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     dataset, limit = None, n
     if unpaired:
         images = PictureFolder("--pred", pred, n)
-        if real:
-            others = PictureFolder("--real", real)
-            n_others = len(others)
-        else:
-            others = open_dataset(data, root, "val", size or images.read(0).shape[-1])
-            n_others = min(len(images), len(others))
+        others = (PictureFolder("--real", real) if real else
+                  open_dataset(data, root, "val", size or images.read(0).shape[-1]))
+        n_others = len(others) if real else min(len(images), len(others))
         about = (f"{len(images):,} pictures in {pred} against {n_others:,} of "
                  f"{real or others.describe()}")
         networks.off |= dict.fromkeys(("lpips", "clip_score"), "no pairs")

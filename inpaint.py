@@ -1,12 +1,12 @@
-"""Fill the hole that a mask leaves in a photo: VQ-DDM draws codes, the asymmetric decoder pixels.
+"""Fill a hole in a photo: VQ-DDM draws the codes, the asymmetric decoder draws the pixels.
 
     python inpaint.py PHOTO MASK --run RUN -o out.png
 
     photo, mask --pad--> x, mask: multiples of f; mask --known_cells--> known, on the grid of codes
     x, its hole in one colour --encode--> indices --complete, window by window--> indices --> z
-    z, x, mask --decode--> x_hat --cut, round--> picture                DDM Sec. 4.4, AVQ Sec. 3.2
+    z, x, mask --decode--> x_hat --crop, round--> picture               DDM Sec. 4.4, AVQ Sec. 3.2
 
-What the photo shows under the mask is never looked at. Memory grows with the photo's area.
+The photo's pixels under the mask have no influence. Memory grows with the photo's area.
 """
 
 import argparse
@@ -31,15 +31,17 @@ from quantize import exact_float32
 from run_folder import Progress, duration, make_folder
 from seeding import COMPLETION, FIGURE, keyed_generators
 
-CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # of the decoders
-RESAMPLE = 5                        # of held-out images: each step five times, the paper's is one
-PICTURES, COMPLETIONS, ROWS = 2, 3, 6     # for each of DDM's masks, of each; of full inpainting
+CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # {decoder: caption}
+RESAMPLE = 5                        # each step five times for the report's figures; the paper: once
+IMAGES, COMPLETIONS = 2, 3          # images for each of DDM's masks, completions of each image
+ROWS = 6                            # images in inpainting.png
 
 
 def fill_with_mean(x, mask):
-    """Paint the hole of x (B,3,H,W) in the mean colour of its known pixels; mid-grey without any.
+    """Paint the hole of x (B,3,H,W) in the mean colour of its known pixels.  deviation D50
 
-    All codes see the hole a little, so it should look like nothing in particular.  deviation D50
+    The encoder's receptive field reaches into the hole from every cell, so the original there must
+    not be encoded. An image without known pixels becomes mid-grey.
     """
     known = 1 - mask
     mean = (x * known).sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
@@ -49,9 +51,9 @@ def fill_with_mean(x, mask):
 def windows(unknown, grid):
     """List the windows of `grid` (h,w) cells in which to complete a map: [(rows, columns)], slices.
 
-    unknown: bool (H,W), at least as large as the grid. One window, the hole in its middle, where a
-    quarter of a window of context fits around it. Else those that have anything left to draw, half
-    a window apart, line by line from the context's top left.
+    unknown: bool (H,W), at least as large as the grid. One window is centred on the hole if it
+    holds the hole and a quarter of a window of context on each side. Otherwise the windows lie half
+    a window apart, from the top left, and those without anything left to draw are skipped.
     """
     left, chosen, starts = unknown.cpu().numpy().copy(), [], []                     # (H, W)
     if not left.any():
@@ -72,9 +74,9 @@ def windows(unknown, grid):
 
 
 def complete(prior, indices, known, generators, steps=None, resample=1):
-    """Draw the codes of all cells that are not known, by a convert.Prior: (B,h,w). [DDM Sec. 4.4]
+    """Draw the codes of all cells that are not known by a convert.Prior: (B,h,w). [DDM Sec. 4.4]
 
-    indices: codes (B,h,w), any where unknown; known: bool (B,h,w).
+    indices: codes (B,h,w), arbitrary where unknown; known: bool (B,h,w).
     """
     indices, known = indices.clone(), known.clone()
     for rows, columns in windows(~known.all(0), prior.grid):
@@ -90,8 +92,9 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 seed=0, steps=None, resample=1, show=False):
     """Yield {decoder: the filled photo, uint8 (H,W,3)} for each sample, a function of (seed, i).
 
-    show: progress; the rest as inpaint_photo. [DDM Sec. 4.4] [AVQ Sec. 3.2]  deviation D49
+    show: print progress; the others are inpaint_photo's. [DDM Sec. 4.4] [AVQ Sec. 3.2]
     """
+    # Check that the models fit.
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
     lacks = {"asym": model is first_stage, "vanilla": first_stage.decoder is None}
     for name in decoders:
@@ -102,11 +105,11 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                             "one by train.py --stage decoder")
     if prior and (first_stage.config.latent != "vq" or not torch.equal(
             first_stage.quantize.embedding.weight, prior.first_stage.quantize.embedding.weight)):
-        raise UserError("the prior is of other codes than the model's: train one by train.py "
+        raise UserError("the prior has another codebook than the model: train one by train.py "
                         "--stage prior --vqgan RUN --out NEW_RUN, and give --prior NEW_RUN")
 
-    # Mirror photo and hole outwards, to multiples of f and to the prior's grid at least. The mirror
-    # image of a hole is a hole: nothing that it hides comes back as known.
+    # Mirror photo and hole outwards, to multiples of f and to at least the prior's grid. A mirrored
+    # hole is a hole, so nothing that the mask hides becomes known.
     grid, (H, W) = prior.grid if prior else (1, 1), hole.shape
     ends = [(0, max(cells, math.ceil(side / f)) * f - side) for side, cells in zip((H, W), grid)]
 
@@ -114,6 +117,8 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         array = np.pad(array, [*ends, (0, 0)], mode="symmetric")
         return torch.from_numpy(array).permute(2, 0, 1)[None]
     x, mask = pixels(padded(photo), device), padded(hole[..., None]).to(device).float()
+
+    # Complete the latents of each sample, z (1,d,h,w).
     if prior is None:
         latents = [model.encode(fill_with_mean(x, mask))]
     else:
@@ -121,37 +126,31 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         places = windows(~known[0], grid)
         scale = max(cells * f / side for cells, side in zip(grid, (H, W)))
         if len(places) > 1 and scale < 1:
-            # Draw in a copy whose short side is the grid's, the field of view that a prior knows;
-            # enlarge it, encode the whole. The box filter lets nothing out of the small hole.
+            # Draw a large hole in a copy whose short side is the grid's, because the prior has
+            # learnt this field of view; enlarge the picture and encode it.  deviation D49
             size = [round(W * scale), round(H * scale)]
-            small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
-                                 for array in (photo, hole.astype(np.float32)))
             if show:
                 print0(f"the hole is large: drawn in a copy of {size[0]} x {size[1]} px, enlarged")
+            # The box filter only averages: what mixes in hidden pixels lies in the small hole.
+            small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+                                 for array in (photo, hole.astype(np.float32)))
             own = "vanilla" if model is first_stage else "asym"
             drawn = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
                                 samples=samples, steps=steps, resample=resample, show=show)
             large = (Image.fromarray(pictures[own]).resize((W, H), Image.Resampling.BICUBIC)
                      for pictures in drawn)
             joined = (np.where(hole[..., None], picture, photo) for picture in large)
-            latents = (model.encode(pixels(padded(each), device)) for each in joined)   # (1,d,h,w)
+            latents = (model.encode(pixels(padded(each), device)) for each in joined)
         else:
             if show:
                 calls = samples * len(places) * (steps + (steps - 1) * (resample - 1))
-                progress = Progress("denoising", 0, calls, samples / calls)
-                count, denoise = itertools.count(1), prior.unet
-                def unet(z_t, t):                # counts its calls on the progress line
-                    logits, done = denoise(z_t, t), next(count)
-                    progress.show(done, {})
-                    if done == calls:
-                        progress.close()
-                    return logits
-                prior = replace(prior, unet=unet)
+                prior = _with_progress(prior, calls, samples)
             indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
             codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
                               steps, resample) for i in range(samples))
-            latents = map(first_stage.quantize.lookup, codes)                       # (1, d, h, w)
+            latents = map(first_stage.quantize.lookup, codes)
 
+    # Decode them, crop, and round to 8 bits.
     for z in latents:
         pictures = {}
         for name in decoders:
@@ -163,12 +162,26 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         yield pictures
 
 
-def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
-    """Fill the hole of a photo: uint8 (H,W,3); under a mask of zeros the photo itself.
+def _with_progress(prior, calls, samples):
+    """Return the prior with a network that counts its calls on a progress line."""
+    progress, count = Progress("denoising", 0, calls, samples / calls), itertools.count(1)
 
-    model: an AsymVQGAN, or a VQGAN for decoder "vanilla". photo: uint8 (H,W,3); mask: (H,W), other
-    than 0 = to be generated. prior: load_prior's, or None: the hole in one colour. options: seed,
-    steps, resample, composite (known pixels pasted). Raises UserError, and ValueError for shapes.
+    def unet(z_t, t):
+        logits, done = prior.unet(z_t, t), next(count)
+        progress.show(done, {})
+        if done == calls:
+            progress.close()
+        return logits
+
+    return replace(prior, unet=unet)
+
+
+def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
+    """Fill the hole of a photo: uint8 (H,W,3), the photo itself if the mask is all zeros.
+
+    model: an AsymVQGAN, or a VQGAN for decoder "vanilla". photo: uint8 (H,W,3); mask: (H,W), not 0
+    = to be generated. prior: from load_prior, or None: the hole keeps one colour. options: seed,
+    steps, resample, composite (paste known pixels). Raises UserError, and ValueError for shapes.
     """
     hole = np.asarray(mask) != 0                                                    # (H, W)
     if photo.shape != (*hole.shape, 3):
@@ -188,8 +201,8 @@ def completion_rows(prior, dataset, steps):
              "all but the centre quarter": 1 - box_mask(size, quarter, quarter, half, half)}
     how = f"original, masked, {COMPLETIONS} completions ({steps} steps, resample {RESAMPLE})"
     for number, (hidden, mask) in enumerate(masks.items()):
-        places = range(number * PICTURES, (number + 1) * PICTURES)      # each mask has its own
-        x, m, codes = _completed(prior, dataset, places, [mask] * PICTURES, number, steps,
+        places = range(number * IMAGES, (number + 1) * IMAGES)         # other images for each mask
+        x, m, codes = _completed(prior, dataset, places, [mask] * IMAGES, number, steps,
                                  COMPLETIONS)
         images = []
         for i, drawn in enumerate(prior.first_stage.decode_indices(codes).split(COMPLETIONS)):
@@ -200,7 +213,7 @@ def completion_rows(prior, dataset, steps):
 
 def inpainting_columns(prior, model, dataset, steps):
     """Inpaint held-out images by an AsymVQGAN on the prior's codes: columns for image_grid."""
-    places = range(0, 10 * ROWS, 10)         # neighbours often have the same evaluation mask
+    places = range(0, 10 * ROWS, 10)         # because neighbours often have equal evaluation masks
     masks = [evaluation_mask(dataset.size, i) for i in places]
     x, mask, codes = _completed(prior, dataset, places, masks, 3, steps)
     z = prior.first_stage.quantize.lookup(codes)                                    # (R, d, h, w)
@@ -210,7 +223,10 @@ def inpainting_columns(prior, model, dataset, steps):
 
 
 def _completed(prior, dataset, places, masks, number, steps, times=1):
-    """x (B,3,H,W), mask (B,1,H,W), codes (B·times,h,w); noise i is a function of (number, i)."""
+    """Complete held-out images: x (B,3,H,W), mask (B,1,H,W), codes (B*times,h,w).
+
+    The noise of completion i is a function of (number, i).
+    """
     image = next(views(dataset, [[i % len(dataset) for i in places]]))
     x = pixels(image, prior.device)                                                 # (B, 3, H, W)
     mask = torch.from_numpy(np.stack(masks)).float()[:, None].to(prior.device)      # (B, 1, H, W)
@@ -221,22 +237,24 @@ def _completed(prior, dataset, places, masks, number, steps, times=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Fill the hole in a photo.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Fill the hole in a photo: RUN's prior draws the codes of the hole, and RUN's asymmetric "
+        "decoder draws all pixels from the codes and the photo's known pixels."))
     add = parser.add_argument
-    add("photo", metavar="PHOTO", help="the photo, of any size")
+    add("photo", metavar="PHOTO", help="a photo of any size")
     add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
-    add("--run", required=True, metavar="RUN", help="a run folder, or what convert.py reads")
-    add("-o", "--out", metavar="FILE", help="a PNG (default: PHOTO's name with -inpainted.png)")
-    add("--samples", type=int, default=1, metavar="N", help="FILE-1.png, ... (default: 1, FILE)")
-    add("--steps", type=int, metavar="N", help=f"of the prior (default: {STEPS}, or all if fewer)")
+    add("--run", required=True, metavar="RUN", help="a run folder, or a file that convert.py reads")
+    add("-o", "--out", metavar="FILE.png", help="(default: PHOTO's name with -inpainted.png)")
+    add("--samples", type=int, default=1, metavar="N", help="to FILE-1.png, ... (default: 1)")
+    add("--steps", type=int, metavar="N", help=f"reverse steps (default: {STEPS}, or T if less)")
     add("--resample", type=int, default=1, metavar="U", help="take each step U times (default: 1)")
-    add("--seed", type=int, default=0, metavar="S", help="other completions (default: 0)")
+    add("--seed", type=int, default=0, metavar="S", help="of the completions (default: 0)")
     add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")
-    add("--no-prior", action="store_true", help="only paint the hole in the photo's mean colour")
-    add("--decoder", choices=CAPTIONS, default="asym", help="who draws the pixels (default: asym)")
-    add("--composite", action="store_true", help="put the photo's known pixels over the decoder's")
-    add("--compare", action="store_true", help="write FILE-compare.png: all decoders side by side")
-    add("--invert-mask", action="store_true", help="the mask is black where to be generated")
+    add("--no-prior", action="store_true", help="fill with the mean colour (default: draw codes)")
+    add("--decoder", choices=CAPTIONS, default="asym", help="ours or the vanilla (default: asym)")
+    add("--composite", action="store_true", help="paste the known pixels over it (default: no)")
+    add("--compare", action="store_true", help="write FILE-compare.png as well (default: no)")
+    add("--invert-mask", action="store_true", help="black = to be generated (default: white)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
 
@@ -248,7 +266,7 @@ def main():
         raise UserError("--no-prior draws nothing: leave out --prior and --samples")
     out = args.out or f"{Path(args.photo).stem}-inpainted.png"
     if not out.lower().endswith(".png"):
-        raise UserError(f"-o {out}: give a name that ends with .png, so that no pixel changes")
+        raise UserError(f"-o {out}: give a name that ends with .png, which keeps pixels exactly")
     photo, hole = read_pair(args.photo, args.mask, args.invert_mask)
     outputs, comparison = [out], f"{out[:-4]}-compare.png"
     if args.samples > 1:
@@ -260,22 +278,22 @@ def main():
     if not hole.any():
         for path in outputs:
             Image.fromarray(photo).save(path)
-        print0(f"nothing is to be generated: wrote the photo as it is, {', '.join(outputs)}")
+        print0(f"nothing to generate: wrote the photo unchanged to {', '.join(outputs)}")
         return
 
-    # Open what the flags name, and say what is going to happen.
+    # Load the models, and say what will be done.
     loaded, prior, where = load(args.run, device), None, args.prior or args.run
     model, how = loaded.model, "no prior: the hole in one colour"
     if not args.no_prior:
         if model.config.latent != "vq":
-            raise UserError(f"{args.run} has a KL latent, no codes that a prior could draw: give "
+            raise UserError(f"{args.run} has a KL latent, hence no codes for a prior: give "
                             "--no-prior, or fill the hole by Stable Diffusion (README)")
         prior = load_prior(where, device)
         how = (f"codes by the prior in {where}, {chosen_steps(args.steps, prior.diffusion.T)} of "
                f"{prior.diffusion.T:,} steps, resample {args.resample}, seed {args.seed}")
     for name, opened in ((args.run, loaded), (f"the prior in {where}", prior)):
         if opened and not opened.finished:
-            print0(f"warning: {name} is not trained to its end (step {opened.step})")
+            print0(f"warning: training of {name} is not finished (step {opened.step})")
     pasted = ", photo pasted" if args.composite else ""
     print0(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px, {hole.mean():.1%} to be generated;"
            f" {how}; pixels by {args.run}, decoder {args.decoder}{pasted}")

@@ -143,7 +143,6 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
                 networks.missing |= dict.fromkeys(columns, reason)
                 return None
         return network.to(device)
-
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips")
         networks.lpips_net = lpips if networks.lpips else None
@@ -216,7 +215,6 @@ def summary(table, run, decoder, bucket="all"):
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"]) == key
                 and bucket in ("all", row["bucket"])]
-
     rows, real = chosen(run, decoder), chosen(None, REAL)
     result = {"bucket": bucket, "n": len(rows), **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
     for name in MEASURES:

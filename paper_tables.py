@@ -28,9 +28,8 @@ COLUMNS = {
 }
 
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
-ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions. Ours are VQ-DDM's "
-                 "samples, compared with the run's data set: compare our decoders with one another "
-                 "only.")
+ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions, ours VQ-DDM's of "
+                 "other data: compare our decoders with one another only.")
 ABOUT_ERROR = ("Pre_error: ours is for images in [-1,1], 4 times that in [0,1]. The paper states "
                "no range; that it is [-1,1] is inferred from its figures (PAPERS.md, D17).")
 _ERROR = "Pre_error/1e-5 in [-1,1]"
@@ -184,11 +183,9 @@ def report_text(report, about, missing, off, number=None):
     if masks["kind"]:
         lines += [f"pre_error: {NOTES['pre_error']}.",
                   "gain: vanilla's pre_error divided by the row's. PSNR: of known pixels, in dB.",
-                  f"seam: {NOTES['seam']}."]
+                  f"seam: {NOTES['seam']}.", ""]
     if net:
-        lines.append(f"LPIPS: by {net}, over the whole image.")
-    if lines[-1]:
-        lines.append("")
+        lines += [f"LPIPS: by {net}, over the whole image.", ""]
 
     # Add the paper's table and the one by mask area.
     if number in PAPER_TABLES:
@@ -276,8 +273,9 @@ def codebook_table(rows):
     return markdown(
         ["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
          "rFID"],
-        [[row["name"], row["latent"], f"{row['K']:,}", _written(row["usage_train"], _percent),
-          _written(row["usage_val"], _percent), _written(row["perplexity_val"], "{:,.1f}".format),
+        [[row["name"], row["latent"], f"{row['K']:,}",
+          *(_written(row[name], "{:.1%}".format) for name in ("usage_train", "usage_val")),
+          _written(row["perplexity_val"], "{:,.1f}".format),
           _written(row["rfid"], "{:.2f}".format)] for row in rows])
 
 
@@ -296,7 +294,7 @@ def prior_table(prior, K):
               "VQ-DDM, an upper bound": prior["vlb_nats"]}
     return markdown(["model of the codes", "nats per map", "bits per code", "of frequencies"], [
         [name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
-         _percent(nats / prior["histogram_nats"])] for name, nats in models.items()])
+         f"{nats / prior['histogram_nats']:.1%}"] for name, nats in models.items()])
 
 
 def steps_table(steps, batch_size):
@@ -305,7 +303,3 @@ def steps_table(steps, batch_size):
     hours = HOURS_FOR / batch_size / 3600
     return markdown(heads, [[f"{row['n']:,}", short(row["seconds"]), short(row["seconds"] * hours),
                              f"{row['nats']:,.1f}"] for row in steps])
-
-
-def _percent(share):
-    return f"{100 * share:.1f} %"

@@ -264,7 +264,7 @@ def test_what_refit_counted_stands_before_and_after(refitted, capsys):
     lines = [[cell.strip() for cell in line.split("|")] for line in
              capsys.readouterr().out.split("\n") if line.startswith(("| before", "| after"))]
     assert [line[1:4] + line[5:6] for line in lines] == [
-        ["before ReFiT", "16x16", "8", "50.0 %"], ["after ReFiT", "16x16", "5", "100.0 %"]]
+        ["before ReFiT", "16x16", "8", "50.0%"], ["after ReFiT", "16x16", "5", "100.0%"]]
 
 
 def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
@@ -279,7 +279,7 @@ def test_table_1_of_the_other_paper_counts_both_splits_before_and_after(
         rfid = fid(model.decode(model.encode(x)).clamp(-1, 1), x)
         (line,) = [line for line in printed.split("\n") if line.startswith(f"| {word}")]
         cells = [cell.strip() for cell in line.split("|")]
-        assert cells[3:6] == [str(K), f"{100 * train:.1f} %", f"{100 * val:.1f} %"]
+        assert cells[3:6] == [str(K), f"{train:.1%}", f"{val:.1%}"]
         assert float(cells[7]) == pytest.approx(rfid, abs=0.02)
     assert report["codebook"]["usage_train"] == train
     assert report["codebook"]["rfid"] == pytest.approx(rfid, rel=1e-4)

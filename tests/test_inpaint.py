@@ -18,7 +18,7 @@ from convert import load_model, load_prior
 from data import Signs
 from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error
-from inpaint import COMPLETIONS, PICTURES, RESAMPLE, ROWS, inpaint_photo
+from inpaint import COMPLETIONS, IMAGES, RESAMPLE, ROWS, inpaint_photo
 from vqgan import VQGAN
 
 GRID = (8, 8)                                    # of the tests' prior: 16 x 16 px
@@ -312,7 +312,7 @@ def test_models_that_do_not_belong_together_are_refused(models, tmp_path):
         inpaint_photo(model, photo, hole, prior, decoder="ours")
     _, parent = tiny_runs.write_first_stage(tmp_path / "other", seed=5)
     tiny_runs.write_decoder(tmp_path / "other", parent)
-    with pytest.raises(UserError, match="the prior is of other codes"):
+    with pytest.raises(UserError, match="the prior has another codebook"):
         inpaint_photo(load_model(tmp_path / "other"), photo, hole, prior)
     with pytest.raises(ValueError, match=r"mask of \(16, 20\): sizes differ"):
         inpaint_photo(model, photo, box(16, 20, 2, 9, 3, 9), prior)
@@ -337,7 +337,7 @@ def test_completions_stand_beside_their_picture_and_differ_from_each_other(held_
     for (caption, images), (_, others) in zip(groups, again, strict=True):
         assert "(1 steps, resample 5)" in caption
         assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
-        rows = torch.stack(images).unflatten(0, (PICTURES, 2 + COMPLETIONS))
+        rows = torch.stack(images).unflatten(0, (IMAGES, 2 + COMPLETIONS))
         for row in rows[:, 2:]:
             assert len({picture.numpy().tobytes() for picture in row}) == COMPLETIONS
     first, second = (images[::2 + COMPLETIONS] for _, images in groups[:2])
@@ -358,7 +358,7 @@ def test_the_network_is_given_the_known_codes_under_the_papers_three_masks(held_
     known = torch.zeros(3, 16, 16, dtype=torch.bool)
     known[0, 10:], known[1, 8:, 8:], known[2, 4:12, 4:12] = True, True, True
     for call, expected in zip(asked, known):
-        assert (call.count, call.how) == (PICTURES * COMPLETIONS, (4, RESAMPLE))
+        assert (call.count, call.how) == (IMAGES * COMPLETIONS, (4, RESAMPLE))
         assert torch.equal(call.known, expected.expand(call.count, -1, -1))
 
 
@@ -457,7 +457,7 @@ def test_the_prior_may_come_from_another_run_on_the_same_first_stage(run, here, 
     common = "photo.png", "mask.png", "--run", here / "decoder"
     assert call(monkeypatch, *common, "--prior", here / "prior", "-o", "two.png") == 0
     said = capsys.readouterr().out
-    assert f"warning: the prior in {here / 'prior'} is not trained to its end (step 2)" in said
+    assert f"warning: training of the prior in {here / 'prior'} is not finished (step 2)" in said
     assert call(monkeypatch, *common[:3], run, "-o", "one.png") == 0
     assert np.array_equal(pixels("one.png"), pixels("two.png"))
     assert call(monkeypatch, *common) == 2
@@ -469,7 +469,7 @@ def test_with_nothing_to_generate_the_program_needs_no_models(here, monkeypatch,
     assert call(monkeypatch, "photo.png", "mask.png", "--run", "nowhere") == 0
     said = capsys.readouterr().out
     assert "mask.png: nothing in it is to be generated" in said
-    assert "wrote the photo as it is, photo-inpainted.png" in said
+    assert "wrote the photo unchanged to photo-inpainted.png" in said
     assert np.array_equal(pixels("photo-inpainted.png"), photo_of(26, 30))
 
 
@@ -555,6 +555,6 @@ def test_a_first_stage_alone_or_with_a_kl_latent_says_what_is_to_be_done(here, m
     tiny_runs.write_stage(here / "kl", "vqgan", kl.state_dict(), settings)
     capsys.readouterr()
     assert call(monkeypatch, *common, "kl", "--decoder", "vanilla") == 2
-    assert "kl has a KL latent, no codes that a prior could draw" in capsys.readouterr().err
+    assert "kl has a KL latent, hence no codes for a prior" in capsys.readouterr().err
     assert call(monkeypatch, *common, "kl", "--decoder", "vanilla", "--no-prior") == 0
     assert "no prior: the hole in one colour" in capsys.readouterr().out

@@ -170,8 +170,8 @@ def test_pre_error_and_seam_are_explained_below_the_table_where_there_are_masks(
 
 def test_codebooks_have_the_columns_of_ddms_table_1():
     text = codebook_table(CODEBOOKS)
-    assert _cells(text, 2) == ["before ReFiT", "16x16", "16,384", "n/a", "6.0 %", "1,234.6", "4.98"]
-    assert _cells(text, 3) == ["after ReFiT", "16x16", "1,024", "100.0 %", "97.1 %", "900.0", "n/a"]
+    assert _cells(text, 2) == ["before ReFiT", "16x16", "16,384", "n/a", "6.0%", "1,234.6", "4.98"]
+    assert _cells(text, 3) == ["after ReFiT", "16x16", "1,024", "100.0%", "97.1%", "900.0", "n/a"]
     assert all(len(row) == 7 for row in DDM_TABLE_1)
     assert _cells(ddm_table_1(), 7) == ["ours (P = 20k)", "16x16", "1024", "97.07%", "100%",
                                         "5.59", "5.99"]
@@ -179,9 +179,9 @@ def test_codebooks_have_the_columns_of_ddms_table_1():
 
 def test_a_priors_bound_stands_between_what_knows_less():
     text = prior_table(PRIOR, 64)
-    assert _cells(text, 2)[2:] == ["6.000", "133.1 %"]             # log2 64 bits per code
-    assert _cells(text, 3)[1:] == ["800.0", f"{800 / 256 / math.log(2):.3f}", "100.0 %"]
-    assert _cells(text, 4)[1:] == ["600.0", f"{600 / 256 / math.log(2):.3f}", "75.0 %"]
+    assert _cells(text, 2)[2:] == ["6.000", "133.1%"]             # log2 64 bits per code
+    assert _cells(text, 3)[1:] == ["800.0", f"{800 / 256 / math.log(2):.3f}", "100.0%"]
+    assert _cells(text, 4)[1:] == ["600.0", f"{600 / 256 / math.log(2):.3f}", "75.0%"]
 
 
 def test_the_table_of_steps_gives_the_papers_hours_and_the_bound():
