@@ -34,8 +34,7 @@ from losses import TRUNKS
 from pictures import image_grid, image_rows, show_masked
 from quantize import code_statistics, exact_float32
 
-EXAMPLES, SAMPLES = 6, 16                        # images in report.png, in samples.png
-STEPS = 25                                       # reverse steps of these samples, at most
+EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # report.png's images; samples, steps of each
 WORKERS = 2                                      # processes that read photos for --table ddm1
 CAPTIONS = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
 
@@ -103,7 +102,6 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     with exact_float32(), torch.inference_mode():
         # Decode the first images for report.png, which also warms up the device before the timing.
         columns = first_images(batches(images, n), models) if models else {}
-
         # Decode the same latents by every decoder, and measure.
         ranks = distributed.rank(), distributed.world_size()
         rows, counts = tabulate(batches(images, n, *ranks), n, batch_size, networks, models, pred)
@@ -111,7 +109,6 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means = distributed.on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
-
         # Count the codes in use.
         codebooks, notes = [], networks.reasons()
         if models and not vq:
@@ -130,7 +127,6 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             codebooks.append(codebook_row("in use", first_stage, size, code_statistics(counts),
                                           rfid=rfid))
             notes["codebook"] = f"held out: {n:,} images; train: not counted, --table ddm1 does"
-
         # Draw samples and completions by the prior.
         prior, links = None, {}                                     # links: {file: title}
         folder = next((path for path in paths if (path / "prior").is_dir()), None)

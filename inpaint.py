@@ -33,8 +33,7 @@ from seeding import COMPLETION, FIGURE, keyed_generators
 
 CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # {decoder: caption}
 RESAMPLE = 5                        # each step five times for the report's figures; the paper: once
-IMAGES, COMPLETIONS = 2, 3          # images for each of DDM's masks, completions of each image
-ROWS = 6                            # images in inpainting.png
+IMAGES, COMPLETIONS, ROWS = 2, 3, 6       # for each of DDM's masks, of each; in inpainting.png
 
 
 def fill_with_mean(x, mask):

@@ -58,9 +58,9 @@ def seam(x_hat, x, mask):
     pixel known and one not, images in [0,1]. 0: as in the original, positive: a visible edge,
     negative: blurred. An image without such a pair gives NaN.
 
-    It says why one does not simply paste the known pixels over the vanilla picture, though their
-    error would then be 0: the generated side keeps the colours of the lossy latent, so pasting
-    leaves a step at the border. Decoding both sides together avoids it (the paper: harmonisation).
+    Pasting the known pixels over a vanilla picture makes pre_error 0, but the generated side keeps
+    the colours of a lossy latent: a step at the border remains. Decoding both sides together avoids
+    it, which the paper calls harmonisation. So one does not simply paste.
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -170,9 +170,8 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
 
     x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
     decoding it took. LPIPS is over the whole image. A row lacks the measures whose network is None;
-    NaN means that the image has no value. For FID it holds "features" (2048,) and "logits" (1008,),
-    12 KB; rows of the originals (decoder REAL) hold no other measure. Raises UserError where x_hat
-    is not finite.
+    NaN means that the image has no value. For FID it holds "features" (2048,) and "logits" (1008,);
+    rows of the originals (decoder REAL) hold these only. UserError: x_hat is not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "

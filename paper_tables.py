@@ -143,8 +143,7 @@ def bucket_table(report, missing=()):
 
 def paper_table(report, number):
     """Write table `number` of the paper: its columns, our rows, and its rows below them."""
-    title, columns, decoders, figures = PAPER_TABLES[number]
-    rows = []
+    (title, columns, decoders, figures), rows = PAPER_TABLES[number], []
     found = {(row["run"], row["decoder"], row["bucket"]): row for row in _distinct(report)}
     for (run, decoder, bucket), row in found.items():
         if bucket == "all" and decoder in decoders:

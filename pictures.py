@@ -1,10 +1,10 @@
 """Draw images under captions, and the curves of a run.
 
-    image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> a column each, a row an image   report.png
+    image_grid   {caption: [(3,H,W) in [-1,1], ...]} -> one column for each caption     report.png
     image_rows   [(caption, [(3,H,W), ...]), ...] -> groups one below the other         samples.png
-    curves       log.jsonl -> a panel a term, training and validation together          curves.png
+    curves       log.jsonl -> one panel for each number, training and validation        curves.png
 
-Small images are enlarged by whole numbers: a smooth enlargement would hide what a decoder lost.
+Small images are enlarged by a whole number, because a smooth enlargement would hide lost detail.
 """
 
 import json
@@ -24,7 +24,7 @@ TITLES = {                                           # in the order of the panel
     "pre_error": "pre_error, [0,1]",
     "perceptual": "perceptual loss (LPIPS)",
     "latent": "latent loss",
-    "vlb": "bound on -log p(codes), nats a map",
+    "vlb": "bound on -log p(codes), nats per map",
     "gan": "generator's GAN loss",
     "disc": "discriminator's loss",
     "logits_real": "discriminator's logits, real",
@@ -33,11 +33,11 @@ TITLES = {                                           # in the order of the panel
     "grad_norm": "gradient norm",
     "lr": "learning rate",
 }
-BLUE, RED, POINTS, SMOOTH_POINTS = "#3b6ea8", "#d1495b", 400, 40     # at most so many points
+BLUE, RED, POINTS, SMOOTH_POINTS = "#3b6ea8", "#d1495b", 400, 40     # most points of a line
 
 
 def show_masked(x, mask):
-    """Paint the hole of x (...,3,H,W) mid-grey, as the condition branch sees it. [AVQ Fig. 3]"""
+    """Paint the hole of x (...,3,H,W) mid-grey: the condition branch's input Y. [AVQ Fig. 3]"""
     return x * (1 - mask)
 
 
@@ -46,16 +46,13 @@ def image_grid(columns, path):
 
     Images are about 256 px wide. Raises ValueError for lists of several lengths, and as _draw.
     """
-    lengths = {len(images) for images in columns.values()}
-    if len(lengths) != 1:
-        raise ValueError(f"columns of {sorted(lengths)} images: a grid needs one length")
-    _draw([list(columns), *zip(*columns.values())], path, 256)
+    _draw([list(columns), *zip(*columns.values(), strict=True)], path, 256)
 
 
 def image_rows(groups, path, across=None):
     """Write a PNG of groups of images, one below the other, each under its caption.
 
-    across: images in a row, each about 128 px wide (default: all of a group). Raises as _draw.
+    across: images in a row, each about 128 px wide, None for all of a group. Raises as _draw.
     """
     lines = []
     for caption, images in groups:
@@ -67,12 +64,12 @@ def image_rows(groups, path, across=None):
 def _draw(lines, path, side):
     """Write a PNG of `lines`, each a list of images in [-1,1] (clamped) or of captions.
 
-    Images are enlarged to about `side` px, by a whole number. ValueError: several sizes, or none.
+    Images are enlarged to about `side` px. Raises ValueError for images of several sizes or none.
     """
-    rows = [line for line in lines if not isinstance(line[0], str)]
+    rows = [line for line in lines if line and not isinstance(line[0], str)]
     shapes = {tuple(image.shape) for row in rows for image in row}
     if len(shapes) != 1:
-        raise ValueError(f"images of the shapes {sorted(shapes)}: a picture needs one")
+        raise ValueError(f"images of the shapes {sorted(shapes)}: give images of one shape")
     _, H, W = shapes.pop()
     zoom, font = max(1, round(side / W)), ImageFont.load_default(15)
     width = max(map(len, rows)) * (W * zoom + GAP)
@@ -82,7 +79,7 @@ def _draw(lines, path, side):
             line = [_wrapped(caption, font, width // len(line) - GAP) for caption in line]
             height = LINE * (1 + max(caption.count("\n") for caption in line))
             strips.append(Image.new("RGB", (GAP + width, height), "white"))
-            for i, caption in enumerate(line):           # its last line just above the images
+            for i, caption in enumerate(line):           # "ld": its last line is above the images
                 place = GAP + i * width // len(line), height - GAP // 2
                 ImageDraw.Draw(strips[-1]).text(place, caption, INK, font, anchor="ld")
         else:
@@ -107,11 +104,12 @@ def _wrapped(caption, font, room):
 
 
 def curves(log_path, png_path):
-    """Draw a run's log as small multiples: a panel for each number, train and val together.
+    """Draw a panel for each number of a run's log, train and val together.
 
-    `val_NAME` is NAME on held-out images. Long logs are drawn as means of neighbouring steps; the
-    scale is logarithmic for positive values over a factor of ten. Without numbers: no picture.
+    `val_NAME` is NAME on held-out images. A long log is averaged over neighbouring steps. Positive
+    values over a factor of ten have a logarithmic scale. A log without numbers gives no picture.
     """
+    # Read the series, and name the panels in the order of TITLES.
     series = {}                                      # {key: [(step, value), ...]}
     with open(log_path, encoding="utf-8") as file:
         for record in map(json.loads, file):
@@ -123,6 +121,8 @@ def curves(log_path, png_path):
     names = [name for name in known if name in series or f"val_{name}" in series]
     if not names:
         return
+
+    # Draw the panels.
     across, down = min(3, len(names)), math.ceil(len(names) / 3)
     last = max(1, *(points[-1][0] for points in series.values()))
     width, height = 4.2 * across, 2.6 * down         # inches, as the margins below
@@ -143,7 +143,7 @@ def curves(log_path, png_path):
         if min(drawn) > 0 and max(drawn) > 10 * min(drawn):
             axes.set_yscale("log")
         axes.set_title(TITLES.get(name, name), loc="left", fontsize=10)
-        axes.set_xlim(0, 1.02 * last)                # one scale for all: what begins late shows it
+        axes.set_xlim(0, 1.02 * last)                # one scale, so that a late start can be seen
         if position > len(names) - across:
             axes.set_xlabel("step", fontsize=9)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -156,6 +156,6 @@ def curves(log_path, png_path):
 
 
 def _means(points, count):
-    """Average equal numbers of neighbours: (steps, values) of at most `count` points."""
+    """Average neighbouring (step, value) points to at most `count`: (steps, values)."""
     parts = np.array_split(np.array(points, float), min(len(points), count))      # of (n,2)
     return np.array([part.mean(0) for part in parts]).T                             # (2,count)

@@ -516,7 +516,7 @@ MISTAKES = [
     (("photo.png", "gone.png"), "gone.png: cannot be decoded ([Errno 2] No such file"),
     (("text.png", "mask.png"), "text.png: cannot be decoded"),
     (("--run", "nowhere"), "nowhere: no such run folder"),
-    (("--steps", "7"), "--steps: give numbers from 1 to T = 6, which this prior has"),
+    (("--steps", "7"), "--steps: give numbers from 1 to T = 6"),
     (("--samples", "0"), "--samples and --resample are at least 1"),
     (("--resample", "0"), "--samples and --resample are at least 1, --seed"),
     (("--seed", "-1"), "--samples and --resample are at least 1, --seed at least 0"),

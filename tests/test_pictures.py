@@ -65,7 +65,7 @@ def test_small_images_are_enlarged_and_large_ones_stay(size, grid, row, tmp_path
     lambda path: image_rows([("", [plain(RED), plain(RED, 32)])], path),
     lambda path: image_rows([("", [])], path)])
 def test_images_that_do_not_match_are_refused(draw, tmp_path):
-    with pytest.raises(ValueError, match="needs one"):
+    with pytest.raises(ValueError, match=r"one shape|zip"):
         draw(tmp_path / "x.png")
 
 
