@@ -20,7 +20,7 @@ MAX_SCORES = 2**21       # scores held at once, 8 MiB in float32, so that memory
 @torch.compiler.disable
 @torch.no_grad()
 def nearest_code(z, codebook):
-    """Find the codebook row nearest to each row of z, the lowest index on ties. [AVQ Eq. 1]
+    """Find the codebook row nearest to each row of z, the lowest on ties. [AVQ Eq. 1] [DDM Eq. 12]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
     In |z - e|² = |z|² - 2 z·e + |e|², |z|² is the same for every code e. Leaving it out keeps
@@ -40,7 +40,7 @@ def nearest_code(z, codebook):
 
 
 class VectorQuantizer(nn.Module):
-    """Replace each vector by its nearest code. [AVQ Eq. 1] [AVQ Eq. 2]
+    """Replace each vector by its nearest code. [AVQ Eq. 1] [AVQ Eq. 2] [DDM Eq. 14]
 
     Straight through: argmin has no gradient, so z_q's gradient is handed to z_e unchanged. Stages
     with a frozen encoder do not use it; the decoder stage even encodes under no_grad.

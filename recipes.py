@@ -92,7 +92,8 @@ def first_gan_step(recipe, steps):
 def learning_rate(step, steps, peak, warmup, min_lr):
     """Compute the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
 
-    With min_lr 0 it stays at the peak after the warm-up, as for the first stages.  deviation D27
+    With min_lr 0 it stays at the peak after the warm-up, as for the first stages. [DDM App. A]
+    deviation D27
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:
