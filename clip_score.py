@@ -1,12 +1,12 @@
-"""Score how near an edited region comes to its reference picture: the column "CLIP score".
+"""Score how similar an edited region and its reference image are: the column "CLIP score".
 
     image (B,3,H,W) ──bounding box of the mask──► edited region ─┐
     reference (3,h,w) ───────────────────────────────────────────┴─resize──► (B,3,S,S)
         ──patches──► tokens (B,N,width) ──transformer──► class token ──projection──► (B,D)
         ──100 x cosine of the two embeddings──► (B,)
 
-CLIP's image tower has its attributes named as in Hugging Face's files. S, D and the activation are
-config.json's: OpenAI's towers have QuickGELU, LAION's of the same shapes GELU.
+The attributes of CLIP's image tower are named as in Hugging Face's files. S, D and the activation
+come from config.json: OpenAI's towers use QuickGELU, LAION's of the same shapes GELU.
 """
 
 import json
@@ -19,10 +19,10 @@ from torch import nn
 from distributed import UserError
 from weight_files import read_pickle, read_safetensors
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)          # of CLIP's training pictures in [0,1], R, G, B
+MEAN = (0.48145466, 0.4578275, 0.40821073)          # of CLIP's training images in [0,1], R, G, B
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
-# What config.json leaves out where it is transformers' default.
+# transformers' defaults, for what config.json leaves out.
 DEFAULTS = {"hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072,
             "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
             "patch_size": 32, "layer_norm_eps": 1e-5}
@@ -34,9 +34,9 @@ def clip_score(encoder, image, reference, mask):
     """Compute 100 x cosine of edited region and reference: (B,). [AVQ Tab. 4] [AVQ Tab. 5]
 
     image: (B,3,H,W) in [-1,1], clamped. reference: B tensors (3,h,w) of any sizes in [-1,1]. mask:
-    (B,1,H,W) in {0,1}, 1 = generated. The values are float64, on the CPU; an image with nothing
-    generated gives NaN. The edited region is the smallest box around the mask; it and the whole
-    reference are stretched. Raises ValueError for wrong shapes.  deviation D28
+    (B,1,H,W) in {0,1}, 1 = generated. The edited region is the smallest box around the mask; it and
+    the whole reference are stretched to a square. Returns float64 on the CPU, NaN for an image with
+    nothing generated. Raises ValueError for wrong shapes.  deviation D28
     """
     B, _, H, W = image.shape
     if image.shape[1] != 3 or mask.shape != (B, 1, H, W) or len(reference) != B:
@@ -66,11 +66,11 @@ def resized(images, size):
 
 
 class CLIPImageEncoder(nn.Module):
-    """Embed images (B,3,H,W) in [-1,1], of any size: (B,D) float32, of which the angle has meaning.
+    """Embed images (B,3,H,W) in [-1,1] of any size as (B,D) float32, whose directions are compared.
 
-    folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, of a whole CLIP or
-    its image tower. Frozen, and in float32 also under autocast. Raises UserError for files that are
-    missing, unreadable or do not belong together.
+    folder: has `config.json` and `model.safetensors` or `pytorch_model.bin` of a whole CLIP or its
+    image tower. The network is frozen, and float32 also under autocast. Raises UserError for files
+    that are missing, unreadable or of different models.
     """
 
     def __init__(self, folder):
@@ -87,7 +87,7 @@ class CLIPImageEncoder(nn.Module):
                 model.embeddings.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
                 tokens = 1 + (self.size // patch) ** 2
                 model.embeddings.position_embedding = nn.Embedding(tokens, width)
-                model.pre_layrnorm = nn.LayerNorm(width, eps)                # so spelled in files
+                model.pre_layrnorm = nn.LayerNorm(width, eps)                # the files' spelling
                 model.encoder = nn.Module()
                 model.encoder.layers = nn.ModuleList(
                     Layer(config) for _ in range(config["num_hidden_layers"]))
@@ -118,7 +118,7 @@ class CLIPImageEncoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Add attention, then two linear maps, to the tokens: one layer of the transformer."""
+    """Apply one layer of the transformer: attention, then two linear maps, each added to h."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,14 +143,14 @@ class Layer(nn.Module):
 
 
 def _read(folder):
-    """Read (config, {name: float32 tensor}) of the image tower; raises errors of many kinds."""
+    """Read (config, {name: float32 tensor}) of the image tower; the caller handles all errors."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # A whole CLIP has a table for each tower, and the projection's width above both.
+    # A whole CLIP has a config for each tower, and the projection's width outside of both.
     tower = DEFAULTS | config.get("vision_config", config)
     tower["projection_dim"] = config.get("projection_dim", 512)
     path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
     state = read_safetensors(path) if path.exists() else read_pickle(other)
-    # Older files hold the positions' numbers 0, 1, 2, ... as well. A copy outlives the mapped file.
+    # Older files also hold position_ids, 0, 1, 2, ... Copy, because the file is memory-mapped.
     return tower, {key: value.to(torch.float32, copy=True) for key, value in state.items()
                    if key.startswith(("vision_model.", "visual_projection."))
                    and not key.endswith("position_ids")}

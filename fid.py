@@ -1,13 +1,13 @@
-"""Compute the Frechet inception distance and the inception score: the network and both formulas.
+"""Compute the Frechet inception distance (FID) and the inception score, network included.
 
     images (B,3,H,W) ──InceptionV3──► features (B,2048), logits (B,1008)
     features, in any batches ──FeatureStatistics──► n, mu (D,), sigma (D,D) ──┐
     the same of the other images ─────────────────────────────────────────────┴─frechet──► FID
     logits (N,1008) ──inception_score──► mean, std over splits
 
-Scores are comparable only between programs that run this very network, TensorFlow's Inception v3 of
-2015, in pytorch-fid's conversion; torchvision's has other classes, pools and last block. The
-distance falls as n grows, which is bias, not quality, and below D = 2048 images it is large.
+Scores are comparable only between programs that run the same network: here TensorFlow's Inception
+v3 of 2015 in pytorch-fid's conversion. torchvision's has other classes, pools and last block. The
+distance falls as n grows. This is bias, not quality, and it is large below D = 2048 images.
 """
 
 from functools import partial
@@ -24,10 +24,10 @@ SIZE = 299                                                 # pixels a side that 
 
 
 class InceptionV3(nn.Module):
-    """images (B,3,H,W) in [-1,1] -> features (B,2048) and logits (B,1008), both float32.
+    """Map images (B,3,H,W) in [-1,1] to features (B,2048) and logits (B,1008), both float32.
 
     weights: the folder of the published file (see `find_weights`), or a float32 state dict. Frozen,
-    in eval mode, in float32 also under autocast. Raises UserError: no such file, or another one.
+    in eval mode, in float32 also under autocast. UserError: the file is missing or another one.
     """
 
     def __init__(self, weights=None):
@@ -59,14 +59,14 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def train(self, mode=True):
-        """Stay in eval mode: a parent's `.train()` must not reach a frozen measure."""
+        """Stay in eval mode, because a parent's `.train()` must not change a frozen network."""
         return super().train(False)
 
     def forward(self, images):
-        """Images are taken as they are, neither clamped nor rounded to 8 bits.
+        """Compute features and logits of images as they are, neither clamped nor rounded.
 
-        The resize is bilinear without antialiasing, as pytorch-fid's. The logits lack `fc.bias`, as
-        those of the original inception score, torch-fidelity and torchmetrics.
+        The resize is bilinear without antialiasing, as in pytorch-fid. The logits lack `fc.bias`,
+        as in the original inception score, torch-fidelity and torchmetrics.
         """
         with torch.autocast(images.device.type, enabled=False):
             h = F.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear",
@@ -86,7 +86,7 @@ class InceptionV3(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch normalisation by the stored statistics, ReLU."""
+    """Apply a convolution without bias, batch normalisation by stored statistics, and ReLU."""
 
     def __init__(self, channels, width, kernel=1, stride=1, padding=0):
         super().__init__()
@@ -97,13 +97,13 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(h)), inplace=True)
 
 
-# Of each 3x3 window; at the border the mean is that of the pixels that exist.
+# Pool each 3x3 window; at the border the average is over the pixels that exist.
 average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 maximum_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
 class BlockA(nn.Module):
-    """Mixed_5b to 5d: 1x1, 5x5 and two 3x3 convolutions, and the average, side by side."""
+    """Concatenate 1x1, 5x5, two 3x3 convolutions and the average pool: Mixed_5b to 5d."""
 
     def __init__(self, channels, pool_width):
         super().__init__()
@@ -124,7 +124,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """Mixed_6a: halves the map and widens it from 288 to 768 channels."""
+    """Halve the map and widen it from 288 to 768 channels: Mixed_6a."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Mixed_6b to 6e: 7x7 convolutions, each as a row of 7 and a column of 7."""
+    """Factor 7x7 convolutions into rows and columns of 7: Mixed_6b to 6e."""
 
     def __init__(self, width):
         super().__init__()
@@ -165,7 +165,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """Mixed_7a: halves the map and widens it from 768 to 1,280 channels."""
+    """Halve the map and widen it from 768 to 1,280 channels: Mixed_7a."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +184,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Mixed_7b and 7c: branches that end in a row and a column of 3; pool: average or maximum."""
+    """End branches in a row and a column of 3: Mixed_7b, 7c. pool: average or maximum."""
 
     def __init__(self, channels, pool):
         super().__init__()
@@ -225,7 +225,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if mu1.ndim != 1 or shapes != 2 * [mu1.shape, 2 * mu1.shape]:
         raise ValueError(f"mu and sigma {shapes}: expected (D,), (D, D), (D,), (D, D)")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("mu or sigma holds values that are not finite: there is no distance")
+        raise ValueError("mu or sigma is not finite: there is no distance")
     values, vectors = np.linalg.eigh(sigma1)
     R = vectors * np.sqrt(values.clip(0)) @ vectors.T                          # (D, D)
     root = np.sqrt(np.linalg.eigvalsh(R @ sigma2 @ R).clip(0)).sum()
@@ -234,9 +234,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 class FeatureStatistics:
-    """Number, mean and covariance of feature vectors (D = `dim`) that come in any batches.
+    """Accumulate number, mean and covariance of feature vectors of D = `dim`, batch by batch.
 
-    Any batches and order of `merge` give the same to rounding, also where the mean is large.
+    Any batches and any order of `merge` agree up to rounding, also where the mean is large.
     """
 
     def __init__(self, dim):
@@ -265,7 +265,7 @@ class FeatureStatistics:
             self._join(other.n, other._mean)
 
     def _join(self, n, mean):
-        """Add what lies between two groups, each centred on its own mean (Chan et al. 1979)."""
+        """Add the scatter between two groups, each centred on its own mean (Chan et al. 1979)."""
         total = self.n + n
         delta = mean - self._mean                                              # (D,)
         self._scatter.addr_(delta, delta, alpha=self.n * n / total)
@@ -274,14 +274,14 @@ class FeatureStatistics:
 
     @property
     def mu(self):
-        """The mean (D,), numpy float64. Raises ValueError without any vector."""
+        """Give the mean (D,), numpy float64. Raises ValueError without any vector."""
         if self.n == 0:
             raise ValueError("no features yet: they have no mean")
         return self._mean.numpy().copy()
 
     @property
     def sigma(self):
-        """The unbiased covariance (D,D), likewise. Raises ValueError for fewer than 2 vectors."""
+        """Give the unbiased covariance (D,D), numpy float64. ValueError: fewer than 2 vectors."""
         if self.n < 2:
             raise ValueError(f"{self.n} feature vectors have no covariance: at least 2 are needed")
         return self._scatter.numpy() / (self.n - 1)
@@ -298,8 +298,9 @@ def inception_score(logits, splits=10):
 
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
-    Fewer images than splits are a split each; std is the population's. Source: Salimans et al.,
-    arXiv 1606.03498; torch-fidelity, torchmetrics shuffle before. ValueError: none, or not finite.
+    With fewer images than splits, each image is a split; std is the population's. Source: Salimans
+    et al., arXiv 1606.03498 (torch-fidelity and torchmetrics shuffle first). Raises ValueError for
+    no images and for values that are not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

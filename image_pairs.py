@@ -1,12 +1,13 @@
-"""Match pictures made by anything with their originals, by file name; write LaMa's evaluation set.
+"""Match pictures of any program with their originals by file name; write LaMa's evaluation set.
 
     --real, --pred, --masks, --refs --MatchedFolders.batches--> PairBatch, images of one size
     --pred, --unpaired              --PictureFolder.batches---> PairBatch, x alone
     python image_pairs.py PHOTOS -o SET --kind thick --size 512     SET/images, masks, manifest.json
 
-Matching resizes and leaves out nothing: what does not fit is an error. Files belong together when
-their paths below their folders agree but for the extension or, where none does, their names: a flat
-folder fits one with classes. NAME_mask.png and NAME_mask000.png, LaMa's, stand for NAME.
+Two files match if their paths inside their folders are equal without the extension. If no path
+matches, file names alone are compared, so that a flat folder fits one with class folders. A mask of
+NAME may be NAME_mask.png or LaMa's NAME_mask000.png. Nothing is resized or left out: a file without
+a partner is an error.
 """
 
 import argparse
@@ -28,22 +29,23 @@ from masks import MASK_KINDS, area_bucket, evaluation_mask
 from run_folder import Progress, make_folder, write_text
 
 MASK_SUFFIX = re.compile(r"_mask\d*$")
-WARNINGS = 3                                     # about masks, that are printed
+WARNINGS = 3                                     # about masks that are printed, at most
 
 
 @dataclass
 class PairBatch(Batch):
-    """Originals of one size, and what goes with them; None where it was not given."""
+    """Hold originals of one size and what goes with them, None where it was not given."""
     names: list | None = None                    # paths below the folder, without extension
     pred:  torch.Tensor | None = None            # (B,3,H,W) in [-1,1]
     refs:  list | None = None                    # (3,h,w) in [-1,1] each, any sizes
 
 
 class MatchedFolders:
-    """Originals and what goes with them, matched by file name; sorted by name, then path.
+    """Match originals and what goes with them by file name, sorted by name, then path.
 
-    real: folder of the originals; pred: of exactly one picture for each; masks, refs (what the
-    holes were to look like) may hold more; limit: the first N. UserError: none, no partner, two.
+    real: folder of the originals; pred: of exactly one picture for each; masks and refs (references
+    for the holes) may hold more files; limit: the first N. Raises UserError for an original with no
+    partner or two, and for an empty folder.
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):
@@ -51,11 +53,13 @@ class MatchedFolders:
         names = sorted({_stem(file) for file in files},
                        key=lambda name: (os.path.basename(name), name))
         self.real = _match("--real", real, files, names, real)
-        self.pred = pred and _match("--pred", pred, _listed("--pred", pred), names, real, True)
-        self.masks = masks and _match("--masks", masks, _listed("--masks", masks), names, real)
-        self.refs = refs and _match("--refs", refs, _listed("--refs", refs), names, real)
+        self.pred, self.masks, self.refs = (
+            _match(flag, folder, _listed(flag, folder), names, real, exact=flag == "--pred")
+            if folder else None
+            for flag, folder in (("--pred", pred), ("--masks", masks), ("--refs", refs)))
         self.names, self.invert_mask = names[:limit], invert_mask
-        self.about, self.warned = f"{pred} beside {real}" if pred else str(real), 0
+        self.warned = 0                          # warnings about masks so far
+        self.about = f"{pred} beside {real}" if pred else str(real)
         if masks:
             self.about += f", masks in {masks}"
 
@@ -66,7 +70,7 @@ class MatchedFolders:
         return f"{len(self):,} pictures in {self.about}"
 
     def read(self, index):
-        """(real, pred, mask, ref): uint8 (C,H,W), or None. Raises UserError: sizes that differ."""
+        """Read (real, pred, mask, ref), uint8 (C,H,W) or None. UserError: sizes that differ."""
         name, mask = self.names[index], None
         real, pred, ref = (_photo(files[name]) if files else None
                            for files in (self.real, self.pred, self.refs))
@@ -84,7 +88,7 @@ class MatchedFolders:
         return real, pred, mask, ref
 
     def batches(self, batch_size, device):
-        """Yield this process's share as PairBatches."""
+        """Yield this process's share of the images as PairBatches."""
         for index, items in _batches(self.read, len(self), batch_size, lambda item: item[0].shape):
             real, pred, mask, refs = zip(*items)
             yield PairBatch(
@@ -96,7 +100,7 @@ class MatchedFolders:
 
 
 class PictureFolder:
-    """The pictures of one folder, for sets that are not paired."""
+    """List the pictures of one folder, for sets that are not paired."""
 
     def __init__(self, flag, folder, limit=None):
         self.name, self.files = str(folder), _listed(flag, folder)[:limit]
@@ -114,7 +118,7 @@ class PictureFolder:
 
 
 def _batches(read, n, batch_size, shape):
-    """Read this process's items, every world_size()-th: lists of indices and items of one shape."""
+    """Read every world_size()-th item: yield lists of indices and of items of one shape."""
     items = ((i, read(i)) for i in range(rank(), n, world_size()))
     for _, alike in groupby(items, lambda pair: shape(pair[1])):
         while batch := list(islice(alike, batch_size)):
@@ -137,8 +141,8 @@ def _listed(flag, folder):
 
 
 def _match(flag, folder, files, names, real, exact=False):
-    """{name: path} for the names of all originals. exact: there must be no other files."""
-    for key in (str, os.path.basename):          # whole paths, or else file names alone
+    """Find {name: path} for the names of all originals. exact: other files are an error."""
+    for key in (str, os.path.basename):          # whole paths first, then file names alone
         owners = {key(name): name for name in names}
         found, others = {}, []
         for file in files:
@@ -157,26 +161,27 @@ def _match(flag, folder, files, names, real, exact=False):
     if missing or (exact and others):
         alone, lacks = (missing, f"{flag} {folder}") if missing else (others, f"--real {real}")
         more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
-        raise UserError(f"{lacks} has nothing for {', '.join(alone[:3])}{more}; files are matched "
+        raise UserError(f"{lacks} has no file for {', '.join(alone[:3])}{more}; files are matched "
                         "by name (a mask may be NAME_mask.png)")
     return found
 
 
 def write_evaluation_set(photos, out, kind="thick", size=512):
-    """Write centre squares of all photos and a mask for each into `out`; return the manifest.
+    """Write each photo's centre square and a mask for it into `out`; return the manifest.
 
-    Image i of the sorted list has evaluation mask i, as in eval.py; a photo that cannot be decoded
+    Photo i of the sorted list has evaluation mask i, as in eval.py. A photo that cannot be decoded
     is left out with its mask. [AVQ Tab. 1]  deviation D29
     """
-    photos, out, sources, files = Path(photos), Path(out), _listed("PHOTOS", photos), []
+    photos, out, sources = Path(photos), Path(out), _listed("PHOTOS", photos)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"-o {out}: is not empty; choose another")
     if out.resolve().is_relative_to(photos.resolve()):
         raise UserError(f"-o {out}: would mix the set with the photos; choose one outside of them")
     make_folder(out, "-o")
-    stems, progress = Counter(map(_stem, sources)), Progress("masks", 0, len(sources), 1)
+    stems, files = Counter(map(_stem, sources)), []
+    progress = Progress("masks", 0, len(sources), 1)
     for index, source in enumerate(sources):
-        # Two photos whose names differ by the extension alone keep it.
+        # Keep the extension where two photos differ in nothing else.
         alone = stems[_stem(source)] == 1 and _stem(source) not in sources
         name = Path(f"{_stem(source) if alone else source}.png").as_posix()
         try:
@@ -201,17 +206,18 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Make LaMa's evaluation set: squares of photos, with random"
-        " masks. After filling: eval.py --pred DIR --real SET/images --masks SET/masks")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Write LaMa's evaluation set: the centre squares of photos, each with a random mask. Fill "
+        "the holes by any program, its pictures in PRED under the same names; then measure by "
+        "eval.py --pred PRED --real SET/images --masks SET/masks --table 1"))
     add = parser.add_argument
-    add("photos", metavar="PHOTOS", help="folder of photos, searched recursively")
-    add("-o", "--out", required=True, metavar="SET", help="where images/, masks/ and a manifest go")
-    add("--kind", choices=MASK_KINDS, default="thick", help="of masks (default: thick, AVQ's)")
-    add("--size", type=int, default=512, metavar="PX", help="side (default: 512, AVQ's)")
+    add("photos", metavar="PHOTOS", help="a folder of photos, searched with its subfolders")
+    add("-o", "--out", required=True, metavar="SET", help="for images/, masks/ and manifest.json")
+    add("--kind", choices=MASK_KINDS, default="thick", help="of the masks (default: thick, AVQ's)")
+    add("--size", type=int, default=512, metavar="PX", help="side of the squares (default: 512)")
     args = parser.parse_args()
     if args.size < 8:
-        raise UserError(f"--size {args.size}: the least is 8")
+        raise UserError(f"--size {args.size}: give at least 8")
     print0(f"writing {args.size} px squares of {args.photos} with {args.kind} masks to {args.out}")
     files = write_evaluation_set(args.photos, args.out, args.kind, args.size)["files"]
     buckets = sorted(Counter(entry["bucket"] for entry in files).items())

@@ -1,12 +1,12 @@
-"""Draw pictures from nothing by VQ-DDM's prior, and see what fewer steps cost.
+"""Draw samples by VQ-DDM's prior, and measure what fewer reverse steps cost.
 
     python sample.py --run RUN -n 16 -o samples.png
     python sample.py --run RUN -n 64 --steps 1,4,10,25,100         DDM Fig. 5 and 6
-    python sample.py --run RUN -n 1000 -o FOLDER/ --decoder asym   a PNG each, for eval.py --pred
+    python sample.py --run RUN -n 1000 -o FOLDER/ --decoder asym   one PNG each, for eval.py --pred
 
     (seed, i) --draw_codes--> codes (h,w) --lookup--> z (d,h,w) --decoder--> x_hat (3,H,W)
 
-Sample i is a function of (seed, i) alone: all rows of a picture begin with the same noise.
+Sample i depends on (seed, i) alone, so with several --steps all rows start from the same noise.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def draw_codes(prior, positions, steps, seed=0):
 
 
 def draw(prior, model, steps, n, seed=0, batch_size=16):
-    """Yield (positions, codes (b,h,w), x_hat (b,3,H,W), seconds that the codes took) by batches."""
-    draw_codes(prior, range(min(batch_size, n)), 1, seed)      # what a device does once, untimed
+    """Yield batches of samples: (positions, codes (b,h,w), x_hat (b,3,H,W), seconds of codes)."""
+    draw_codes(prior, range(min(batch_size, n)), 1, seed)      # warms up the device, untimed
     progress = Progress(f"{steps} steps", 0, math.ceil(n / batch_size), batch_size)
     for done, first in enumerate(range(0, n, batch_size), 1):
         positions = range(first, min(first + batch_size, n))
@@ -52,9 +52,9 @@ def draw(prior, model, steps, n, seed=0, batch_size=16):
 
 
 def measure(prior, model, steps, n, seed=0, batch_size=16):
-    """Measure what samples 0..n-1 cost in `steps`: (row, images (n,3,H,W)). [DDM Fig. 5]
+    """Measure samples 0..n-1, drawn in `steps`: (row, images (n,3,H,W)). [DDM Fig. 5]
 
-    row: {"n": steps, "seconds": of one batch's codes, "nats": the prior's own bound, a map}.
+    row: {"n": steps, "seconds": for the codes of one batch, "nats": the prior's bound per map}.
     """
     images, nats, seconds = [], 0.0, 0.0
     for positions, codes, x_hat, took in draw(prior, model, steps, n, seed, batch_size):
@@ -66,19 +66,19 @@ def measure(prior, model, steps, n, seed=0, batch_size=16):
 
 
 def open_decoder(path, prior, choice=None):
-    """Load the AsymVQGAN or VQGAN whose `decode` makes pictures of the codes of `path`'s prior.
+    """Load the AsymVQGAN or VQGAN that decodes the codes of `path`'s prior.
 
-    choice: "asym", the run's own; "vanilla", the first stage's; None: the run's own if there.
+    choice: "asym", the run's own decoder; "vanilla", the first stage's; None: "asym" if it exists.
     """
     run = run_of(Path(path))
-    there = any((run / "decoder" / name).exists() for name in ("last.pt", "previous.pt"))
-    if choice == "vanilla" or (choice is None and not there):
+    has_own = any((run / "decoder" / name).exists() for name in ("last.pt", "previous.pt"))
+    if choice == "vanilla" or (choice is None and not has_own):
         return prior.first_stage
-    if not there:
+    if not has_own:
         raise UserError(f"--decoder asym: {run} has none; train one, or give --decoder vanilla")
     loaded = load(run, prior.device)
     if loaded.parent != prior.parent:
-        raise UserError(f"{run}: decoder and prior stand on different first stages; train one of "
+        raise UserError(f"{run}: decoder and prior have different first stages; train one of "
                         "them again, or give --decoder vanilla")
     return loaded.model
 
@@ -88,38 +88,42 @@ def decoder_name(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Samples of a run's prior; what fewer --steps cost.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Draw samples by the prior of RUN and decode them. With a PNG as -o, print what drawing in "
+        "each number of --steps costs."))
     add = parser.add_argument
     add("--run", metavar="RUN", required=True, help="a run folder with a prior, or a prior's file")
-    add("-n", type=int, default=16, metavar="N", help="samples (default: 16)")
+    add("-n", type=int, default=16, metavar="N", help="number of samples (default: 16)")
     add("-o", dest="output", default="samples.png", metavar="FILE.png|FOLDER/",
-        help="a picture of all, or a folder with a PNG each (default: samples.png)")
-    add("--steps", metavar="S[,S...]", help=f"reverse steps (default: {STEPS}, or T if less)")
-    add("--seed", type=int, default=0, help="sample i is a function of it and i (default: 0)")
-    add("--decoder", choices=("asym", "vanilla"), help="(default: asym if the run has one)")
+        help="one picture of all, or a folder with one PNG each (default: samples.png)")
+    add("--steps", metavar="S[,S...]", help=f"reverse steps, one number with a FOLDER/, several to "
+        f"compare them (default: {STEPS}, or T if less)")
+    add("--seed", type=int, default=0, help="sample i depends on it and i alone (default: 0)")
+    add("--decoder", choices=("asym", "vanilla"),
+        help="the run's own or the first stage's (default: asym if the run has one)")
     add("--batch-size", type=int, default=16, metavar="B", help="samples at once (default: 16)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
     if min(args.n, args.batch_size) < 1 or args.seed < 0:
         raise UserError("-n and --batch-size are at least 1, --seed at least 0")
-    device, out, drawing = setup(args.device), Path(args.output), (args.seed, args.batch_size)
+    device, out = setup(args.device), Path(args.output)
     prior = load_prior(args.run, device)
     numbers = [None] if args.steps is None else [
         int(word) if word.strip().isdecimal() else 0 for word in args.steps.split(",")]
     steps = [chosen_steps(number, prior.diffusion.T) for number in dict.fromkeys(numbers)]
     model = open_decoder(args.run, prior, args.decoder)
     if not prior.finished:
-        print0(f"warning: the prior in {args.run} is not trained to its end (step {prior.step})")
+        print0(f"warning: training of the prior in {args.run} is not finished (step {prior.step})")
     print0(f"{args.n} samples of {args.run}, decoded by {decoder_name(model)}, in "
            f"{', '.join(map(str, steps))} of {prior.diffusion.T:,} steps, on {device.type}")
 
-    # Write a folder of PNGs, as eval.py --pred takes it, or a picture with a table of steps.
+    # Write a folder of PNGs for eval.py --pred, or one picture and a table of steps.
     if args.output.endswith("/") or out.is_dir() or not out.suffix:
         if len(steps) > 1 or any(make_folder(out, "-o").iterdir()):
             raise UserError(f"-o {out}: give an empty folder and one --steps, or a .png")
         with exact_float32(), torch.inference_mode():
-            for positions, _, x_hat, _ in draw(prior, model, *steps, args.n, *drawing):
+            drawn = draw(prior, model, *steps, args.n, args.seed, args.batch_size)
+            for positions, _, x_hat, _ in drawn:
                 pictures = ((x_hat.clamp(-1, 1) + 1) / 2 * 255).round().byte()      # (b, 3, H, W)
                 for i, picture in zip(positions, pictures.permute(0, 2, 3, 1).cpu().numpy()):
                     Image.fromarray(picture).save(out / f"{i:05}.png")
@@ -128,11 +132,13 @@ def main():
             raise UserError(f"-o {out}: give a .png, or a folder: FOLDER/")
         make_folder(out.parent, "-o")
         with exact_float32(), torch.inference_mode():
-            rows, images = zip(*(measure(prior, model, S, args.n, *drawing) for S in steps))
-        score = prior.facts.get("score")
-        print0(f"\n{steps_table(rows, min(args.batch_size, args.n))}\n\nnats a map: the prior's "
-               "own bound; less is likelier, and may be too much alike"
-               + (f"; held-out pictures: {score:,.1f}" if score else ""))
+            rows, images = zip(*(measure(prior, model, S, args.n, args.seed, args.batch_size)
+                                 for S in steps))
+        print0(f"\n{steps_table(rows, min(args.batch_size, args.n))}\n\nnats per map: the prior's "
+               "own bound on -log p(codes). Far less than held-out images have may mean too little "
+               "variety.")
+        if score := prior.facts.get("score"):
+            print0(f"held-out images: {score:,.1f} nats per map")
         across = math.isqrt(args.n - 1) + 1 if len(steps) == 1 else None
         image_rows([(f"{S} steps", list(shown)) for S, shown in zip(steps, images)], out, across)
     print0(f"wrote {out}")

@@ -85,7 +85,7 @@ def test_a_flat_folder_matches_one_with_classes_by_file_name(here):
 def test_file_names_alone_count_only_where_unique_and_no_path_agrees(here, real, pred, lacking):
     fill(here / "real", *real)
     fill(here / "pred", *pred)
-    refused(f"--pred pred has nothing for {lacking}; files", "real", "pred")
+    refused(f"--pred pred has no file for {lacking}; files", "real", "pred")
 
 
 def test_the_limit_takes_the_first_names_in_sorted_order(here):
@@ -154,10 +154,10 @@ def test_folders_that_are_missing_or_empty_are_named_with_their_flag(here):
 def test_missing_and_extra_predictions_are_named_and_counted(here):
     fill(here / "real", *(f"{k}.png" for k in range(9)))
     fill(here / "pred", "0.png", "7.png", "8.png")
-    refused(r"--pred pred has nothing for 1, 2, 3 and 3 more; files are matched by",
+    refused(r"--pred pred has no file for 1, 2, 3 and 3 more; files are matched by",
             "real", "pred", limit=1)
     fill(here / "pred", *(f"{k}.png" for k in range(9)), "a.png", "b.png")
-    refused(r"--real real has nothing for a.png, b.png", "real", "pred")
+    refused(r"--real real has no file for a.png, b.png", "real", "pred")
 
 
 @pytest.mark.parametrize("flag", ["masks", "refs"])
@@ -166,7 +166,7 @@ def test_masks_and_references_may_have_more_but_not_less(here, flag):
     fill(here / flag, "x.png", "z.png", "a/z.png")
     assert len(MatchedFolders("real", **{flag: flag})) == 1
     fill(here / "real", "x.png", "y.png")
-    refused(f"--{flag} {flag} has nothing for y; files", "real", **{flag: flag})
+    refused(f"--{flag} {flag} has no file for y; files", "real", **{flag: flag})
 
 
 def test_other_sizes_are_refused_and_nothing_is_resized(here):
@@ -382,7 +382,7 @@ def test_the_command_says_what_it_does_and_what_it_made(photos, tmp_path, monkey
     assert "made 9 pictures with a mask each, by area: " in said
     assert len(contents(out)) == 19
     assert call(monkeypatch, photos, "-o", tmp_path / "new", "--size", 4) == 2
-    assert capsys.readouterr().err == "error: --size 4: the least is 8\n"
+    assert capsys.readouterr().err == "error: --size 4: give at least 8\n"
 
 
 def test_defaults_are_the_papers(photos, tmp_path, monkeypatch):

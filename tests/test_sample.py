@@ -76,7 +76,7 @@ def test_samples_are_decoded_by_our_decoder_without_a_mask_where_there_is_one(ru
 def test_a_decoder_on_another_first_stage_is_refused(run, tmp_path):
     _, other = write_first_stage(tmp_path / "other", seed=7)
     write_decoder(run, other, vqgan=str(tmp_path / "other"))
-    with pytest.raises(UserError, match="stand on different first stages"):
+    with pytest.raises(UserError, match="have different first stages"):
         open_decoder(run, load_prior(run))
     assert open_decoder(run, load_prior(run), "vanilla")
 
@@ -113,7 +113,7 @@ def test_the_program_writes_a_grid_and_says_what_it_did(run, tmp_path, monkeypat
     picture = Image.open(tmp_path / "new" / "s.png")
     assert picture.height < picture.width                # five in rows of three
     printed = capsys.readouterr().out
-    assert f"warning: the prior in {run} is not trained to its end (step 2)" in printed
+    assert f"warning: training of the prior in {run} is not finished (step 2)" in printed
     assert "5 samples of" in printed
     assert "decoded by ours, without a mask, in 2 of 6 steps, on cpu" in printed
     assert printed.endswith(f"wrote {tmp_path}/new/s.png\n")
