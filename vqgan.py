@@ -45,7 +45,8 @@ class VQGANConfig:
         return [self.ch * multiplier for multiplier in self.ch_mult]
 
 
-# "tiny": ours, 64 px; "vq-f16": taming's; "vq-f8": latent-diffusion's; "kl-f8": Stable Diffusion's.
+# "tiny": ours, 64 px; "vq-f16": taming's [DDM Tab. 3]; "vq-f8": latent-diffusion's; "kl-f8": Stable
+# Diffusion's.
 VQGAN_PRESETS = {
     "tiny":   VQGANConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), z_channels=32,
                           embed_dim=8, K=256, code_range=0.3, norm_groups=4),
