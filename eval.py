@@ -36,7 +36,7 @@ from quantize import code_statistics, exact_float32
 
 EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # report.png's images; samples, steps of each
 WORKERS = 2                                      # processes that read photos for --table ddm1
-CAPTIONS = {"asym": "ours, with mask", "asym-nomask": "ours, without"}
+CAPTIONS = {"asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
 
 def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,

@@ -19,7 +19,7 @@ import torch
 # {measure: (head, how a number is written)}; pre_error in 1e-5, as the paper prints it.
 COLUMNS = {
     "pre_error": ("pre_error/1e-5", lambda v: short(1e5 * v)),
-    "psnr_known": ("PSNR known", "{:.2f}".format),
+    "psnr_known": ("PSNR known/dB", "{:.2f}".format),
     "lpips": ("LPIPS", "{:.4f}".format),
     "fid": ("FID", "{:.2f}".format),
     "is_mean": ("IS", "{:.2f}".format),
@@ -180,9 +180,9 @@ def report_text(report, about, missing, off, number=None):
 
     # Explain the columns, below the table.
     if masks["kind"]:
-        lines += [f"pre_error: {NOTES['pre_error']}.",
-                  "gain: vanilla's pre_error divided by the row's. PSNR: of known pixels, in dB.",
-                  f"seam: {NOTES['seam']}.", ""]
+        if report["rows"][0]["decoder"] == "vanilla":
+            lines.append("gain: vanilla's pre_error divided by the row's.")
+        lines += [f"pre_error: {NOTES['pre_error']}.", f"seam: {NOTES['seam']}.", ""]
     if net:
         lines += [f"LPIPS: by {net}, over the whole image.", ""]
 

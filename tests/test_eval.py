@@ -191,7 +191,7 @@ def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(program, "image_grid", lambda columns, path: drawn.update(columns))
     evaluate(run, n=8, batch_size=5)
-    assert list(drawn) == ["original", "masked", "vanilla", "ours, with mask", "ours, without"]
+    assert list(drawn) == ["original", "masked", "vanilla", "ours w/ mask", "ours w/o mask"]
     assert torch.equal(torch.stack(drawn["original"]), images("val", 6))
     assert all(len(column) == 6 for column in drawn.values())
 
