@@ -49,14 +49,12 @@ class MatchedFolders:
     """
 
     def __init__(self, real, pred=None, masks=None, refs=None, *, invert_mask=False, limit=None):
-        files = _listed("--real", real)
-        names = sorted({_stem(file) for file in files},
+        names = sorted({_stem(file) for file in _listed("--real", real)},
                        key=lambda name: (os.path.basename(name), name))
-        self.real = _match("--real", real, files, names, real)
-        self.pred, self.masks, self.refs = (
-            _match(flag, folder, _listed(flag, folder), names, real, exact=flag == "--pred")
-            if folder else None
-            for flag, folder in (("--pred", pred), ("--masks", masks), ("--refs", refs)))
+        self.real = _match("--real", real, names, real)
+        self.pred = _match("--pred", pred, names, real, exact=True)
+        self.masks = _match("--masks", masks, names, real)
+        self.refs = _match("--refs", refs, names, real)
         self.names, self.invert_mask = names[:limit], invert_mask
         self.warned = 0                          # warnings about masks so far
         self.about = f"{pred} beside {real}" if pred else str(real)
@@ -140,8 +138,11 @@ def _listed(flag, folder):
     return files
 
 
-def _match(flag, folder, files, names, real, exact=False):
-    """Find {name: path} for the names of all originals. exact: other files are an error."""
+def _match(flag, folder, names, real, exact=False):
+    """Find {name: path} for the originals' names, None without a folder. exact: no other files."""
+    if not folder:
+        return None
+    files = _listed(flag, folder)
     for key in (str, os.path.basename):          # whole paths first, then file names alone
         owners = {key(name): name for name in names}
         found, others = {}, []
