@@ -11,16 +11,17 @@ a code is kept with probability a and each of the K codes is drawn with b = (1 -
     a_0s = alpha_bar_s                  b_0s = (1 - a_0s)/K        from 0 to s
     a_st = alpha_bar_t / alpha_bar_s    b_st = (1 - a_st)/K        from s to t
 
-The paper has s = t - 1, where a_st is its alpha_t and b_st its beta_t/K. Any s < t is right as
-well, so sampling may skip times. With x the law of z_0 in a cell given the *other* cells, Bayes'
-rule gives the law of z_s in that cell given z_t everywhere:
+The paper has s = t - 1, where a_st is its alpha_t and b_st its beta_t/K. The reverse step holds
+for any s < t, so sampling may skip times. Let x be the law of z_0 in a cell given the *other* cells
+of z_t. Bayes' rule then gives the law of z_s in that cell given all of z_t:
 
     p(z_s=k | z_t)  ~  q(z_t|z_s=k) p(z_s=k | other cells)       as each cell has its own noise
                     =  q(z_t|z_s=k) sum_j x_j q(z_s=k|z_0=j)
                     =  (a_st 1[k=z_t] + b_st) (a_0s x_k + b_0s)  which is theta(z_t, x) of Eq. 21
 
-Skipping costs one thing: within a step all cells are drawn independently of each other.
-tests/textbook/dense_diffusion.py has the same with K x K matrices.
+The network sees the cell's own z_t as well. But theta multiplies in what z_t says, so the bound is
+lowest when the network's x0_hat leaves it out, which is x. Skipping costs one thing: within a step
+all cells are drawn independently. tests/textbook/dense_diffusion.py has K x K matrices.
 
 `model`: codes (B,h,w), t (B,) int64 on their device -> logits (B,K,h,w). Other times are int64 (B,)
 on the CPU, like the float64 tables. `generator`: a CPU torch.Generator, a list with one for each
@@ -65,8 +66,8 @@ def float64(x):
 def draw_codes(log_p, u):
     """Draw a code in each cell by inverting the cumulative sums of p: log_p (B,K,h,w) -> (B,h,w).
 
-    u: uniforms (B,h,w) in [0,1). The first code whose sum reaches 1 - u has a probability above 0.
-    Near t = 1 a code has about 1e-8 beside z_t's 1, which sums in float32 would lose.
+    Take the first code whose sum reaches 1 - u, for uniforms u (B,h,w) in [0,1). It never has the
+    probability 0. The sums are float64, because near t = 1 a code may have 1e-8 beside z_t's 1.
     """
     cumulative = float64(log_p.exp()).cumsum(1)                                     # (B, K, h, w)
     level = (1 - u)[:, None].to(cumulative.device) * cumulative[:, -1:]             # (B, 1, h, w)
@@ -102,21 +103,19 @@ class MultinomialDiffusion:
         self.alpha_bar_t = self.log_alpha_bar_t.exp()                               # (T+1)
 
     def transition(self, s, t, like):
-        """Compute log a and log b of the noise from s to t, (B,1,1,1) each. [DDM Eq. 15]
+        """Compute log a and log b of the matrix Q = a I + b 11^T from s to t. [DDM Eq. 15]
 
-        The paper's matrix is Q = a I + b 11^T with a + K b = 1. It is never formed. `like` gives
-        type and device.
+        a + K b = 1; Q itself is never formed. Returns (B,1,1,1) each, of `like`'s type and device.
         """
         log_a = self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s]                   # (B)
         b = -torch.expm1(log_a) / self.K     # 1 - exp(log a) would lose the first steps' digits
-        # From 0 to 0 b is 0. A finite logarithm makes 0 log 0 zero, where -inf makes it NaN.
-        log_ab = torch.stack([log_a, b.log().clamp(min=-1e4)])                      # (2, B)
-        return log_ab.to(like.dtype).to(like.device)[..., None, None, None]
+        log_b = b.log().clamp(min=-1e4)      # for s = t = 0: 0 · -1e4 is 0, and 0 · -inf is NaN
+        return [log.to(like.dtype).to(like.device).view(-1, 1, 1, 1) for log in (log_a, log_b)]
 
     def log_q(self, z_t, z_s, s, t, like):
-        """Compute log q(z_t|z_s): a where the two are equal, and b besides. [DDM Eq. 16]
+        """Compute log q(z_t|z_s) = log (a 1[z_t=z_s] + b), symmetric in the two. [DDM Eq. 16]
 
-        Codes that broadcast to (B,·,h,w), times (B,). q is symmetric in z_s and z_t.
+        z_t, z_s: codes that broadcast to (B,·,h,w); s, t: times (B,).
         """
         log_a, log_b = self.transition(s, t, like)                                  # (B, 1, 1, 1)
         return torch.where(z_t == z_s, torch.logaddexp(log_a, log_b), log_b)
@@ -125,42 +124,46 @@ class MultinomialDiffusion:
         """List all codes on z's device, to broadcast against z[:, None]: (K,1,1)."""
         return torch.arange(self.K, device=z.device).view(-1, 1, 1)
 
-    def q_sample(self, z_0, t, generator=None):
-        """Draw z_t ~ q(z_t|z_0): codes (B,h,w), times (B,) -> (B,h,w). [DDM Eq. 17] [DDM Eq. 18]"""
-        return self.forward(z_0, torch.zeros_like(t), t, generator)
-
-    def forward(self, z_s, s, t, generator=None):
+    def add_noise(self, z_s, s, t, generator=None):
         """Draw z_t ~ q(z_t|z_s) = Cat(a z_s + b): codes (B,h,w) -> (B,h,w). [DDM Eq. 16]
 
-        Keep the code with probability a, else draw one of all K. At small t a code is rarely lost,
-        so the test is u < 1 - a: floats resolve small numbers best.
+        Keep the code with probability a, else draw one of all K. The test is u < 1 - a and not
+        u > a, because floats are finer near 0 than near 1.
         """
         u, v = uniforms(per_image(generator, len(z_s)), 2, *z_s.shape[1:])          # (B, h, w)
-        lost = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
-        lost = (u < lost[:, None, None]).to(z_s.device)                             # (B, h, w)
+        lose = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
+        lost = (u < lose[:, None, None]).to(z_s.device)                             # (B, h, w)
         return torch.where(lost, (v * self.K).long().to(z_s.device), z_s)
 
-    def log_posterior(self, z_t, z_0, t, s, like):
+    def q_sample(self, z_0, t, generator=None):
+        """Draw z_t ~ q(z_t|z_0) = Cat(alpha_bar_t z_0 + (1 - alpha_bar_t)/K): (B,h,w).
+
+        [DDM Eq. 17] [DDM Eq. 18]  The product of the steps' matrices is again one a I + b 11^T.
+        """
+        return self.add_noise(z_0, torch.zeros_like(t), t, generator)               # (B, h, w)
+
+    def log_posterior(self, z_t, z_0, s, t, like):
         """Compute log q(z_s|z_t,z_0) for every code z_s by Bayes' rule. [DDM Eq. 20]
 
         q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0): codes (B,h,w), times s < t (B,) -> (B,K,h,w).
         """
-        z_t, z_0, z_s, zero = z_t[:, None], z_0[:, None], self.every_code(z_t), 0 * s
+        z_t, z_0, z_s = z_t[:, None], z_0[:, None], self.every_code(z_t)
+        zero = torch.zeros_like(s)
         return (self.log_q(z_t, z_s, s, t, like) + self.log_q(z_s, z_0, zero, s, like)
                 - self.log_q(z_t, z_0, zero, t, like))                              # (B, K, h, w)
 
-    def log_theta(self, log_x0_hat, z_t, t, s):
+    def log_theta(self, log_x0_hat, z_t, s, t):
         """Compute log N[theta(z_t,x0_hat)] for every code z_s: (B,K,h,w). [DDM Eq. 21]
 
-        theta = [a_st z_t + b_st] * [a_0s x0_hat + b_0s], elementwise; N divides by the sum over k,
-        which by Bayes' rule is the law of z_t: [a_0t x0_hat + b_0t] at the code z_t.
+        theta = [a_st z_t + b_st] * [a_0s x0_hat + b_0s], elementwise, and N divides by its sum over
+        k. The sum has a closed form, a_0t x0_hat + b_0t at the code z_t.
         """
-        z_t, z_s, zero = z_t[:, None], self.every_code(z_t), 0 * s
+        z_t, z_s, zero = z_t[:, None], self.every_code(z_t), torch.zeros_like(s)
+        log_a_0s, log_b_0s = self.transition(zero, s, log_x0_hat)                   # (B, 1, 1, 1)
+        log_a_0t, log_b_0t = self.transition(zero, t, log_x0_hat)                   # (B, 1, 1, 1)
         first = self.log_q(z_t, z_s, s, t, log_x0_hat)                              # (B, K, h, w)
-        log_a, log_b = self.transition(zero, s, log_x0_hat)                         # (B, 1, 1, 1)
-        second = torch.logaddexp(log_a + log_x0_hat, log_b)                         # (B, K, h, w)
-        log_a, log_b = self.transition(zero, t, log_x0_hat)                         # (B, 1, 1, 1)
-        log_sum = torch.logaddexp(log_a + log_x0_hat.gather(1, z_t), log_b)         # (B, 1, h, w)
+        second = torch.logaddexp(log_a_0s + log_x0_hat, log_b_0s)                   # (B, K, h, w)
+        log_sum = torch.logaddexp(log_a_0t + log_x0_hat.gather(1, z_t), log_b_0t)   # (B, 1, h, w)
         return first + second - log_sum                                             # (B, K, h, w)
 
     def logits(self, model, z_t, t):
@@ -178,60 +181,60 @@ class MultinomialDiffusion:
             logits = logits.scatter_add(1, z_t[:, None], torch.ones_like(logits[:, :1]))
         return F.log_softmax(logits, dim=1)
 
-    def log_p(self, logits, z_t, t, s):
+    def log_p(self, logits, z_t, s, t):
         """Compute log p(z_s|z_t), the learnt reverse step: (B,K,h,w). [DDM Eq. 22]
 
         One formula serves all t, also the last step to s = 0.  deviation D30
         """
-        return self.log_theta(self.log_x0_hat(logits, z_t), z_t, t, s)
+        return self.log_theta(self.log_x0_hat(logits, z_t), z_t, s, t)
 
     def terms(self, logits, z_t, z_0, t):
         """Compute the bound's term L_{t-1} of each cell in nats, (B,h,w). [DDM Eq. 24]
 
         logits (B,K,h,w) of the network for codes z_t, z_0 (B,h,w), times t (B,).
         """
-        log_p = self.log_p(logits, z_t, t, t - 1)                                   # (B, K, h, w)
-        log_q = self.log_posterior(z_t, z_0, t, t - 1, log_p)                       # (B, K, h, w)
+        log_p = self.log_p(logits, z_t, t - 1, t)                                   # (B, K, h, w)
+        log_q = self.log_posterior(z_t, z_0, t - 1, t, log_p)                       # (B, K, h, w)
         L_0 = -log_p.gather(1, z_0[:, None])[:, 0]       # -log p(z_0|z_1), (B, h, w)
         KL = (log_q.exp() * (log_q - log_p)).sum(1)      # sum_k q (log q - log p), (B, h, w)
         return torch.where((t == 1).to(KL.device)[:, None, None], L_0, KL)
 
     def closed_terms(self, logits, z_t, z_0, t):
-        """Compute `terms` without the sum over log p, for training: (B,h,w). [DDM Eq. 24]
+        """Compute `terms` without forming log q and log p, for training: (B,h,w). [DDM Eq. 24]
 
-        The sum would hold 8 times the logits' memory, this holds 3 to 4 times: at K = 16,384 and
-        32x32 a step on an H100 would take a third longer (benchmarks/diffusion.py). With i = z_t,
-        j = z_0, S(x) = a_0t x_i + b_0t and r_k = log(a_0s x_k / b_0s + 1), q and p differ only in
-        their second factor and their sum:
+        `terms` takes 8 times the memory of the logits, this 3 to 5 times; at K = 16,384 and 32x32
+        a step with `terms` is a third slower (benchmarks/diffusion.py, on an H100). q and p differ
+        in their second factors and sums. With r_k = log(a_0s x_k / b_0s + 1), S(x) = a_0t x_i +
+        b_0t, i = z_t and j = z_0, for which r is log(a_0s/b_0s + 1) at j and 0 elsewhere,
 
-            q_k / p_k = (a_0s/b_0s 1[k=j] + 1) / exp(r_k) · S(x)/S(z_0)
-            KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x)/S(z_0)
+            KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x) - log S(z_0)
 
-        where q has one value at all k but i and j, so sum_k q_k r_k is that value times sum_k r_k
-        and two corrections. For s = 0 all of q is at j, which leaves L_0.
+        q has one value at all codes but i and j, so sum_k q_k r_k is that value times sum_k r_k and
+        two corrections.
         """
         s, zero, log_x = t - 1, torch.zeros_like(t), self.log_x0_hat(logits, z_t)
-        (a_0s, b_0s), (a_st, b_st), (a_0t, b_0t) = (
-            self.transition(*times, log_x).exp() for times in ((zero, s), (s, t), (zero, t)))
+        a_0s, b_0s = (log.exp() for log in self.transition(zero, s, log_x))         # (B, 1, 1, 1)
+        a_st, b_st = (log.exp() for log in self.transition(s, t, log_x))
+        a_0t, b_0t = (log.exp() for log in self.transition(zero, t, log_x))
         i, j = z_t[:, None], z_0[:, None]                                           # (B, 1, h, w)
-        same, last = i == j, b_0s == 0                                              # last: s = 0
+        same, at_0 = i == j, b_0s == 0                                              # at_0: s = 0
         log_x_i, log_x_j = log_x.gather(1, torch.cat([i, j], 1)).chunk(2, 1)        # (B, 1, h, w)
         # The posterior q at z_t, at z_0 and at any other code.
         S = torch.where(same, a_0t + b_0t, b_0t)                                    # (B, 1, h, w)
         q_i = (a_st + b_st) * torch.where(same, a_0s + b_0s, b_0s) / S
         q_j = torch.where(same, a_st + b_st, b_st) * (a_0s + b_0s) / S
         q_k = b_st * b_0s / S
-        # Its mean of r, a softplus.
-        odds = a_0s / torch.where(last, 1, b_0s)         # finite for s = 0, or gradients were NaN
+        # The sum of q_k r_k, where r is a softplus.
+        odds = a_0s / torch.where(at_0, 1, b_0s)         # finite for s = 0, or gradients were NaN
         r = softplus(log_x + odds.log()).sum(1, keepdim=True)                       # (B, 1, h, w)
         r_i, r_j = softplus(log_x_i + odds.log()), softplus(log_x_j + odds.log())
-        mean_r = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
-        # The two terms, with S(x) = b_0t (a_0t/b_0t x_i + 1).
+        sum_q_r = q_k * r + (q_i - q_k) * r_i + torch.where(same, 0, (q_j - q_k) * r_j)
+        # Both kinds of terms, with S(x) = b_0t (a_0t/b_0t x_i + 1).
         log_odds = (a_0t / b_0t).log()
         log_S_ratio = softplus(log_x_i + log_odds) - torch.where(same, softplus(log_odds), 0)
         L_0 = -log_x_j + log_S_ratio                                                # (B, 1, h, w)
-        KL = q_j * odds.log1p() - mean_r + log_S_ratio                              # (B, 1, h, w)
-        return torch.where(last, L_0, KL)[:, 0]
+        KL = q_j * odds.log1p() - sum_q_r + log_S_ratio                             # (B, 1, h, w)
+        return torch.where(at_0, L_0, KL)[:, 0]
 
     def prior_kl(self):
         """Compute L_T = KL(q(z_T|z_0) || uniform) of one cell in nats: tiny, without parameters."""
@@ -280,7 +283,7 @@ class MultinomialDiffusion:
         L_T = torch.full_like(L_0, h * w * self.prior_kl())
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "vlb": L_T + L_t + L_0}
 
-    def grid(self, steps=None):
+    def reverse_times(self, steps=None):
         """List reverse steps [(T, s), ..., (t, 0)], evenly spread; None or T is every step.
 
         A step from t to s < t - 1 is exact for each cell, but all cells move independently.
@@ -303,8 +306,8 @@ class MultinomialDiffusion:
         Before each step the known cells are drawn from q(z_t|z_0) of the given codes. At the end
         they are these codes. Raises ValueError for shapes that differ or numbers out of range.
 
-        resample: U of RePaint. Within a step the unknown cells are drawn without knowing what the
-        known ones become, so after one pass (1, the paper) they fit too loosely. With U each step
+        resample: U of RePaint. A step draws the unknown cells before it is known what the known
+        ones become, so after one pass (1, the paper) the two match only loosely. With U each step
         is undone by fresh noise and repeated, U times in all.  deviation D35
         """
         if known.shape != indices.shape or known.dtype != torch.bool:
@@ -316,13 +319,13 @@ class MultinomialDiffusion:
         generators = per_image(generator, B)
         (u,) = uniforms(generators, 1, h, w)                                        # (B, h, w)
         z = (u * self.K).long().to(indices.device)                                  # (B, h, w)
-        for t, s in self.grid(steps):
-            t, s = torch.full((B,), t), torch.full((B,), s)                         # (B) each
-            for repeat in range(resample if s[0] else 1):
+        for now, then in self.reverse_times(steps):
+            t, s = torch.full((B,), now), torch.full((B,), then)                    # (B) each
+            for repeat in range(resample if then > 0 else 1):
                 if repeat:
-                    z = self.forward(z, s, t, generators)
+                    z = self.add_noise(z, s, t, generators)
                 z = torch.where(known, self.q_sample(indices, t, generators), z)
-                log_p = self.log_p(self.logits(model, z, t), z, t, s)               # (B, K, h, w)
+                log_p = self.log_p(self.logits(model, z, t), z, s, t)               # (B, K, h, w)
                 (u,) = uniforms(generators, 1, h, w)                                # (B, h, w)
                 z = draw_codes(log_p, u)
         return torch.where(known, indices, z)
@@ -331,12 +334,12 @@ class MultinomialDiffusion:
 class Timesteps:
     """Draw the t that a training image is noised to, by importance. [DDM App. A]  deviation D34
 
-    The terms L_t of the bound differ by orders of magnitude over t, and each image is noised to one
-    t. So t is drawn with probability p_t ~ sqrt(E[L_t²]) and its loss is divided by p_t, which
-    keeps the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
+    The bound's terms, here L_t at time t, differ by orders of magnitude, and each image is noised
+    to one t. So t is drawn with probability p_t ~ sqrt(E[L_t²]) and its loss is divided by p_t,
+    which keeps the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
 
-    Once a step `update` enters what `observe` noted, in the order of the images, so that the number
-    of processes and of micro-batches changes no draw.
+    `observe` collects losses. `update`, once a step, stores those of all processes in the order of
+    the images, so that no draw depends on how the batch was divided.
     """
 
     def __init__(self, T):

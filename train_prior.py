@@ -53,11 +53,11 @@ class PriorStage:
         first_stage, where = trained_first_stage(run, "prior")
         self.run, self.name, self.recipe, self.facts = run, "prior", recipe, {}
         self.parent, self.config = first_stage.parent, {"vqgan": where}
-        self.first_stage = first_stage.model.to(run.device)
-        K = first_stage.model.config.K
-        self.model, self.diffusion = denoiser(run.settings["prior"], K)
+        self.first_stage = first_stage.model
+        self.model, self.diffusion = denoiser(run.settings["prior"], self.first_stage.config.K)
         if recipe.code_start:
-            start_from_codes(self.model, first_stage.model.quantize.embedding.weight)
+            start_from_codes(self.model, self.first_stage.quantize.embedding.weight)
+        self.first_stage.to(run.device)
         self.model.to(run.device).train()
         if run.channels_last:      # before DDP, which copies the memory layout into its buckets
             self.model.to(memory_format=torch.channels_last)
@@ -163,7 +163,7 @@ class PriorStage:
         self.model.load_state_dict(self.ema.weights)
         self.model.eval()
         try:
-            yield self.model.forward     # uncompiled, as these shapes would compile again
+            yield self.model.forward     # the uncompiled one: new shapes would compile again
         finally:
             self.model.load_state_dict(weights)
             self.model.train()

@@ -69,9 +69,9 @@ def agreeing(K, w):
 
 
 def every_case(s, t, K=K):
-    """All (z_t, z_0) of one cell as a batch: z_t, z_0 (K²,1,1), t, s (K²,)."""
+    """All (z_t, z_0) of one cell as a batch: z_t, z_0 (K²,1,1), s, t (K²,)."""
     i, j = torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij")
-    return i.reshape(-1, 1, 1), j.reshape(-1, 1, 1), *times(K ** 2, t, s)
+    return i.reshape(-1, 1, 1), j.reshape(-1, 1, 1), *times(K ** 2, s, t)
 
 
 def random_x(B, K=K, h=1, w=1):
@@ -151,7 +151,7 @@ def test_theta_is_its_formula_normalised_by_a_sum():
     diffusion = MultinomialDiffusion(K, T)
     for s, t in PAIRS:
         z_t, log_x = torch.arange(K).view(K, 1, 1), random_x(K)
-        ours = diffusion.log_theta(log_x, z_t, *times(K, t, s))[..., 0, 0].exp()
+        ours = diffusion.log_theta(log_x, z_t, *times(K, s, t))[..., 0, 0].exp()
         torch.testing.assert_close(ours, theta(diffusion, log_x[..., 0, 0].exp(), s, t),
                                    rtol=0, atol=1e-15)
 
@@ -161,12 +161,12 @@ def test_each_image_of_a_batch_has_its_own_times():
     t, s = torch.tensor([6, 1, 4]), torch.tensor([2, 0, 3])
     z_t, z_0 = torch.randint(K, (2, 3, 2, 5))
     log_x = random_x(3, h=2, w=5)
-    log_theta, terms = diffusion.log_theta(log_x, z_t, t, s), diffusion.terms(log_x, z_t, z_0, t)
+    log_theta, terms = diffusion.log_theta(log_x, z_t, s, t), diffusion.terms(log_x, z_t, z_0, t)
     for n in range(3):
-        x, i, j, *of_one = (part[n:n + 1] for part in (log_x, z_t, z_0, t, s))
+        x, i, j, *of_one = (part[n:n + 1] for part in (log_x, z_t, z_0, s, t))
         torch.testing.assert_close(diffusion.log_theta(x, i, *of_one), log_theta[n:n + 1])
         for form in FORMS:
-            torch.testing.assert_close(form(diffusion, x, i, j, of_one[0]), terms[n:n + 1])
+            torch.testing.assert_close(form(diffusion, x, i, j, of_one[1]), terms[n:n + 1])
 
 
 def test_the_prior_kl_is_that_of_the_last_row_to_uniform():
@@ -193,7 +193,7 @@ def test_the_terms_and_their_gradients_are_those_of_enumeration(K, residual, for
     """At t = 1, 2, T/2 and T, for every z_t and z_0, in float64."""
     diffusion = MultinomialDiffusion(K, T, residual)
     for now in (1, 2, T // 2, T):
-        z_t, z_0, t, _ = every_case(0, now, K)
+        z_t, z_0, _, t = every_case(0, now, K)
         logits = torch.randn(K ** 2, K, 1, 1, dtype=torch.float64, requires_grad=True)
         own = torch.nn.functional.one_hot(z_t, K).movedim(-1, 1) * (residual == "onehot")
         ours = form(diffusion, logits, z_t, z_0, t)
@@ -264,7 +264,7 @@ def test_noised_codes_follow_eq_17_and_from_s_to_t_the_matrix_between_them():
         z_0 = torch.full((1, 100, 100), 2)
         z_t = diffusion.q_sample(z_0, torch.tensor([t]), torch.Generator().manual_seed(t))
         assert_drawn_from(z_t, matrix(diffusion, 0, t)[2])
-    z_t = diffusion.forward(torch.full((1, 100, 100), 1), *times(1, 2, 4))
+    z_t = diffusion.add_noise(torch.full((1, 100, 100), 1), *times(1, 2, 4))
     assert_drawn_from(z_t, matrix(diffusion, 2, 4)[1])
     z_0 = torch.randint(K, (2, 50, 50))
     assert torch.equal(diffusion.q_sample(z_0, torch.tensor([0, 0])), z_0)
@@ -283,7 +283,7 @@ def test_a_drawn_step_follows_theta(s, t):
         log_x = x.log().view(1, -1, 1, 1).expand(-1, -1, 100, 100)
         z_t, u = torch.full((1, 100, 100), i), torch.rand(1, 100, 100, dtype=torch.float64)
         p = theta(diffusion, x.expand(K, -1), s, t)[i]
-        log_p = diffusion.log_theta(log_x.float(), z_t, *times(1, t, s))
+        log_p = diffusion.log_theta(log_x.float(), z_t, *times(1, s, t))
         assert_drawn_from(draw_codes(log_p, u), p)
 
 
@@ -295,10 +295,10 @@ def test_a_cell_leaves_its_code_at_its_rate_be_it_once_in_a_hundred_million():
     for logits in (torch.zeros(1024), both):
         logits = logits.view(1, -1, 1, 1)
         log_x = logits.log_softmax(1)
-        p = diffusion.log_theta(log_x.double(), z_t, *times(1, 1, 0)).exp().flatten()
+        p = diffusion.log_theta(log_x.double(), z_t, *times(1, 0, 1)).exp().flatten()
         above = p[6:].sum().item()                       # what u in [0, above) goes to
         u = torch.linspace(0, 1.5 * above, 30_001, dtype=torch.float64)[None, None]
-        log_p = diffusion.log_theta(log_x, z_t, *times(1, 1, 0)).expand(-1, -1, 1, u.shape[-1])
+        log_p = diffusion.log_theta(log_x, z_t, *times(1, 0, 1)).expand(-1, -1, 1, u.shape[-1])
         z = draw_codes(log_p, u)
         assert (z > 5).double().mean().item() == pytest.approx(1 / 1.5, rel=1e-3)
         assert (z[z <= 5] == 5).all()
@@ -481,21 +481,22 @@ def test_the_t_and_terms_of_an_image_do_not_depend_on_its_batch():
 def law_of_samples(diffusion, model, steps):
     """The exact distribution of `sample` over all maps of two cells: (9,)."""
     law = torch.full((9,), 1 / 9, dtype=torch.float64)
-    for t, s in diffusion.grid(steps):
+    for t, s in diffusion.reverse_times(steps):
         law = law @ step_kernel(diffusion, model, t, s)
     return law
 
 
-def test_the_grid_holds_t_and_0_and_falls_strictly():
+def test_the_reverse_times_hold_t_and_0_and_fall_strictly():
     for T in (1, 7, 100, 4000):
         diffusion = MultinomialDiffusion(2, T)
         for steps in {1, 2, min(T, 10), T // 2 + 1, T}:
-            grid = diffusion.grid(min(steps, T))
+            grid = diffusion.reverse_times(min(steps, T))
             assert len(grid) == min(steps, T)
             assert (grid[0][0], grid[-1][1]) == (T, 0)
             assert all(t > s for t, s in grid)
             assert all(s == t for (_, s), (t, _) in itertools.pairwise(grid))
-        assert diffusion.grid() == diffusion.grid(T) == [(t, t - 1) for t in range(T, 0, -1)]
+        every = [(t, t - 1) for t in range(T, 0, -1)]
+        assert diffusion.reverse_times() == diffusion.reverse_times(T) == every
 
 
 @RESIDUALS
@@ -505,7 +506,7 @@ def test_t_strided_steps_are_the_plain_loop_over_every_t_bit_for_bit(residual):
     z = (uniforms(draws, 1, 5, 4)[0] * 8).long()
     for t in range(12, 0, -1):
         uniforms(draws, 2, 5, 4)                         # for known cells, of which there are none
-        log_p = diffusion.log_p(model(z, times(3, t)[0]), z, *times(3, t, t - 1))
+        log_p = diffusion.log_p(model(z, times(3, t)[0]), z, *times(3, t - 1, t))
         z = draw_codes(log_p, uniforms(draws, 1, 5, 4)[0])
     for steps in (12, None):
         assert torch.equal(diffusion.sample(model, (3, 5, 4), steps, generators(3)), z)
@@ -593,7 +594,7 @@ def law_of_inpainting(diffusion, model, code, resample):
     """The exact law of the second cell, the first being known: (3,)."""
     known = [matrix(diffusion, 0, t)[code] for t in range(diffusion.T + 1)]
     unknown = torch.full((3,), 1 / 3, dtype=torch.float64)
-    for t, s in diffusion.grid():
+    for t, s in diffusion.reverse_times():
         for repeat in range(resample if s else 1):
             if repeat:
                 unknown = unknown @ matrix(diffusion, s, t)
@@ -665,7 +666,7 @@ def test_maps_stay_on_their_device_and_times_on_the_cpu(residual):
     loss, terms = diffusion.loss(model, z_0, t, p)
     loss.backward()
     made = [loss, terms, diffusion.q_sample(z_0, t),
-            diffusion.log_theta(diffusion.log_x0_hat(model(z_0, z_0), z_0), z_0, t, t - 1),
+            diffusion.log_theta(diffusion.log_x0_hat(model(z_0, z_0), z_0), z_0, t - 1, t),
             diffusion.inpaint(model, z_0, z_0.bool(), 3, 2),
             diffusion.sample(model, (2, 4, 4), 3, device="meta")]
     assert {each.device.type for each in made} == {"meta"}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +27,13 @@ SETTINGS = {"unet": "tiny", "T": 8, "residual": "none", "ema": 0.9,
             "net": dict(SMALL_UNET)}
 
 
-def prior(out="nowhere", recipe=RECIPES["prior"]["tiny"], **more):
+def prior(out="nowhere", recipe=RECIPES["prior"]["tiny"], device="cpu", **more):
     torch.manual_seed(3)
     loaded = SimpleNamespace(model=VQGAN(CONFIG).eval().requires_grad_(False), parent="hash")
+    run = replace(a_run(out, prior=SETTINGS, **more), device=torch.device(device))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_prior, "trained_first_stage", lambda *_: (loaded, None))
-        stage = PriorStage(a_run(out, prior=SETTINGS, **more), recipe, None)
+        stage = PriorStage(run, recipe, None)
     nn.init.normal_(stage.model.logits.weight, std=0.3)              # not the start's near zeros
     stage.ema = EMA(stage.model, 0.9)
     return stage
@@ -41,6 +43,14 @@ def code_batch(low=0, high=4):
     generator = torch.Generator().manual_seed(1)
     indices = torch.randint(CONFIG.K, (4, 8, 8), generator=generator)
     return CodeBatch(list(range(low, high)), indices[low:high])
+
+
+def test_a_prior_starts_from_its_codes_on_any_device(monkeypatch):
+    """On the meta device, which refuses to be mixed with the CPU as a GPU does."""
+    monkeypatch.setattr(train_prior, "adam", lambda *_: None)        # fused: not on meta
+    stage = prior(device="meta")
+    weights = [*stage.model.parameters(), *stage.first_stage.parameters()]
+    assert {weight.device.type for weight in weights} == {"meta"}
 
 
 # -- one step --------------------------------------------------------------------------------------

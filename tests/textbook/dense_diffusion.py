@@ -72,10 +72,8 @@ class BestDenoiser:
 
 def log_p(diffusion, model, maps, t, s):
     """log p(z_s|Z_t) of every cell of maps (B,D,w), the reverse step of Eq. 22: (B,K,D,w)."""
-    times = torch.full((2, len(maps)), t)
-    times[1] = s
-    log_x0_hat = diffusion.log_x0_hat(model(maps, times[0]), maps)
-    return diffusion.log_theta(log_x0_hat, maps, *times)
+    s, t = torch.full((len(maps),), s), torch.full((len(maps),), t)
+    return diffusion.log_p(model(maps, t), maps, s, t)
 
 
 def step_kernel(diffusion, model, t, s):
