@@ -25,12 +25,12 @@ from vqgan import Decoder, check_image
 
 # Relative to the first stage: width factor, ResBlocks per level (the decoder adds one).
 # A new size needs this row only; it trains by base's recipe unless recipes.py has one for it.
-# [AVQ App. D]  deviation D20
+# [AVQ Tab. 9] [AVQ App. D]  deviation D20
 ASYM_PRESETS = {
     "tiny":   (1.0, 1),
     "base":   (1.0, 2),    # Table 7:  60,276,227 parameters on the kl-f8 plan (add)
     "large":  (1.5, 3),    # Table 8: 160,136,835
-    "large2": (2.0, 5),    # Table 9: 371,966,467
+    "large2": (2.0, 5),    # Table 9's "Large x2": 371,966,467
 }
 
 
@@ -78,8 +78,8 @@ class AsymDecoder(Decoder):
     blend: "add" with plain convolutions in the branch, or "concat" with partial.  deviations D1 D2
     A full mask equals no mask. "add" gives h·1 + f_E·0 = h. "concat" joins a mask of 1 and features
     0, which partial convolutions give without known pixels.
-    With a trunk from the first stage, "add" starts as the first stage's decoder under a full mask.
-    "concat" starts far from it, because `fuse` is random before every level of the trunk.
+    If the trunk starts from the first stage's decoder, "add" computes the same as that decoder
+    under a full mask. "concat" does not, because `fuse` is random before every level of the trunk.
     """
 
     def __init__(self, config, ch, num_res_blocks, blend="add"):
@@ -129,9 +129,9 @@ class AsymDecoder(Decoder):
         conditions = None
         if mask is not None:
             features = self.encoder(image, mask)         # rows Condition 0, 1, ...
-            # Every step-th value is nearest-neighbour downsampling.
-            steps = [mask.shape[-1] // f.shape[-1] for f in features]
-            conditions = [(f, mask[..., ::s, ::s]) for f, s in zip(features, steps)]
+            # Downsample the mask by nearest neighbour: every stride-th pixel.
+            strides = [mask.shape[-1] // f.shape[-1] for f in features]
+            conditions = [(f, mask[..., ::s, ::s]) for f, s in zip(features, strides)]
         # Row Main 4: Conv2d (3, 3), ResBlock, AttnBlock, ResBlock.
         h = self.mid(self.conv_in(z))                                       # (B, C, h, w)
         for i in reversed(range(len(self.up))):

@@ -13,6 +13,8 @@ from torch import nn
 from distributed import mean_over_ranks
 from weight_files import read_weights
 
+DELTA = 1e-4             # of Eq. 9: keeps lambda finite where the GAN's gradient vanishes
+
 
 def pixel_loss(x_hat, x):
     """Average the absolute error over all pixels and channels: a 0-d tensor. [AVQ App. A]
@@ -187,7 +189,7 @@ def generator_gan_loss(logits_fake, gan="hinge"):
 
     "hinge": -mean(logit). "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual
     substitute -log D(x_hat). Its gradient vanishes where the discriminator wins. Lambda (Eq. 9)
-    divides by that gradient's norm and so makes up for it, down to a norm of delta = 1e-4.
+    divides by that gradient's norm and so restores it, unless the norm is below DELTA.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
@@ -205,25 +207,24 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-def adaptive_weight(rec, gan, last_layer, rule="paper"):
-    """Compute lambda, the weight of the GAN loss, from two gradients' norms. [AVQ Eq. 9]
+def adaptive_weight(pixel, gan, last_layer, rule="paper"):
+    """Compute lambda = |grad pixel| / (|grad gan| + delta), the GAN loss's weight. [AVQ Eq. 9]
 
-    rec, gan: 0-d losses, whose graphs are kept. last_layer: the decoder's last weight G_L. Returns
-    a 0-d tensor. Eq. 9 prints gradients and means their norms.
-    rule: "paper" is Eq. 9, with the pixel loss for rec. "taming" is the rule of taming and of the
-    authors' code, clamped and times 0.8, with pixel + perceptual for rec.  deviation D7
+    pixel, gan: 0-d losses, whose graphs are kept. last_layer: the decoder's last weight G_L.
+    Returns a 0-d tensor. Eq. 9 prints gradients and means their norms.
+    rule: "paper" is Eq. 9. "taming" is the rule of taming and of the authors' code, clamped and
+    times 0.8. Its callers give pixel + perceptual in the place of `pixel`.  deviation D7
     Why at the last layer: every gradient of the image passes through it. With lambda both losses
     pull equally hard there, and so about equally on the whole decoder. It is cheap, because neither
     backward pass enters the layers before.
     On several processes the gradients are averaged first, so lambda is that of the whole batch.
     """
     _check(rule, "lambda", ("paper", "taming"))
-    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, gan)]
-    rec_grad, gan_grad = mean_over_ranks(torch.stack(gradients))            # (3, C, 3, 3) each
-    ratio = rec_grad.norm() / (gan_grad.norm() + 1e-4)
-    if rule == "taming":
-        return 0.8 * ratio.clamp(0, 1e4)
-    return ratio
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                 for loss in (pixel, gan)]
+    pixel_grad, gan_grad = mean_over_ranks(torch.stack(gradients))          # (3, C, 3, 3) each
+    lam = pixel_grad.norm() / (gan_grad.norm() + DELTA)
+    return 0.8 * lam.clamp(0, 1e4) if rule == "taming" else lam
 
 
 def _check(value, flag, allowed):

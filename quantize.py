@@ -20,13 +20,13 @@ MAX_SCORES = 2**21       # scores held at once, 8 MiB in float32, so that memory
 @torch.compiler.disable
 @torch.no_grad()
 def nearest_code(z, codebook):
-    """Find the codebook row nearest to each row of z, the lowest on ties. [AVQ Eq. 1] [DDM Eq. 12]
+    """Compute argmin_k |z - e_k|² over the codes e_k for each row of z. [AVQ Eq. 1] [DDM Eq. 12]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
-    In |z - e|² = |z|² - 2 z·e + |e|², |z|² is the same for every code e. Leaving it out keeps
-    float32's precision, and so does centring the codes, by their median because far codes hardly
-    move it. Of codes whose distances agree to a millionth of their squared spread, any may win.
-    deviation D22
+    In |z - e|² = |z|² - 2 z·e + |e|², |z|² is the same for every code, so it is left out: large
+    common numbers cost float32 its last digits. Hence the codes are centred as well, on their
+    median because far codes hardly move it. Between codes whose distances agree to a millionth of
+    their squared spread rounding decides, and between equal scores the lower index.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     # Autocast, TF32 and oneDNN's bf16 would each round the scores and change indices.
@@ -34,9 +34,11 @@ def nearest_code(z, codebook):
         centre = codebook.to(dtype).median(0).values                        # (d)
         codes = codebook - centre                                           # (K, d)
         square = codes.square().sum(1)                                      # (K)
-        parts = z.split(max(1, MAX_SCORES // len(codes)))                   # (n, d) each
-        return torch.cat([torch.addmm(square, part - centre, codes.T, alpha=-2).min(1).indices
-                          for part in parts])                               # (N)
+        nearest = []
+        for part in z.split(max(1, MAX_SCORES // len(codes))):              # (n, d)
+            scores = torch.addmm(square, part - centre, codes.T, alpha=-2)  # |e|² - 2 z·e, (n, K)
+            nearest.append(scores.argmin(1))
+        return torch.cat(nearest)                                           # (N)
 
 
 class VectorQuantizer(nn.Module):
@@ -45,10 +47,9 @@ class VectorQuantizer(nn.Module):
     Straight through: argmin has no gradient, so z_q's gradient is handed to z_e unchanged. Stages
     with a frozen encoder do not use it; the decoder stage even encodes under no_grad.
     K: codebook size; d: width of a code; beta: commitment weight, on the encoder's term.
-    legacy_beta: weigh the codebook's term instead, as for the public weights. The loss keeps its
-    value, but codes move with weight beta and the encoder with 1. So the encoder is tied harder
-    to its codes, and they follow more slowly, except under Adam, whose steps ignore a gradient's
-    scale.  deviation D3
+    legacy_beta: put beta on the codebook's term instead, as the public weights were trained. The
+    loss keeps its value, but the encoder's gradient has weight 1 and the codes' has beta.
+    deviation D3
     code_range: codes start uniform in ±code_range. None is taming's 1/K, from which a short run
     comes to use a few codes only.  deviation D26
     """
@@ -76,7 +77,7 @@ class VectorQuantizer(nn.Module):
             loss = self.beta * codebook_term + commitment_term
         else:
             loss = codebook_term + self.beta * commitment_term
-        # Straight through: dz_q/dz_e = 1. In this order the sum adds 0 and rounds nothing.
+        # Straight through: dz_q/dz_e = 1. The bracket is exactly 0, so z_q keeps the codes' values.
         z_q = z_q.detach() + (z_e - z_e.detach())
         return z_q, indices, loss
 

@@ -42,7 +42,7 @@ class Autoencoder:
     """Hold an image network and its discriminator, and train both in one step. [AVQ App. A]
 
     groups: the trained parameters, for recipes.adam. parent: the frozen first stage's hash or None.
-    config, facts: what the checkpoint adds to the run's settings and to its `extra`.
+    config, facts: additional entries of the checkpoint's `config` and `extra`.
     """
 
     masks = False                  # whether training draws masks; else every mask is full
@@ -117,16 +117,17 @@ class Autoencoder:
             terms["perceptual"] = perceptual
         loss = rec
         if latent_loss is not None:
-            # [AVQ Eq. 2] or [AVQ Eq. 11]
+            # VQ [AVQ Eq. 2]: latent loss = codebook term + beta · commitment term, weight 1.
+            # KL [AVQ Eq. 11]: latent loss = Eq. 10, weight 1e-6.  deviation D21
             loss = rec + r.latent_weight * latent_loss
             terms["latent"] = latent_loss
         # Train the generator.
         if gan_on:
             with frozen(self.discriminator):
                 gan = generator_gan_loss(self.discriminator(x_hat), r.gan)  # [AVQ Eq. 7]
-            # [AVQ Eq. 9] compares with the pixel loss, taming's rule with the whole of rec.
-            other = pixel if r.lambda_rule == "paper" else rec
-            lam = adaptive_weight(other, gan, self.model.decoder.conv_out.weight, r.lambda_rule)
+            # [AVQ Eq. 9] divides the pixel loss's gradient, taming's rule that of rec.
+            divided = pixel if r.lambda_rule == "paper" else rec
+            lam = adaptive_weight(divided, gan, self.model.decoder.conv_out.weight, r.lambda_rule)
             loss = loss + lam * gan                                         # [AVQ Eq. 8]
             terms |= {"gan": gan, "lambda": lam}
         (loss * scale).backward()
@@ -165,9 +166,9 @@ class Autoencoder:
         sums, count = {}, 0
         for batch in batches:
             with self.run.autocast():
-                values, plain = self.measures(batch)
+                values, x_hat = self.measures(batch)
             if self.perceptual is not None:
-                values["val_perceptual"] = self.perceptual(plain, batch.x).mean()
+                values["val_perceptual"] = self.perceptual(x_hat, batch.x).mean()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(batch.x)
             count += len(batch.x)
@@ -227,16 +228,16 @@ class Refit(Autoencoder):
 
     def __init__(self, run, recipe, state):
         given, source = run.settings["vqgan"], Path(run.settings["vqgan"] or run.out)
-        first_stage = load_first_stage(given) if given else load(run.out, stages=["vqgan"])
-        warn_unless_finished("refit", first_stage, source)
-        model, facts = first_stage.model.to(run.device), {}
+        loaded = load_first_stage(given) if given else load(run.out, stages=["vqgan"])
+        warn_unless_finished("refit", loaded, source)
+        model, facts = loaded.model.to(run.device), {}
         if state is None:
             codebook, facts = rebuild(run, model)
         else:                                    # resumed with the codes that it began with
             codebook = state["model"]["quantize.embedding.weight"]
         install_codebook(model, codebook)
         trained = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(run, "refit", recipe, model, [(trained, 1.0)], first_stage.parent,
+        super().__init__(run, "refit", recipe, model, [(trained, 1.0)], loaded.parent,
                          {"first_stage": asdict(model.config)}, facts)
         if state is None:
             self.continue_discriminator(source)
@@ -267,16 +268,16 @@ class DecoderStage(Autoencoder):
     masks = True
 
     def __init__(self, run, recipe, state):
-        first_stage, where = trained_first_stage(run, "decoder")
-        size, vanilla = run.settings["decoder"], first_stage.model.decoder
-        decoder = AsymDecoder.from_preset(first_stage.model.config, size["preset"], size["blend"])
+        loaded, where = trained_first_stage(run, "decoder")
+        size, first_stage = run.settings["decoder"], loaded.model
+        decoder = AsymDecoder.from_preset(first_stage.config, size["preset"], size["blend"])
         trunk_factor = 1.0
-        if recipe.start_trunk and decoder.trunk_fits(vanilla):
-            decoder.load_trunk(vanilla)
+        if recipe.start_trunk and decoder.trunk_fits(first_stage.decoder):
+            decoder.load_trunk(first_stage.decoder)
             trunk_factor = recipe.trunk_factor
         groups = [(decoder.trunk_parameters(), trunk_factor), (decoder.branch_parameters(), 1.0)]
-        super().__init__(run, "decoder", recipe, AsymVQGAN(first_stage.model, decoder), groups,
-                         first_stage.parent, {"vqgan": where})
+        super().__init__(run, "decoder", recipe, AsymVQGAN(first_stage, decoder), groups,
+                         loaded.parent, {"vqgan": where})
 
     def reconstruct(self, batch):
         h = self.ddp_model(batch.x, batch.mask, self.generators(batch))     # (B, ch, H, W)
@@ -284,11 +285,11 @@ class DecoderStage(Autoencoder):
 
     def measures(self, batch):
         z = self.model.encode(batch.x)                                      # (B, d, h, w)
-        plain = self.model.decode(z)                                        # (B, 3, H, W)
-        masked = self.model.decode(z, image=batch.x, mask=batch.mask)       # (B, 3, H, W)
-        return {"val_pixel": pixel_loss(plain, batch.x),
-                "val_pixel_masked": pixel_loss(masked, batch.x),
-                "val_pre_error": pre_error(masked, batch.x, batch.mask).mean()}, plain
+        x_hat = self.model.decode(z)                                        # (B, 3, H, W)
+        with_mask = self.model.decode(z, image=batch.x, mask=batch.mask)    # (B, 3, H, W)
+        return {"val_pixel": pixel_loss(x_hat, batch.x),
+                "val_pixel_masked": pixel_loss(with_mask, batch.x),
+                "val_pre_error": pre_error(with_mask, batch.x, batch.mask).mean()}, x_hat
 
     def columns(self, batch):
         z = self.model.encode(batch.x)                                      # (B, d, h, w)

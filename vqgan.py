@@ -126,15 +126,16 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, norm_groups)
                                   for _ in range(num_blocks if attention else 0))
+        self.downsample = self.upsample = None       # Encoder and Decoder set one of them, or none
 
     def forward(self, h):
         for j, block in enumerate(self.block):
             h = block(h)                                                    # (B, out, H, W)
             if len(self.attn):
                 h = self.attn[j](h)
-        if hasattr(self, "downsample"):
-            return self.downsample(h)                                       # (B, out, H/2, W/2)
-        return self.upsample(h) if hasattr(self, "upsample") else h         # (B, out, 2H, 2W)
+        if self.downsample is not None:
+            h = self.downsample(h)                                          # (B, out, H/2, W/2)
+        return h if self.upsample is None else self.upsample(h)             # (B, out, 2H, 2W)
 
 
 class Middle(nn.Module):
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Join encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [AVQ Eq. 11] [DDM Eq. 13]
+    """Join encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [DDM Eq. 13]
 
     own_decoder: False leaves `decoder` None, for a first stage from an asymmetric model's file.
     """
