@@ -202,7 +202,7 @@ class MultinomialDiffusion:
     def closed_terms(self, logits, z_t, z_0, t):
         """Compute `terms` without forming log q and log p, for training: (B,h,w). [DDM Eq. 24]
 
-        `terms` takes 8 times the memory of the logits, this 3 to 5 times; at K = 16,384 and 32x32
+        `terms` takes 8 times the memory of the logits, this 3 to 4 times; at K = 16,384 and 32x32
         a step with `terms` is a third slower (benchmarks/diffusion.py, on an H100). q and p differ
         in their second factors and sums. With r_k = log(a_0s x_k / b_0s + 1), S(x) = a_0t x_i +
         b_0t, i = z_t and j = z_0, for which r is log(a_0s/b_0s + 1) at j and 0 elsewhere,
@@ -213,6 +213,7 @@ class MultinomialDiffusion:
         two corrections.
         """
         s, zero, log_x = t - 1, torch.zeros_like(t), self.log_x0_hat(logits, z_t)
+        del logits                                       # so that its memory can be used below
         a_0s, b_0s = (log.exp() for log in self.transition(zero, s, log_x))         # (B, 1, 1, 1)
         a_st, b_st = (log.exp() for log in self.transition(s, t, log_x))
         a_0t, b_0t = (log.exp() for log in self.transition(zero, t, log_x))

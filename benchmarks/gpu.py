@@ -52,8 +52,8 @@ from unet import UNET_PRESETS
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"env": 15, "speed": 80, "prior": 35, "search": 15, "loader": 20, "parity": 50,
-          "compile": 115, "e2e": 90}                               # seconds
+LIMITS = {"env": 15, "speed": 70, "prior": 30, "search": 15, "loader": 30, "parity": 35,
+          "compile": 110, "e2e": 115}                              # seconds
 CPU_LIMIT = 600
 FORMS = {"fp32 NHWC": ("fp32", True), "fp32 NCHW": ("fp32", False), "bf16 NHWC": ("bf16", True),
          "bf16 NCHW": ("bf16", False)}
