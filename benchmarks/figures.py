@@ -27,15 +27,15 @@ HOLES = ["original", "masked", "codes by VQ-DDM, first stage's own decoder", "th
 PANELS = ["pixel", "pre_error", "disc", "lambda", "grad_norm"]
 # {number: [(column, where: a share of the run, corner of the text in the panel, text), ...]}
 NOTES = {
-    "pixel": [(0, 0.15, (0.25, 0.6), "falls fast, then slowly; rises a little with the GAN"),
+    "pixel": [(0, 0.96, (0.28, 0.6), "falls; the GAN costs a little at the end"),
               (1, 0.1, (0.25, 0.05), "rises, and stays above its start:\nlook here first")],
-    "pre_error": [(0, 0.5, (0.3, 0.6), "falls by a factor of ten and more"),
-                  (1, 0.7, (0.3, 0.5), "does not fall: no known pixel is kept")],
-    "disc": [(0, 0.9, (0.03, 0.6), "the GAN begins at 0.8 of the run;\n1 = D cannot tell"),
-             (1, 0.95, (0.03, 0.5), "near 0 = D tells all images apart")],
-    "lambda": [(0, 0.9, (0.03, 0.6), "balances two gradients;\nits height says little"),
-               (1, 0.95, (0.03, 0.4), "falls as D's gradient grows")],
-    "grad_norm": [(0, 0.82, (0.2, 0.75), "jumps when D begins: D's gradients count"),
+    "pre_error": [(0, 0.5, (0.3, 0.6), "falls by a factor of 100 and more"),
+                  (1, 0.5, (0.3, 0.5), "does not fall: known pixels are not kept")],
+    "disc": [(0, 0.88, (0.03, 0.6),
+              "the GAN begins at 0.8 of the run;\n1: D cannot tell, below: it can"),
+             (1, 0.83, (0.03, 0.6), "D has this rate as well\nand is thrown about")],
+    "lambda": [(0, 0.95, (0.03, 0.4), "falls as D's gradient grows;\nits height says little")],
+    "grad_norm": [(0, 0.82, (0.1, 0.75), "jumps when D begins: D's gradients count"),
                   (1, 0.5, (0.2, 0.75), "finite and small: no alarm,\nthough the run is ill")],
 }
 
@@ -85,7 +85,7 @@ def curves(healthy, ill, path):
                     point = min(smooth, key=lambda point: abs(point[0] - share * last))
                     axes.annotate(text, point, corner, textcoords="axes fraction", fontsize=9,
                                   arrowprops={"arrowstyle": "-", "color": "grey"})
-            axes.set_yscale("linear" if name == "pixel" else "log")
+            axes.set_yscale("log")
             axes.set_title(pictures.TITLES[name], loc="left", fontsize=10)
             axes.set_xlim(0, 1.02 * last)
             axes.grid(alpha=0.25)
