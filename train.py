@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py ...               the same on eight GPUs
 
 Each stage is a class in train_autoencoder.py or train_prior.py. Everything random is a function of
-the seed, the stage and an image's position in the run, so a run that is killed and continued on the
-same CPU ends with the same weights, bit for bit. A GPU, another processor or another number of
-processes may round differently.
+the seed, the stage and an image's position in the run. So a CPU run repeats bit for bit, also if it
+was killed and continued, on the same machine, with the same number of processes and threads and the
+same --micro-batch. Otherwise, and on a GPU, rounding may differ.
 """
 
 import argparse

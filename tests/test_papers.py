@@ -149,3 +149,16 @@ def test_every_link_to_a_file_of_the_repository_leads_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert not dead, f"{path.name} links to {dead}, which are not there"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_every_link_to_a_heading_finds_it(path):
+    for file, anchor in re.findall(r"\]\(([\w.]*)#([^)]+)\)", path.read_text(encoding="utf-8")):
+        text = (ROOT / (file or path.name)).read_text(encoding="utf-8")
+        heads = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+        assert anchor in slugs, f"{path.name} links to #{anchor}, no heading of {file or path.name}"
+
+
+def test_the_readme_is_one_page_of_at_most_170_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
