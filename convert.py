@@ -1,12 +1,12 @@
 """Load models from runs, converted files and public checkpoints; convert them; list their layers.
 
-    a run or one of its stage files, with the first stage that it was trained on -------+
-    a file that -o wrote, which holds a whole model ------------------------------------+--> Loaded
-    Stable Diffusion's, taming's, the authors', diffusers' --weight_files, public_names-+
-    RUN/prior/last.pt, with the first stage that it was trained on --load_prior-----------> Prior
+    a run, or a stage file of it               --load--> Loaded
+    a file that -o wrote                       --load--> Loaded
+    a public checkpoint                        --weight_files.py, public_names.py--> Loaded
+    a run with a prior, or RUN/prior/last.pt   --load_prior--> Prior
 
-A run's decoder file holds the decoder only. Its first stage is the run's own or the one that
-`--vqgan` named, and its weights must be those that the decoder was trained on.
+Only files of -o and public ones hold a whole model. A run's decoder or prior is loaded with its
+first stage, the run's own or that of `--vqgan`, whose weights must be those it was trained on.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from vqgan import VQGAN, VQGANConfig
 from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # in the order of preference
-STAGES = ("decoder", *FIRST_STAGES)
+IMAGE_STAGES = ("decoder", *FIRST_STAGES)
 SCALING_FACTOR = 0.18215                # Stable Diffusion multiplies latents by it
 # By the names of modules: what each stage trains, and what has a row in --layers.
 TRAINS = {"vqgan": "first_stage.", "decoder": "decoder.",
           "refit": ("first_stage.decoder.", "first_stage.post_quant_conv")}
 ROW = re.compile(r".*(\.(block|attn)\.\d+|mid\.\w+|sample|(layers|fuse)\.\d+|conv_in|conv_out|"
                  r"norm_out|quant_conv|embedding)")
-STEPS = 100                             # default number of steps that draw a map of codes
+DEFAULT_STEPS = 100                     # reverse steps that draw a map of codes
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Loaded:
     notes:       list = field(default_factory=list)  # weights that were dropped, added or cast
 
 
-def load(path, device="cpu", stages=STAGES):
+def load(path, device="cpu", stages=IMAGE_STAGES):
     """Load the VQGAN or AsymVQGAN at `path`: a Loaded. Raises UserError.
 
     path: a run folder, a file of train.py or convert.py, a public file, or a folder of diffusers.
@@ -237,15 +237,12 @@ class Prior:
 
 def denoiser(settings, K):
     """Build a UNet and its diffusion for K codes. Raises UserError for a kind that was removed."""
-    for name, ours in (("schedule", "cosine"), ("form", "theta")):
-        if settings.get(name, ours) != ours:
-            raise UserError(f"this prior was trained with {name} {settings[name]!r}, which was "
-                            f"removed; train a new one, which will have {ours!r}")
-    net = _tuples(settings["net"])
-    if net.pop("layout", "multinomial") == "ddpm" or net.pop("attention", "linear") == "full":
-        raise UserError("this prior's network has DDPM's layout, which was removed; train a new "
-                        "prior")
-    T = settings["T"]
+    net, T = _tuples(settings["net"]), settings["T"]
+    for name, ours in (("schedule", "cosine"), ("form", "theta"), ("layout", "multinomial"),
+                       ("attention", "linear")):                 # of files of earlier versions
+        found = net.pop(name, settings.get(name, ours))
+        if found != ours:
+            raise UserError(f"this prior has {name} {found!r}, which was removed; train a new one")
     return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
 
 
@@ -264,7 +261,7 @@ def load_prior(path, device="cpu"):
                  bool(extra.get("finished")), state["parent"], extra)
 
 
-def chosen_steps(asked, T, most=STEPS):
+def chosen_steps(asked, T, most=DEFAULT_STEPS):
     """Give the number of steps: `asked`, or by default `most` but at most T. Raises UserError."""
     if asked is not None and not 1 <= asked <= T:
         raise UserError(f"--steps: give numbers from 1 to T = {T}, which this prior has")
@@ -338,7 +335,7 @@ def count(model, run):
 
 
 def count_prior(unet, grid):
-    """Count a UNet's multiplications for one map: in plain convolutions, in all. [DDM Tab. 2]"""
+    """Count one call's multiplications for one map: in plain convolutions, in all. [DDM Tab. 2]"""
     counted = count(unet, lambda: unet(torch.zeros(1, *grid, dtype=torch.int64), torch.ones(1)))
     plain = sum(number for module, (_, number) in counted.items() if isinstance(module, nn.Conv2d))
     return plain, counted[unet][1]
@@ -464,9 +461,9 @@ def main():
             with torch.device("meta"):
                 unet, _ = denoiser(prior["config"]["prior"], prior["extra"]["K"])
             plain, total = count_prior(unet, grid)
-            print0(f"\nPrior {name}: {sum(p.numel() for p in unet.parameters()):,} parameters; for "
-                   f"{grid[0]} x {grid[1]} codes\n{plain:,} multiplications in plain convolutions, "
-                   f"as in DDM's Table 2, {total:,} in all")
+            print0(f"\nPrior {name}: {sum(p.numel() for p in unet.parameters()):,} parameters; one "
+                   f"call for {grid[0]} x {grid[1]} codes:\n{plain:,} multiplications in plain "
+                   f"convolutions, as in DDM's Table 2, {total:,} in all")
 
 
 if __name__ == "__main__":

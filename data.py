@@ -214,7 +214,7 @@ def read_pair(photo, mask, invert=False):
 
 
 def square_crop(image, size, rng=None):
-    """Cut a square out of a Pillow image and resize it: uint8 (size,size,3).
+    """Cut a square out of a Pillow image and resize it: uint8 (size,size,3). [AVQ Sec. 4]
 
     Without `rng` it is the centre square. With `rng` its place is random and its side is 0.5 to 1
     times the short side. A smaller square than `size` is enlarged.
@@ -260,7 +260,7 @@ class TrainingItems:
 
     def __getitem__(self, position):
         item = _view(self.dataset, self.order[position], numpy_generator(CROP, *self.key, position))
-        mask, _ = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
+        mask = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
         return item | {"mask": torch.from_numpy(mask)[None], "position": position}
 
 
@@ -296,7 +296,7 @@ class Batch:
     mask:  torch.Tensor | None = None   # (B,1,H,W) in {0,1}
 
 
-def held_out(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
+def held_out_batches(dataset, n, batch_size, device, rank=0, world=1, *, masks=True, workers=0):
     """Load the first `n` images with their evaluation masks: yields every world-th Batch."""
     n = min(n, len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)][rank::world]

@@ -26,7 +26,7 @@ import run_folder
 import sample
 from asym_decoder import AsymVQGAN
 from convert import chosen_steps, load, load_first_stage, load_prior
-from data import DATASETS, Signs, held_out, open_dataset
+from data import DATASETS, Signs, held_out_batches, open_dataset
 from distributed import UserError, exit_on_user_error, print0
 from image_pairs import MatchedFolders, PictureFolder
 from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
@@ -34,7 +34,7 @@ from losses import TRUNKS
 from pictures import image_grid, image_rows, show_masked
 from quantize import code_statistics, exact_float32
 
-EXAMPLES, SAMPLES, STEPS = 6, 16, 25             # report.png's images; samples, steps of each
+EXAMPLES, SAMPLES, REPORT_STEPS = 6, 16, 25      # images in report.png; samples, steps of each
 WORKERS = 2                                      # processes that read photos for --table ddm1
 CAPTIONS = {"asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
@@ -45,8 +45,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
              device="cpu", out=None):
     """Measure runs, or pictures of any program; print the tables; write and return the report.
 
-    The arguments are the flags; None stands for the run's own setting. Unpaired pictures are
-    compared as sets, by FID and inception score. Raises UserError. [AVQ Tab. 6] [AVQ Tab. 10]
+    The arguments are the flags; None stands for the run's own setting. Raises UserError.
     """
     # Open the runs, and the networks that measure.
     device, paths = torch.device(device), [Path(path) for path in runs]
@@ -64,7 +63,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     # Choose the images: two sets, pairs of files, or a data set's held-out images.
     masks_drawn = {"kind": "files" if masks else None, "size": None, "seed": None}
     dataset, limit = None, n
-    if unpaired:
+    if unpaired:          # as sets, by FID and inception score  [AVQ Tab. 6] [AVQ Tab. 10]
         images = PictureFolder("--pred", pred, n)
         others = (PictureFolder("--real", real) if real else
                   open_dataset(data, root, "val", size or images.read(0).shape[-1]))
@@ -87,7 +86,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     def batches(images, n, *ranks):
         if isinstance(images, MatchedFolders | PictureFolder):
             return images.batches(batch_size, device)
-        return held_out(images, n, batch_size, device, *ranks, masks=not unpaired)
+        return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired)
 
     # Choose the report's folder.
     home = None
@@ -132,7 +131,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         folder = next((path for path in paths if (path / "prior").is_dir()), None)
         if dataset and folder:
             prior, notes["prior"], links = distributed.on_rank0(
-                lambda: draw(folder, dataset, device, out))
+                lambda: draw_by_prior(folder, dataset, device, out))
     unfinished = [f"{name} (step {run.step})" for name, run in runs.items() if not run.finished]
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
@@ -283,7 +282,7 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
         statistics, rfid = [], None
         for split in splits:
             total = min(n or len(split), len(split))
-            batches = held_out(split, total, batch_size, device, distributed.rank(),
+            batches = held_out_batches(split, total, batch_size, device, distributed.rank(),
                                distributed.world_size(), masks=False, workers=WORKERS)
             networks = None
             if inception and not statistics and model.decoder is not None:       # held-out images
@@ -296,7 +295,7 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
     return rows
 
 
-def draw(folder, dataset, device, out):
+def draw_by_prior(folder, dataset, device, out):
     """Draw samples and completions by a run's prior into `out`.
 
     Returns (the report's "prior" or None, the note on it, {file: title}).
@@ -311,8 +310,8 @@ def draw(folder, dataset, device, out):
         return None, f"not computed: its training is not finished (step {prior.step})", {}
     if dataset.size != side:
         return None, f"not computed: it draws images of {side} px, not of {dataset.size}", {}
-    steps = chosen_steps(None, prior.diffusion.T, STEPS)
-    row, samples = sample.measure(prior, model, steps, SAMPLES, batch_size=SAMPLES)
+    steps = chosen_steps(None, prior.diffusion.T, REPORT_STEPS)
+    row, samples = sample.measure_steps(prior, model, steps, SAMPLES, batch_size=SAMPLES)
     title = f"{SAMPLES} samples ({steps} steps), decoded by {sample.decoder_name(model)}"
     image_rows([(title, list(samples))], out / "samples.png", across=8)
     image_rows(completion_rows(prior, dataset, steps), out / "completions.png", 2 + COMPLETIONS)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from convert import STEPS, chosen_steps, load, load_prior
+from convert import DEFAULT_STEPS, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
 from distributed import UserError, exit_on_user_error, print0, setup
@@ -50,9 +50,9 @@ def fill_with_mean(x, mask):
 def windows(unknown, grid):
     """List the windows of `grid` (h,w) cells in which to complete a map: [(rows, columns)], slices.
 
-    unknown: bool (H,W), at least as large as the grid. One window is centred on the hole if it
-    holds the hole and a quarter of a window of context on each side. Otherwise the windows lie half
-    a window apart, from the top left, and those without anything left to draw are skipped.
+    unknown: bool (H,W), at least as large as the grid. If a window can hold the hole and a quarter
+    of its own length as context on each side, it is centred on the hole. Otherwise windows lie half
+    a window apart, from the top left. A window whose cells are all known or drawn is left out.
     """
     left, chosen, starts = unknown.cpu().numpy().copy(), [], []                     # (H, W)
     if not left.any():
@@ -130,7 +130,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
             size = [round(W * scale), round(H * scale)]
             if show:
                 print0(f"the hole is large: drawn in a copy of {size[0]} x {size[1]} px, enlarged")
-            # The box filter only averages: what mixes in hidden pixels lies in the small hole.
+            # The box filter averages. Pixels that it mixes with hidden ones lie in small_hole.
             small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
                                  for array in (photo, hole.astype(np.float32)))
             own = "vanilla" if model is first_stage else "asym"
@@ -245,7 +245,8 @@ def main():
     add("--run", required=True, metavar="RUN", help="a run folder, or a file that convert.py reads")
     add("-o", "--out", metavar="FILE.png", help="(default: PHOTO's name with -inpainted.png)")
     add("--samples", type=int, default=1, metavar="N", help="to FILE-1.png, ... (default: 1)")
-    add("--steps", type=int, metavar="N", help=f"reverse steps (default: {STEPS}, or T if less)")
+    add("--steps", type=int, metavar="N",
+        help=f"reverse steps (default: {DEFAULT_STEPS}, or T if less)")
     add("--resample", type=int, default=1, metavar="U", help="take each step U times (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="of the completions (default: 0)")
     add("--prior", metavar="RUN2", help="a prior on the same first stage (default: RUN's)")

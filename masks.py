@@ -34,8 +34,8 @@ BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 def random_mask(kind, size, seed, index):
     """Draw LaMa's random mask: uint8 (size,size), 1 = to be generated.
 
-    kind: one of MASK_KINDS. Sizes below 512 px use LaMa's numbers for 256 px, scaled by size/256;
-    others use those for 512 px, scaled by size/512. seed: an int >= 0 or a tuple of such ints.
+    kind: one of MASK_KINDS. Sizes below 512 px use LaMa's numbers for 256 px, scaled by size/256.
+    Larger sizes use its numbers for 512 px, scaled by size/512. seed: ints >= 0, one or a tuple.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
@@ -104,17 +104,19 @@ def box_mask(size, top, left, height, width):
 def training_mask(size, seed, index, kind="thick", p_full=0.5):
     """Draw the full mask with probability `p_full`, else a random one. [AVQ Sec. 3.2]
 
-    The paper alternates. A coin for each sample does not depend on the batch.  deviation D8
-    Returns (mask uint8 (size,size), full), with full=True if every pixel is to be generated.
+    Returns uint8 (size,size). The paper alternates. A coin for each sample does not depend on the
+    batch.  deviation D8
     """
     if _generator(MASK_FULL, seed, index).random() < p_full:
-        return np.ones((size, size), np.uint8), True                                # (size,size)
-    mask = random_mask(kind, size, seed, index)
-    return mask, bool(mask.all())
+        return np.ones((size, size), np.uint8)                                      # (size,size)
+    return random_mask(kind, size, seed, index)
 
 
 def evaluation_mask(size, index, kind="thick", seed=0):
-    """Draw image `index`'s mask for every table, not empty, at most half: uint8 (size,size)."""
+    """Draw image `index`'s mask for every table, not empty, at most half: uint8 (size,size).
+
+    A mask that is empty or larger is replaced by the next index's, so neighbours may share one.
+    """
     mask = random_mask(kind, size, seed, index)
     while not 0 < mask.mean() <= 0.5:
         index += 1

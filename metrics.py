@@ -4,7 +4,8 @@
     x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
     the table --summary--> means of one decoder in one bucket --report_rows--> report.json's rows
 
-Images stay float, because truncation to 8 bits adds an error of 5e-6, as much as is measured.
+Images stay float, because truncation to 8 bits would add 5e-6 to pre_error. The smallest errors in
+AVQ's tables are of that size.
 """
 
 import math
@@ -59,8 +60,8 @@ def seam(x_hat, x, mask):
     negative: blurred. An image without such a pair gives NaN.
 
     Pasting the known pixels over a vanilla picture makes pre_error 0, but the generated side keeps
-    the colours of a lossy latent: a step at the border remains. Decoding both sides together avoids
-    it, which the paper calls harmonisation. So one does not simply paste.
+    the colours of a lossy latent, which leaves a step at the border. A decoder that sees the known
+    pixels can fit the generated ones to them. The paper calls this harmonisation.
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -235,7 +236,7 @@ def summary(table, run, decoder, bucket="all"):
 
 
 def report_rows(table, runs, lpips_net=None):
-    """Give the summary of each (run, decoder, bucket); the shared decoders' for each run again.
+    """Give the summary of each (run, decoder, bucket). Rows of SHARED stand under each run.
 
     runs: {name: {"preset", "blend"} of its decoder, or None}, in the report's order.
     """

@@ -95,7 +95,7 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
     """Collect the contents of report.json.
 
     rows: metrics.report_rows; n: images measured; masks: {"kind", "size", "seed"}; notes: {column:
-    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw.
+    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw_by_prior.
     """
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
@@ -123,7 +123,7 @@ def table(report, missing=()):
     for name in _shown(report, missing):
         columns[COLUMNS[name][0]] = partial(cell, name=name)
         if name == "pre_error":
-            columns["in [-1,1]"] = wide_error
+            columns["in [-1,1]"] = error_in_papers_unit
             if first is not None:
                 columns["gain"] = lambda row: _written(
                     row["pre_error"], lambda v: f"{short(first / v)}x" if v else "∞")
@@ -150,7 +150,7 @@ def paper_table(report, number):
             cells = []
             for place, name in columns:
                 own = found.get((run, decoder, place))
-                write = wide_error if name == "pre_error" else partial(cell, name=name)
+                write = error_in_papers_unit if name == "pre_error" else partial(cell, name=name)
                 cells.append(write(own) if own else "n/a")
             rows.append([row_name(report, row), f"{row['n']:,}", *cells])
     rows += [[f"paper: {method}", "", *values.split()] for method, values in figures.items()]
@@ -220,7 +220,7 @@ def cell(row, name):
     return f"{text} ± {row['is_std']:.2f}" if name == "is_mean" and row[name] is not None else text
 
 
-def wide_error(row):
+def error_in_papers_unit(row):
     """Write pre_error in 1e-5 for images in [-1,1], probably the paper's unit.  deviation D17"""
     return _written(row["pre_error"], lambda v: short(4e5 * v))
 
@@ -297,7 +297,7 @@ def prior_table(prior, K):
 
 
 def steps_table(steps, batch_size):
-    """Write time and the prior's bound by steps, of sample.measure. [DDM Fig. 5] [DDM Fig. 6]"""
+    """Write the rows of sample.measure_steps, one per number of steps. [DDM Fig. 5] [DDM Fig. 6]"""
     heads = ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats per map"]
     hours = HOURS_FOR / batch_size / 3600
     return markdown(heads, [[f"{row['n']:,}", short(row["seconds"]), short(row["seconds"] * hours),

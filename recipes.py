@@ -1,6 +1,6 @@
 """State the numbers of training, one row per recipe, and compute the learning rate.
 
-A comment above each row names its sources; "ours" marks what none gives. Elsewhere are the image
+A comment above each row names its sources; "ours": no source has it. Elsewhere are the image
 size, LPIPS network, P, K, T and EMA's decay (train.resolve), the networks' sizes (VQGAN_PRESETS,
 ASYM_PRESETS, UNET_PRESETS), beta (VQGANConfig), crops (data.square_crop) and masks (masks.py).
 """
@@ -21,14 +21,14 @@ class Recipe:
     epochs:        float = 0           # passes over the data
     warmup:        int   = 0           # steps of linear warm-up from 1 % (at most a tenth of all)
     min_lr:        float = 0.0         # the cosine's end; 0: constant after the warm-up
-    trunk_factor:  float = 1.0         # on the learning rate of a trunk that start_trunk started
+    trunk_factor:  float = 1.0         # learning-rate factor of a trunk that start_trunk copied
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
     lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
     disc_start:    float = 0.29        # first step of the GAN; below 1 a fraction;  deviation D11
     ndf:           int   = 64          # the discriminator's width
     disc_layers:   int   = 3           # its strided layers
-    disc_factor:   float = 1.0         # on its learning rate
+    disc_factor:   float = 1.0         # its learning-rate factor
     latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
     p_full:        float = 0.5         # share of full masks in the decoder's training
     mask_kind:     str   = "thick"     # of the other masks: a name in masks.MASK_KINDS
@@ -115,7 +115,7 @@ def adam(groups, recipe, device):
 def set_learning_rates(optimizers, recipe, step, steps, disc_start):
     """Set every learning rate for `step`; return the generator's.
 
-    The discriminator's schedule begins when it does. A factor takes no group below min_lr.
+    The discriminator's schedule begins when it does. No group's rate falls below min_lr.
     """
     schedule = recipe.lr, recipe.warmup, recipe.min_lr
     rates = {"generator": learning_rate(step, steps, *schedule),

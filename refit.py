@@ -3,8 +3,8 @@
 A VQGAN uses few of its codes because only chosen codes get a gradient, while the encoder's outputs
 move away from the other codes, which are never chosen again. A start in ±1/K makes it worse, as the
 codes then lie so close together that a few of them are nearest to nearly all outputs. ReFiT keeps
-the trained encoder, makes the cluster centres of its outputs the codebook, so that every code is
-chosen, and fine-tunes the decoder (train_autoencoder.Refit).
+the trained encoder, makes the cluster centres of its outputs the codebook, so that nearly all codes
+are chosen, and fine-tunes the decoder (train_autoencoder.Refit).
 
     images --encoder--> z_e (B,d,h,w) --a random cell--> features (P,d)         sample_features
     features --AFK-MC²--> K seeds --Lloyd--> codebook (K,d)                     rebuild_codebook
@@ -55,8 +55,7 @@ def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
     if not features.isfinite().all():
         raise ValueError("features are not finite: the encoder that made them has diverged")
     seeds = afkmc2_seeds(features, K, chain, generator)
-    codebook, _, inertia = kmeans(features, features[seeds], iterations)
-    return codebook, inertia
+    return kmeans(features, features[seeds], iterations)
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
         nearest = seeds[nearest_code(part, seeds)]                          # (chain, d)
         d2 = _squared_distance(part, nearest).tolist()                      # d(·,C)²
         q_i = q[candidates].tolist()
-        x = 0
+        x = 0                            # the chain's state, as a position among the candidates
         for y in range(1, chain):        # accept y where d(y,C)² q(x) / (d(x,C)² q(y)) >= u
             if d2[y] * q_i[x] >= u_i[y] * d2[x] * q_i[y]:
                 x = y
@@ -100,12 +99,12 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
 
 @torch.no_grad()
 def kmeans(features, centres, iterations=100, tolerance=1e-4):
-    """Run Lloyd's algorithm on features (n,d): (centres (K,d), assignment (n,), inertia).
+    """Run Lloyd's algorithm on features (n,d): (centres (K,d), inertia).
 
-    inertia: a list of sum |x - c|², at the start and after each move of the centres. It never
-    rises. Its last value and `assignment` belong to the returned centres. Lloyd's algorithm ends
-    after `iterations` moves, or after a move whose squared length, over all centres, is at most
-    `tolerance` times the features' mean variance. An empty cluster is given a far feature.
+    inertia: a list, sum |x - c|² before each move of the centres and after the last. It never
+    rises. Lloyd's algorithm ends after `iterations` moves, or after a move whose squared length,
+    over all centres, is at most `tolerance` times the features' mean variance. An empty cluster is
+    given a far feature.
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf
@@ -127,7 +126,7 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
         moved = torch.where(count.to(mean.device) > 0, mean, centres)       # (K, d)
         move = (moved - centres).square().sum().item()
         centres = moved
-    return centres, assignment.to(features.device), inertia
+    return centres, inertia
 
 
 def _squared_distance(a, b):
@@ -136,7 +135,7 @@ def _squared_distance(a, b):
 
 
 def _fill_empty(features, assignment, distance, K):
-    """Give each empty cluster the feature farthest from its centre, in `assignment` (n,) itself.
+    """Give each empty cluster the feature farthest from its centre, by changing `assignment` (n,).
 
     Two equal features are not both taken, because one of their clusters would be empty again. The
     last feature of a cluster and a feature that lies on its centre stay.

@@ -1,10 +1,10 @@
 """Draw samples by VQ-DDM's prior, and measure what fewer reverse steps cost.
 
     python sample.py --run RUN -n 16 -o samples.png
-    python sample.py --run RUN -n 64 --steps 1,4,10,25,100         DDM Fig. 5 and 6
+    python sample.py --run RUN -n 64 --steps 1,4,10,25,100         as DDM's Fig. 5 and 6
     python sample.py --run RUN -n 1000 -o FOLDER/ --decoder asym   one PNG each, for eval.py --pred
 
-    (seed, i) --draw_codes--> codes (h,w) --lookup--> z (d,h,w) --decoder--> x_hat (3,H,W)
+    (seed, i) --sample_codes--> codes (h,w) --lookup--> z (d,h,w) --decoder--> x_hat (3,H,W)
 
 Sample i depends on (seed, i) alone, so with several --steps all rows start from the same noise.
 """
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from asym_decoder import AsymVQGAN
-from convert import STEPS, chosen_steps, load, load_prior, run_of
+from convert import DEFAULT_STEPS, chosen_steps, load, load_prior, run_of
 from diffusion import held_out_bound
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for
 from paper_tables import steps_table
@@ -28,22 +28,22 @@ from run_folder import Progress, make_folder
 from seeding import SAMPLE, keyed_generators
 
 
-def draw_codes(prior, positions, steps, seed=0):
+def sample_codes(prior, positions, steps, seed=0):
     """Draw the codes of samples `positions` by a convert.Prior: (B,h,w), on its device."""
     generators = keyed_generators((SAMPLE, seed, i) for i in positions)
     return prior.diffusion.sample(prior.unet, (len(positions), *prior.grid), steps, generators,
                                   device=prior.device)
 
 
-def draw(prior, model, steps, n, seed=0, batch_size=16):
+def draw_samples(prior, model, steps, n, seed=0, batch_size=16):
     """Yield batches of samples: (positions, codes (b,h,w), x_hat (b,3,H,W), seconds of codes)."""
-    draw_codes(prior, range(min(batch_size, n)), 1, seed)      # warms up the device, untimed
+    sample_codes(prior, range(min(batch_size, n)), 1, seed)    # warms up the device, untimed
     progress = Progress(f"{steps} steps", 0, math.ceil(n / batch_size), batch_size)
     for done, first in enumerate(range(0, n, batch_size), 1):
         positions = range(first, min(first + batch_size, n))
         wait_for(prior.device)
         start = time.perf_counter()
-        codes = draw_codes(prior, positions, steps, seed)                           # (b, h, w)
+        codes = sample_codes(prior, positions, steps, seed)                         # (b, h, w)
         wait_for(prior.device)
         seconds = time.perf_counter() - start
         yield positions, codes, model.decode(prior.first_stage.quantize.lookup(codes)), seconds
@@ -51,14 +51,14 @@ def draw(prior, model, steps, n, seed=0, batch_size=16):
     progress.close()
 
 
-def measure(prior, model, steps, n, seed=0, batch_size=16):
+def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
     """Measure samples 0..n-1, drawn in `steps`: (row, images (n,3,H,W)). [DDM Fig. 5]
 
-    The figure has FID where the row has nats.  deviation D51
+    The figure has FID where the row has the prior's own bound in nats.  deviation D51
     row: {"n": steps, "seconds": for the codes of one batch, "nats": the prior's bound per map}.
     """
     images, nats, seconds = [], 0.0, 0.0
-    for positions, codes, x_hat, took in draw(prior, model, steps, n, seed, batch_size):
+    for positions, codes, x_hat, took in draw_samples(prior, model, steps, n, seed, batch_size):
         seconds += took
         nats += held_out_bound(prior.diffusion, prior.unet, codes, positions.start).sum().item()
         images.append(x_hat.cpu())
@@ -98,7 +98,7 @@ def main():
     add("-o", dest="output", default="samples.png", metavar="FILE.png|FOLDER/",
         help="one picture of all, or a folder with one PNG each (default: samples.png)")
     add("--steps", metavar="S[,S...]", help=f"reverse steps, one number with a FOLDER/, several to "
-        f"compare them (default: {STEPS}, or T if less)")
+        f"compare them (default: {DEFAULT_STEPS}, or T if less)")
     add("--seed", type=int, default=0, help="sample i depends on it and i alone (default: 0)")
     add("--decoder", choices=("asym", "vanilla"),
         help="the run's own or the first stage's (default: asym if the run has one)")
@@ -123,7 +123,7 @@ def main():
         if len(steps) > 1 or any(make_folder(out, "-o").iterdir()):
             raise UserError(f"-o {out}: give an empty folder and one --steps, or a .png")
         with exact_float32(), torch.inference_mode():
-            drawn = draw(prior, model, *steps, args.n, args.seed, args.batch_size)
+            drawn = draw_samples(prior, model, *steps, args.n, args.seed, args.batch_size)
             for positions, _, x_hat, _ in drawn:
                 pictures = ((x_hat.clamp(-1, 1) + 1) / 2 * 255).round().byte()      # (b, 3, H, W)
                 for i, picture in zip(positions, pictures.permute(0, 2, 3, 1).cpu().numpy()):
@@ -133,7 +133,7 @@ def main():
             raise UserError(f"-o {out}: give a .png, or a folder: FOLDER/")
         make_folder(out.parent, "-o")
         with exact_float32(), torch.inference_mode():
-            rows, images = zip(*(measure(prior, model, S, args.n, args.seed, args.batch_size)
+            rows, images = zip(*(measure_steps(prior, model, S, args.n, args.seed, args.batch_size)
                                  for S in steps))
         print0(f"\n{steps_table(rows, min(args.batch_size, args.n))}\n\nnats per map: the prior's "
                "own bound on -log p(codes). Far less than held-out images have may mean too little "

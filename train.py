@@ -61,9 +61,9 @@ MAY_CHANGE = {"device", "workers", "micro_batch", "save_every", "max_hours", "st
 
 def main():
     args = parse()
-    settings, first_stage = resolve(args)
+    settings, trained = resolve(args)
     device = setup(args.device)
-    names = chosen_stages(args, settings, first_stage)
+    names = chosen_stages(args, settings, trained)
     for name in names:               # before training, so that a later stage's mistake shows now
         micro_batch_size(args.micro_batch, None, settings, name, device)
     # Open the data.
@@ -209,9 +209,10 @@ def train_stage(run, name, args, signals, deadline):
         close()
         sys.exit(128 + signals[0] if signals else 0)
     if settings["overfit"] and name != "refit" and rank() == 0:      # a refit starts trained
-        print0(f"{name}: {'bound, nats a map,' if name == 'prior' else 'L1'} on "
-               f"{settings['overfit']} images: {first_score:.4f} at the start, {score:.4f} at the "
-               "end; a healthy run ends below half of the start")
+        what = {"vqgan": "L1", "decoder": "L1 without a mask plus L1 with one,",
+                "prior": "bound, nats a map,"}[name]
+        print0(f"{name}: {what} on {settings['overfit']} images: {first_score:.4f} at the start, "
+               f"{score:.4f} at the end; a healthy run ends below half of the start")
     print0(f"{name}: {done} steps done; {folder / 'last.pt'}, {folder / 'curves.png'}, "
            f"{folder / 'samples'}")
 

@@ -17,7 +17,7 @@ from torch import nn
 import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
 from convert import load, load_first_stage
-from data import Batch, TrainingItems, held_out, pixels, views
+from data import Batch, TrainingItems, held_out_batches, pixels, views
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size, wrap
 from losses import (
     LPIPS,
@@ -157,7 +157,7 @@ class Autoencoder:
 
     def held_out(self, size):
         """List the first held-out images in batches, with their evaluation masks."""
-        return list(held_out(self.run.val_set, VALIDATION_IMAGES, size, self.run.device))
+        return list(held_out_batches(self.run.val_set, VALIDATION_IMAGES, size, self.run.device))
 
     @torch.no_grad()
     def validate(self, batches):

@@ -44,7 +44,8 @@ class UNetConfig:
 
 # [DDM Tab. 2] has 117 M parameters, and for 16x16 codes 1.06 G operations (K = 1024) or 1.04 (512).
 # "paper117" has 117,586,568 and 117,454,984, and in plain convolutions 1.06 and 1.04 G
-# multiplications (1.11 and 1.09 in all). "tiny" is not the paper's.
+# multiplications. That is one call of the network, and drawing a map takes one call per step.
+# "tiny" is not the paper's.
 UNET_PRESETS = {
     "tiny":     UNetConfig(width=40, mults=(1, 2, 2), num_blocks=1, top_skip=True,
                            attn_levels=(2,)),
@@ -178,9 +179,10 @@ class Trunk(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict mu(Z_t, t), the logits of x0_hat, zero at first. [DDM Sec. 4.1] [DDM App. A]
+    """Predict mu(Z_t, t), the logits of x0_hat. [DDM Sec. 4.1] [DDM App. A]
 
-    config: a row of UNET_PRESETS or another UNetConfig; K: codes; T: steps of the diffusion.
+    config: a row of UNET_PRESETS or another UNetConfig; K: codes; T: steps of the diffusion. The
+    logits are zero at first, unless train_prior.start_from_codes changes the last layer.
     """
 
     def __init__(self, config, K, T):

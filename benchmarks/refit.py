@@ -78,7 +78,7 @@ def compare(args, rows):
     for name in seedings:
         seconds = statistics.median(run[name][1] for run in runs)
         start = features[runs[0][name][0]]
-        (_, _, inertia), moving = timed(kmeans, features, start, args.passes, 0.0)
+        (_, inertia), moving = timed(kmeans, features, start, args.passes, 0.0)
         yield (f"| {rows:,} x {args.width} | {name} | {seconds:.2f} s | {inertia[0]:.4g} | "
                f"{len(inertia) - 1} | {moving / len(inertia):.3f} s | {inertia[-1]:.4g} |")
 

@@ -531,10 +531,10 @@ def test_a_prior_comes_with_the_average_its_process_and_its_first_stage(tmp_path
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
-    ("form", "mixture", "trained with form 'mixture', which was removed"),
-    ("schedule", "cosine_sqrt", "trained with schedule 'cosine_sqrt', which was removed"),
+    ("form", "mixture", "this prior has form 'mixture', which was removed"),
+    ("schedule", "cosine_sqrt", "this prior has schedule 'cosine_sqrt', which was removed"),
     ("net", {"breadth": 8}, "of another version: .* train it again .*breadth"),
-    ("net", {"layout": "ddpm", "attention": "full"}, "has DDPM's layout, which was removed")])
+    ("net", {"layout": "ddpm", "attention": "full"}, "layout 'ddpm', which was removed")])
 def test_a_prior_of_another_process_or_network_is_refused_in_one_line(
         tmp_path, name, value, reason):
     write_prior(tmp_path, write_first_stage(tmp_path)[1])

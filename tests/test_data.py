@@ -371,7 +371,7 @@ def test_no_worker_rank_start_or_batch_size_changes_what_a_position_shows():
 def test_the_share_of_full_masks_and_the_kind_of_the_others_are_as_asked_for(p_full, kind):
     items = TrainingItems(Numbers(10), 3, 1, True, p_full, kind)
     for position in range(20):
-        mask, _ = training_mask(16, (3, 1), position, kind, p_full)
+        mask = training_mask(16, (3, 1), position, kind, p_full)
         assert np.array_equal(items[position]["mask"][0], mask)
 
 
@@ -440,21 +440,21 @@ def test_views_are_the_fixed_ones_of_the_indices_asked_for():
 
 def test_held_out_pictures_are_the_first_ones_with_their_evaluation_masks():
     dataset = Signs("val", 64)
-    batches = list(data.held_out(dataset, 7, 3, "cpu"))
+    batches = list(data.held_out_batches(dataset, 7, 3, "cpu"))
     assert [batch.index for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     for batch in batches:
         assert batch.x.dtype == batch.mask.dtype == torch.float32
         for index, x, mask in zip(batch.index, batch.x, batch.mask):
             assert np.array_equal(((x.permute(1, 2, 0) + 1) * 127.5).round(), dataset.image(index))
             assert np.array_equal(mask[0], evaluation_mask(64, index))
-    few = list(data.held_out(Signs("val", 64, limit=4), 99, 3, "cpu", masks=False))
+    few = list(data.held_out_batches(Signs("val", 64, limit=4), 99, 3, "cpu", masks=False))
     assert sum(len(batch.index) for batch in few) == 4
     assert all(batch.mask is None for batch in few)
 
 
 def test_processes_share_the_held_out_pictures_without_gap_or_overlap():
     for n in (1, 7, 12):
-        shares = [[batch.index for batch in data.held_out(Numbers(12), n, 2, "cpu", rank, 3)]
-                  for rank in range(3)]
+        shares = [[batch.index for batch in data.held_out_batches(Numbers(12), n, 2, "cpu", r, 3)]
+                  for r in range(3)]
         assert shares == [[list(range(i, min(i + 2, n))) for i in range(2 * rank, n, 6)]
                           for rank in range(3)]

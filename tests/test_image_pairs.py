@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import image_pairs
-from data import ImageFiles, held_out
+from data import ImageFiles, held_out_batches
 from distributed import UserError, exit_on_user_error
 from image_pairs import MatchedFolders, PictureFolder, write_evaluation_set
 from masks import area_bucket, evaluation_mask
@@ -295,7 +295,7 @@ def test_pictures_and_masks_are_those_of_eval_py_in_its_order(photos, tmp_path):
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
     photos.rename(tmp_path / "val")
     dataset = ImageFiles(tmp_path, "val", SIZE, layout="imagenet")
-    (batch,) = held_out(dataset, 100, 100, "cpu")
+    (batch,) = held_out_batches(dataset, 100, 100, "cpu")
     assert len(manifest["files"]) == len(batch.index) == 9
     images = ((batch.x + 1) * 127.5).round().byte()
     for index, (image, mask, entry) in enumerate(zip(images, batch.mask, manifest["files"])):

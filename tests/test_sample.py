@@ -13,7 +13,7 @@ from tiny_runs import SIZE, TINY, write_decoder, write_first_stage, write_prior
 import sample as program
 from convert import load_prior
 from distributed import UserError
-from sample import draw, draw_codes, measure, open_decoder
+from sample import draw_samples, measure_steps, open_decoder, sample_codes
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def run(tmp_path):
 
 def test_a_sample_is_a_function_of_the_seed_and_its_number_alone(run):
     prior = load_prior(run)
-    two, five = (torch.cat([codes for _, codes, _, _ in draw(
+    two, five = (torch.cat([codes for _, codes, _, _ in draw_samples(
         prior, prior.first_stage, 3, 5, seed=5, batch_size=size)]) for size in (2, 5))
     assert torch.equal(two, five)
-    assert torch.equal(draw_codes(prior, [3], 3, seed=5), five[3:4])
-    others = draw_codes(prior, range(5), 3, seed=6)
+    assert torch.equal(sample_codes(prior, [3], 3, seed=5), five[3:4])
+    others = sample_codes(prior, range(5), 3, seed=6)
     assert len({codes.numpy().tobytes() for codes in (*five, *others)}) == 10
 
 
@@ -48,7 +48,7 @@ def test_what_a_device_does_once_is_not_in_the_seconds(run, monkeypatch):
 
     prior.diffusion.sample = slow_at_first
     monkeypatch.setattr(program.time, "perf_counter", lambda: clock[0])
-    seconds = [took for *_, took in draw(prior, prior.first_stage, 3, 5, batch_size=2)]
+    seconds = [took for *_, took in draw_samples(prior, prior.first_stage, 3, 5, batch_size=2)]
     assert seconds == [1.0, 1.0, 1.0]
     assert calls == [1, 3, 3, 3]
 
@@ -88,15 +88,15 @@ def test_the_bound_is_the_priors_of_the_samples_and_the_seconds_those_of_a_batch
     prior, clock = load_prior(run), iter(range(100))
     monkeypatch.setattr(program.time, "perf_counter", lambda: float(next(clock)))
     with torch.inference_mode():
-        row, images = measure(prior, prior.first_stage, 2, 3, batch_size=2)
-        codes = draw_codes(prior, range(3), 2)
+        row, images = measure_steps(prior, prior.first_stage, 2, 3, batch_size=2)
+        codes = sample_codes(prior, range(3), 2)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         nats = prior.diffusion.vlb(prior.unet, codes, generators, 4)["vlb"].mean().item()
         assert torch.allclose(images, prior.first_stage.decode_indices(codes), atol=1e-4)
     assert row["n"] == 2
     assert row["nats"] == pytest.approx(nats, rel=1e-6)
     assert row["seconds"] == pytest.approx(2 / 3 * 2)
-    assert measure(prior, prior.first_stage, 1, 2, batch_size=8)[0]["seconds"] == 1.0
+    assert measure_steps(prior, prior.first_stage, 1, 2, batch_size=8)[0]["seconds"] == 1.0
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_a_folder_gets_one_rounded_png_a_sample(run, tmp_path, monkeypatch, deco
     assert sorted(os.listdir(folder)) == [f"{i:05}.png" for i in range(5)]
     prior = load_prior(run)
     with torch.inference_mode():
-        codes = draw_codes(prior, [3], 2, seed=4)
+        codes = sample_codes(prior, [3], 2, seed=4)
         x_hat = open_decoder(run, prior, decoder).decode(prior.first_stage.quantize.lookup(codes))
     written = np.array(Image.open(Path(folder) / "00003.png"))
     assert written.shape == (SIZE, SIZE, 3)

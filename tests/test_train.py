@@ -491,7 +491,7 @@ def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tm
             "--disc-start", "50", "--save-every", "100")
     text = finish(tmp_path / "run", *more)
     assert "is not finished" not in text
-    assert "decoder: L1 on 2 images: " in text
+    assert "decoder: L1 without a mask plus L1 with one, on 2 images: " in text
     assert "prior: bound, nats a map, on 2 images: " in text
     lines = log_lines(tmp_path / "run" / "decoder")
     assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]

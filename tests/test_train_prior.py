@@ -14,7 +14,7 @@ from torch import nn
 from train_process import SMALL, SMALL_UNET, call
 
 import train_prior
-from data import ImageFiles, Order, Signs, held_out, training_batches
+from data import ImageFiles, Order, Signs, held_out_batches, training_batches
 from diffusion import MultinomialDiffusion
 from recipes import RECIPES, Recipe
 from seeding import image_generators
@@ -179,7 +179,8 @@ def test_held_out_maps_are_the_images_codes_and_chance_costs_their_logarithm(tmp
     stage.items(steps=2)
     batches = stage.held_out(4)
     assert [len(batch.indices) for batch, _ in batches] == [4, 4, 2]
-    x = torch.cat([batch.x for batch in held_out(stage.run.val_set, 10, 4, stage.run.device)])
+    images = held_out_batches(stage.run.val_set, 10, 4, stage.run.device)
+    x = torch.cat([batch.x for batch in images])
     indices = torch.cat([batch.indices for batch, _ in batches])
     assert torch.equal(indices, stage.first_stage.indices(x))
     assert torch.equal(batches[0][1], x[:4])                         # the images to be shown
