@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_autoencoder
 from pictures import image_grid
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -26,6 +27,9 @@ SMALLEST = {
 def run(name, argv, monkeypatch, **constants):
     """benchmarks/NAME.py as a program, in this process, with other values for its constants."""
     monkeypatch.syspath_prepend(FOLDER)                      # as Python itself does with a script
+    # step.py replaces it in its own process; here the tests after it need the original.
+    original = train_autoencoder.trained_first_stage
+    monkeypatch.setattr(train_autoencoder, "trained_first_stage", original)
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
