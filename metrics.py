@@ -17,7 +17,7 @@ import torch
 
 from asym_decoder import AsymVQGAN
 from clip_score import CLIPImageEncoder, clip_score
-from distributed import UserError, gather_objects, rank, wait_for
+from distributed import UserError, gather_objects, rank, wait_for, world_size
 from fid import FeatureStatistics, InceptionV3, inception_score
 from losses import LPIPS
 from masks import area_bucket
@@ -59,9 +59,8 @@ def seam(x_hat, x, mask):
     pixel known and one not, images in [0,1]. 0: as in the original, positive: a visible edge,
     negative: blurred. An image without such a pair gives NaN.
 
-    Pasting the known pixels over a vanilla picture makes pre_error 0, but the generated side keeps
-    the colours of a lossy latent, which leaves a step at the border. A decoder that sees the known
-    pixels can fit the generated ones to them. The paper calls this harmonisation.
+    Pasting the known pixels over a vanilla picture makes pre_error 0 and leaves such an edge. A
+    decoder that sees the known pixels can avoid it, which the paper calls harmonisation.
     """
     mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
     total = pairs = 0
@@ -133,8 +132,8 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
 
     def opened(build, *columns):
         network = reason = None
-        for first in (True, False):                  # rank 0 downloads, the others find the file
-            if first == (rank() == 0):
+        for turn in ([0], range(1, world_size())):   # rank 0 downloads, the others find the file
+            if rank() in turn:
                 try:
                     network = build()
                 except UserError as error:

@@ -23,10 +23,10 @@ def nearest_code(z, codebook):
     """Compute argmin_k |z - e_k|² over the codes e_k for each row of z. [AVQ Eq. 1] [DDM Eq. 12]
 
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
-    In |z - e|² = |z|² - 2 z·e + |e|², |z|² is the same for every code, so it is left out: large
-    common numbers cost float32 its last digits. Hence the codes are centred as well, on their
-    median because far codes hardly move it. Between codes whose distances agree to a millionth of
-    their squared spread rounding decides, and between equal scores the lower index.  deviation D22
+    |z - e|² is |z|² - 2 z·e + |e|². The same |z|² for every code is left out, because a large
+    common number costs float32 its last digits. The codes are centred for the same reason, on their
+    median because far codes hardly move it. Rounding decides between codes whose distances agree
+    to a millionth of their squared spread. Of equal scores the lowest index wins.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     # Autocast, TF32 and oneDNN's bf16 would each round the scores and change indices.

@@ -113,12 +113,12 @@ class Autoencoder:
         terms = {"pixel": pixel}
         if self.perceptual is not None:
             perceptual = self.perceptual(x_hat, batch.x).mean()
-            rec = pixel + perceptual                                        # [AVQ Eq. 6]
+            rec = pixel + perceptual                       # [AVQ Eq. 6]; Eq. 2's lambda is 1
             terms["perceptual"] = perceptual
         loss = rec
         if latent_loss is not None:
-            # VQ [AVQ Eq. 2]: latent loss = codebook term + beta · commitment term, weight 1.
-            # KL [AVQ Eq. 11]: latent loss = Eq. 10, weight 1e-6.  deviation D21
+            # VQ: 1 · (codebook term + beta · commitment term), so that loss is [AVQ Eq. 2].
+            # KL: 1e-6 · Eq. 10, so that loss is [AVQ Eq. 11].  deviation D21
             loss = rec + r.latent_weight * latent_loss
             terms["latent"] = latent_loss
         # Train the generator.
