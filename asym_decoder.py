@@ -11,9 +11,8 @@ vqgan.Decoder and can start from the first stage's. The branch is `encoder.layer
 name.
 
 Why not paste the known pixels over the vanilla decoder's image? That leaves a step at the border,
-because the decoder's colours differ from the photo's (AVQ Sec. 4.1, Fig. 4). Here the decoder draws
-both sides from joint features, so it can fit the hole to the known pixels. metrics.seam measures
-the step.
+which metrics.seam measures, because the decoder's colours differ from the photo's (AVQ Sec. 4.1,
+Fig. 4). This decoder draws both sides from joint features, so it can fit the hole to the photo.
 """
 
 import torch

@@ -4,8 +4,7 @@
     x_hat, x, mask --measure--> the table: {"index", "run", "decoder", "bucket", "pre_error", ...}
     the table --summary--> means of one decoder in one bucket --report_rows--> report.json's rows
 
-Images stay float, because truncation to 8 bits would add 5e-6 to pre_error. The smallest errors in
-AVQ's tables are of that size.
+Images stay float, as 8 bits would add 5e-6 to pre_error, the size of AVQ's smallest errors.
 """
 
 import math

@@ -102,9 +102,8 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
     """Run Lloyd's algorithm on features (n,d): (centres (K,d), inertia).
 
     inertia: a list, sum |x - c|² before each move of the centres and after the last. It never
-    rises. Lloyd's algorithm ends after `iterations` moves, or after a move whose squared length,
-    over all centres, is at most `tolerance` times the features' mean variance. An empty cluster is
-    given a far feature.
+    rises. The moves end after `iterations`, or when a move's squared length, over all centres, is
+    at most `tolerance` times the features' mean variance. An empty cluster gets a far feature.
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf

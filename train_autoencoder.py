@@ -101,8 +101,7 @@ class Autoencoder:
         """Add one micro-batch's gradients to .grad; return the losses by name, detached.
 
         gan_on: whether the discriminator has started. scale: the micro-batch's share of the step.
-        The network runs once, and generator and discriminator both train on its x_hat.
-        deviation D12
+        The network runs once, and both players train on its x_hat.  deviation D12
         """
         r = self.recipe
         # Reconstruct, and compare with the original.

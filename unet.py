@@ -43,9 +43,8 @@ class UNetConfig:
 
 
 # [DDM Tab. 2] has 117 M parameters, and for 16x16 codes 1.06 G operations (K = 1024) or 1.04 (512).
-# "paper117" has 117,586,568 and 117,454,984, and in plain convolutions 1.06 and 1.04 G
-# multiplications. That is one call of the network, and drawing a map takes one call per step.
-# "tiny" is not the paper's.
+# "paper117" has 117,586,568 and 117,454,984, and the plain convolutions of one call 1.06 and 1.04 G
+# multiplications. Drawing a map takes one call per reverse step. "tiny" is not the paper's.
 UNET_PRESETS = {
     "tiny":     UNetConfig(width=40, mults=(1, 2, 2), num_blocks=1, top_skip=True,
                            attn_levels=(2,)),
