@@ -48,7 +48,7 @@ class VectorQuantizer(nn.Module):
     with a frozen encoder do not use it; the decoder stage even encodes under no_grad.
     K: codebook size; d: width of a code; beta: commitment weight, on the encoder's term.
     legacy_beta: put beta on the codebook's term instead, as the public weights were trained. The
-    loss has the same value, its gradient at the encoder weight 1, at the codes beta.  deviation D3
+    loss keeps its value; the encoder's gradient has weight 1 and the codes' beta.  deviation D3
     code_range: codes start uniform in ±code_range. None is taming's 1/K, from which a short run
     comes to use a few codes only.  deviation D26
     """
