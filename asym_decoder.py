@@ -51,7 +51,7 @@ class ConditionBranch(nn.Module):
             self.layers.append(conv(a, b, kernel_size, stride=stride, padding=1))
 
     def forward(self, image, mask):
-        """Map image (B,3,H,W), mask (B,1,H,W) to [f_E^l], l = 0, 1, ...: each before its ReLU."""
+        """Map image (B,3,H,W), mask (B,1,H,W) to [f_E^0, f_E^1, ...], each before its ReLU."""
         features, valid = [], 1 - mask
         h = image * valid                                                   # (B, 3, H, W)
         for layer in self.layers:

@@ -15,13 +15,14 @@ The paper has s = t - 1, where a_st is its alpha_t and b_st its beta_t/K. The re
 for any s < t, so sampling may skip times. Let x be the law of z_0 in a cell given the *other* cells
 of z_t. Bayes' rule then gives the law of z_s in that cell given all of z_t:
 
-    p(z_s=k | z_t)  ~  q(z_t|z_s=k) p(z_s=k | other cells)       as each cell has its own noise
+    p(z_s=k | z_t)  ∝  q(z_t|z_s=k) p(z_s=k | other cells)       as each cell has its own noise
                     =  q(z_t|z_s=k) sum_j x_j q(z_s=k|z_0=j)
                     =  (a_st 1[k=z_t] + b_st) (a_0s x_k + b_0s)  which is theta(z_t, x) of Eq. 21
 
-The network sees the cell's own z_t as well. But theta multiplies in what z_t says, so the bound is
-lowest when the network's x0_hat leaves it out, which is x. Skipping costs one thing: within a step
-all cells are drawn independently. tests/textbook/dense_diffusion.py has K x K matrices.
+Theta contains the evidence of the cell's own z_t, which the network sees as well. In x0_hat it
+would count twice, so the bound is lowest for an x0_hat without it, which is x. Skipping costs one
+thing: within a step all cells are drawn independently.
+tests/textbook/dense_diffusion.py has the same by K x K matrices.
 
 `model`: codes (B,h,w), t (B,) int64 on their device -> logits (B,K,h,w). Other times are int64 (B,)
 on the CPU, like the float64 tables. `generator`: a CPU torch.Generator, a list with one for each
@@ -66,8 +67,8 @@ def float64(x):
 def draw_codes(log_p, u):
     """Draw a code in each cell by inverting the cumulative sums of p: log_p (B,K,h,w) -> (B,h,w).
 
-    Take the first code whose sum reaches 1 - u, for uniforms u (B,h,w) in [0,1). It never has the
-    probability 0. The sums are float64, because near t = 1 a code may have 1e-8 beside z_t's 1.
+    Take the first code whose sum reaches 1 - u, for uniforms u (B,h,w) in [0,1). A code of
+    probability 0 is never drawn. The sums are float64, because near t = 1 a code may have 1e-8.
     """
     cumulative = float64(log_p.exp()).cumsum(1)                                     # (B, K, h, w)
     level = (1 - u)[:, None].to(cumulative.device) * cumulative[:, -1:]             # (B, 1, h, w)
@@ -203,14 +204,15 @@ class MultinomialDiffusion:
         """Compute `terms` without forming log q and log p, for training: (B,h,w). [DDM Eq. 24]
 
         `terms` takes 8 times the memory of the logits, this 3 to 4 times; at K = 16,384 and 32x32
-        a step with `terms` is a third slower (benchmarks/diffusion.py, on an H100). q and p differ
-        in their second factors and sums. With r_k = log(a_0s x_k / b_0s + 1), S(x) = a_0t x_i +
-        b_0t, i = z_t and j = z_0, for which r is log(a_0s/b_0s + 1) at j and 0 elsewhere,
+        a step with `terms` is a third slower (benchmarks/diffusion.py, on an H100). q and p share
+        theta's first factor. With i = z_t, j = z_0 and x = x0_hat, or z_0 itself for q,
 
-            KL = q_j log(a_0s/b_0s + 1) - sum_k q_k r_k + log S(x) - log S(z_0)
+            r_k(x) = log(a_0s x_k / b_0s + 1),    S(x) = a_0t x_i + b_0t
+            log q_k - log p_k = r_k(z_0) - r_k(x) + log S(x) - log S(z_0)
+            KL = q_j r_j(z_0) - sum_k q_k r_k(x) + log S(x) - log S(z_0)
 
-        q has one value at all codes but i and j, so sum_k q_k r_k is that value times sum_k r_k and
-        two corrections.
+        because r_k(z_0) is 0 but at j. q has one value at all codes but i and j, so the sum is that
+        value times sum_k r_k(x) and two corrections.
         """
         s, zero, log_x = t - 1, torch.zeros_like(t), self.log_x0_hat(logits, z_t)
         del logits                                       # so that its memory can be used below
@@ -259,7 +261,7 @@ class MultinomialDiffusion:
     def vlb(self, model, z_0, generator=None, strata=None):
         """Compute the bound on -log p(z_0) in nats a map, (B,) float64, in parts. [DDM Eq. 7]
 
-        Returns {"L_T": KL at the end, "L_t": sum over t = 2..T, "L_0": at t = 1, "vlb": their sum},
+        Returns {"L_T": KL at the end, "KL": sum over t = 2..T, "L_0": at t = 1, "vlb": their sum},
         with z_t drawn once at each t. strata: divide 2..T into so many equal parts and take one t
         of each instead of all. The t is drawn uniformly, so the sum stays unbiased.
         """
@@ -276,13 +278,13 @@ class MultinomialDiffusion:
             return torch.stack(terms)                                               # (B)
 
         L_0 = term(torch.ones(B, dtype=torch.int64))
-        L_t, strata = torch.zeros_like(L_0), strata or self.T - 1
+        KL, strata = torch.zeros_like(L_0), strata or self.T - 1
         for n in range(strata):
             (u,) = uniforms(generators, 1)                                          # (B)
             t = 2 + ((n + u) * (self.T - 1) / strata).long().clamp(max=self.T - 2)
-            L_t += term(t) * (self.T - 1) / strata
+            KL += term(t) * (self.T - 1) / strata
         L_T = torch.full_like(L_0, h * w * self.prior_kl())
-        return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "vlb": L_T + L_t + L_0}
+        return {"L_T": L_T, "KL": KL, "L_0": L_0, "vlb": L_T + KL + L_0}
 
     def reverse_times(self, steps=None):
         """List reverse steps [(T, s), ..., (t, 0)], evenly spread; None or T is every step.
@@ -307,9 +309,9 @@ class MultinomialDiffusion:
         Before each step the known cells are drawn from q(z_t|z_0) of the given codes. At the end
         they are these codes. Raises ValueError for shapes that differ or numbers out of range.
 
-        resample: U of RePaint. A step draws the unknown cells before it is known what the known
-        ones become, so after one pass (1, the paper) the two match only loosely. With U each step
-        is undone by fresh noise and repeated, U times in all.  deviation D35
+        resample: U of RePaint. A step draws unknown and known cells independently, so after one
+        pass (1, the paper) they fit each other only loosely. With U each step is undone by fresh
+        noise and repeated, U times in all.  deviation D35
         """
         if known.shape != indices.shape or known.dtype != torch.bool:
             raise ValueError(f"known must be bool {tuple(indices.shape)}, like the indices, not "
@@ -335,9 +337,9 @@ class MultinomialDiffusion:
 class Timesteps:
     """Draw the t that a training image is noised to, by importance. [DDM App. A]  deviation D34
 
-    The bound's terms, here L_t at time t, differ by orders of magnitude, and each image is noised
-    to one t. So t is drawn with probability p_t ~ sqrt(E[L_t²]) and its loss is divided by p_t,
-    which keeps the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
+    The bound's terms L_{t-1} differ by orders of magnitude, and each image is noised to one t. So t
+    is drawn with probability p_t ∝ sqrt(E[L_{t-1}²]) and its loss is divided by p_t, which keeps
+    the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
 
     `observe` collects losses. `update`, once a step, stores those of all processes in the order of
     the images, so that no draw depends on how the batch was divided.
@@ -366,7 +368,7 @@ class Timesteps:
         return index + 1, p[index]
 
     def observe(self, t, losses):
-        """Note the losses of a micro-batch: t (B,), L_t (B,) in nats, on any device."""
+        """Note the losses of a micro-batch: t (B,), L_{t-1} (B,) in nats, on any device."""
         self.observed += zip(t.tolist(), losses.tolist())
 
     def update(self):

@@ -188,8 +188,8 @@ def generator_gan_loss(logits_fake, gan="hinge"):
     """Compute what the decoder minimises, a 0-d tensor [AVQ Eq. 7].
 
     "hinge": -mean(logit). "log": mean log(1 - D(x_hat)), the decoder's term of Eq. 7, not the usual
-    substitute -log D(x_hat). Its gradient vanishes where the discriminator wins. Lambda (Eq. 9)
-    divides by that gradient's norm and so restores it, unless the norm is below DELTA.
+    substitute -log D(x_hat). Where the discriminator wins its gradient is tiny, but lambda (Eq. 9)
+    scales it up again, as long as its norm is well above DELTA.
     """
     _check(gan, "gan", ("hinge", "log"))
     if gan == "log":
@@ -214,9 +214,9 @@ def adaptive_weight(pixel, gan, last_layer, rule="paper"):
     Returns a 0-d tensor. Eq. 9 prints gradients and means their norms.
     rule: "paper" is Eq. 9. "taming" is the rule of taming and of the authors' code, clamped and
     times 0.8. Its callers give pixel + perceptual in the place of `pixel`.  deviation D7
-    Why at the last layer: every gradient of the image passes through it. With lambda both losses
-    pull equally hard there, and so about equally on the whole decoder. It is cheap, because neither
-    backward pass enters the layers before.
+    Why at the last layer: every gradient of the image passes through it. With Eq. 9 the GAN pulls
+    as hard there as the pixel loss, and so about as hard on the whole decoder. It is cheap, because
+    neither backward pass enters the layers before.
     On several processes the gradients are averaged first, so lambda is that of the whole batch.
     """
     _check(rule, "lambda", ("paper", "taming"))

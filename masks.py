@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from seeding import MASK_FULL, MASK_SHAPE, numpy_generator
 
-# Upper ends, as LaMa states them: a brush is 5 + [0, width) px, a segment 10 + [0, length) px.
+# As LaMa states them: a brush is 5 to 5 + width px wide, a segment 10 to 10 + length px long.
 Strokes = namedtuple("Strokes", "min_times max_times width length")
 Boxes = namedtuple("Boxes", "max_times min_side max_side margin")
 

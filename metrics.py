@@ -38,7 +38,8 @@ def pre_error(x_hat, x, mask):
     """Compute the mean squared error of known pixels, (B,) float64. [AVQ Tab. 2]  deviation D17
 
     x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated. The paper has no formula.
-    Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1], 4 times that in [-1,1].
+    Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]. The error in [-1,1] is 4
+    times the error in [0,1].
     An image without a known pixel gives NaN.
     """
     known = 1 - mask.cpu().double()                                         # (B, 1, H, W)

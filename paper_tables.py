@@ -30,8 +30,8 @@ COLUMNS = {
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
 ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions, ours VQ-DDM's of "
                  "other data: compare our decoders with one another only.")
-ABOUT_ERROR = ("Pre_error: ours is for images in [-1,1], 4 times that in [0,1]. The paper states "
-               "no range; that it is [-1,1] is inferred from its figures (PAPERS.md, D17).")
+ABOUT_ERROR = ("Pre_error: ours is for images in [-1,1], 4 times the error in [0,1]. The paper "
+               "states no range; that it is [-1,1] is inferred from its figures (PAPERS.md, D17).")
 _ERROR = "Pre_error/1e-5 in [-1,1]"
 _HARD = ("40-50", "fid"), ("40-50", "lpips"), ("all", "fid"), ("all", "lpips")
 _INPAINTED = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
@@ -77,7 +77,8 @@ PAPER_TABLES = {
 
 # What report.json's columns mean, and why they may be null.
 NOTES = {
-    "pre_error": "mean squared error of known pixels, images in [0,1]; 4 times that in [-1,1]",
+    "pre_error": "mean squared error of known pixels, images in [0,1]; the error in [-1,1] is 4 "
+                 "times as large",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
     "seam": "step across the mask's border minus the original's, images in [0,1]; positive is a "
             "visible edge, negative a blurred border",

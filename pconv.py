@@ -5,8 +5,8 @@ using partial convolutions). X is a window of x, M the same window of valid, sum
 
     y = W^T (X * M) * sum(1) / sum(M) + b where sum(M) > 0, else 0;  valid_out = [sum(M) > 0]
 
-valid_out is the next layer's valid. Zero padding counts in sum(1) but never in sum(M), as in the
-published layer, so the ratio exceeds 1 at the image's border. `valid` is 1 - mask: 1 = known.
+valid_out is the next layer's valid. At the image's border padding counts as missing, so y is scaled
+up there, as in the published layer. `valid` is 1 - mask: 1 = known.
 """
 
 import torch.nn.functional as F

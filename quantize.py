@@ -25,7 +25,7 @@ def nearest_code(z, codebook):
     z: (N,d), codebook: (K,d), of any float type. Returns (N,) int64, without an autograd graph.
     |z - e|² is |z|² - 2 z·e + |e|². The same |z|² for every code is left out, because a large
     common number costs float32 its last digits. The codes are centred for the same reason, on their
-    median because far codes hardly move it. Rounding decides between codes whose distances agree
+    median, which a few far codes hardly move. Rounding decides between codes whose distances agree
     to a millionth of their squared spread. Of equal scores the lowest index wins.  deviation D22
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)

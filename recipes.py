@@ -115,7 +115,7 @@ def adam(groups, recipe, device):
 def set_learning_rates(optimizers, recipe, step, steps, disc_start):
     """Set every learning rate for `step`; return the generator's.
 
-    The discriminator's schedule begins when it does. No group's rate falls below min_lr.
+    The discriminator's schedule begins when it does. After the warm-up no rate is below min_lr.
     """
     schedule = recipe.lr, recipe.warmup, recipe.min_lr
     rates = {"generator": learning_rate(step, steps, *schedule),

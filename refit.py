@@ -27,8 +27,8 @@ def sample_features(encode, batches, n_images, P, key, batch_size=32):
 
     A draw is a uniform cell of an image drawn uniformly, with replacement, from `n_images`. Draw p
     is a function of key = (seed, stage id) and p alone, so a larger P only adds.  deviation D41
-    encode: x (b,3,H,W) -> z_e (b,d,h,w). batches: called once with lists of image indices, yields
-    the x of each list in this order. Every process must call this, because they share the images.
+    encode: x (b,3,H,W) -> z_e (b,d,h,w). batches(lists of image indices)
+    yields one x for each list. Every process must call this, because they share the images.
     """
     u = torch.from_numpy(numpy_generator(FEATURES, *key).random((P, 2)))
     index = (u[:, 0] * n_images).long()                                     # (P)
@@ -102,8 +102,8 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
     """Run Lloyd's algorithm on features (n,d): (centres (K,d), inertia).
 
     inertia: a list, sum |x - c|² before each move of the centres and after the last. It never
-    rises. The moves end after `iterations`, or when a move's squared length, over all centres, is
-    at most `tolerance` times the features' mean variance. An empty cluster gets a far feature.
+    rises. Ends after `iterations` moves, or when the centres have almost stopped: |move|² at most
+    `tolerance` times the features' mean variance. An empty cluster gets a far feature.
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf

@@ -385,7 +385,7 @@ def parse(argv=None):
     choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
            ": LPIPS network (signs: none, else vgg)")
     add("--weights", metavar="DIR", help="folder of the LPIPS weights (torch hub's cache)")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of everything random (0)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of training (0)")
     run = parser.add_argument_group("how to run")
     add = run.add_argument
     add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET[-concat][-overfitN])")

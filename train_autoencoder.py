@@ -116,8 +116,8 @@ class Autoencoder:
             terms["perceptual"] = perceptual
         loss = rec
         if latent_loss is not None:
-            # VQ: 1 · (codebook term + beta · commitment term), so that loss is [AVQ Eq. 2].
-            # KL: 1e-6 · Eq. 10, so that loss is [AVQ Eq. 11].  deviation D21
+            # VQ: 1 · (codebook term + beta · commitment term), [AVQ Eq. 2] but for D4 and D22.
+            # KL: 1e-6 · Eq. 10, [AVQ Eq. 11] but for its weight of 1.  deviation D21
             loss = rec + r.latent_weight * latent_loss
             terms["latent"] = latent_loss
         # Train the generator.

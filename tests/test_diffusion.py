@@ -360,8 +360,8 @@ def test_vlb_draws_the_bound_and_its_parts():
     table, z_0 = Table(3, 4, 2), torch.tensor([[[2], [0]]])
     parts = diffusion.vlb(table, z_0.expand(2000, -1, -1), torch.Generator().manual_seed(0))
     assert {name: (part.shape, part.dtype) for name, part in parts.items()} == dict.fromkeys(
-        ("L_T", "L_t", "L_0", "vlb"), ((2000,), torch.float64))
-    assert torch.equal(parts["vlb"], parts["L_T"] + parts["L_t"] + parts["L_0"])
+        ("L_T", "KL", "L_0", "vlb"), ((2000,), torch.float64))
+    assert torch.equal(parts["vlb"], parts["L_T"] + parts["KL"] + parts["L_0"])
     error = parts["vlb"].std().item() / 2000 ** 0.5
     assert parts["vlb"].mean().item() == pytest.approx(exact_bound(diffusion, table, z_0),
                                                        abs=4 * error)
@@ -384,10 +384,10 @@ def test_vlb_asks_each_t_once_or_one_of_each_stratum_without_bias(monkeypatch):
         if strata is None:
             assert asked == [t for t in range(1, 31) for _ in range(3)]
             assert parts["L_0"].tolist() == [1] * 3
-            assert parts["L_t"].tolist() == pytest.approx([exact] * 3)
+            assert parts["KL"].tolist() == pytest.approx([exact] * 3)
     assert (len(asked), max(asked)) == (8 * 2000, 30)
-    assert parts["L_t"].mean().item() == pytest.approx(exact, rel=0.01)
-    assert parts["L_t"].std() < 0.1 * exact
+    assert parts["KL"].mean().item() == pytest.approx(exact, rel=0.01)
+    assert parts["KL"].std() < 0.1 * exact
 
 
 def test_a_held_out_map_has_the_same_bound_in_any_batch():
