@@ -289,8 +289,8 @@ class MultinomialDiffusion:
     def reverse_times(self, steps=None):
         """List reverse steps [(T, s), ..., (t, 0)], evenly spread; None or T is every step.
 
-        A step from t to s < t - 1 is exact for each cell, but all cells move independently.
-        deviation D36  Raises ValueError outside 1..T.
+        With the best x0_hat a step from t to s < t - 1 is exact for each cell, but within it all
+        cells move independently.  deviation D36  Raises ValueError outside 1..T.
         """
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:

@@ -6,8 +6,8 @@
 
 Each stage is a class in train_autoencoder.py or train_prior.py. Everything random is a function of
 the seed, the stage and an image's position in the run. So a CPU run repeats bit for bit, also if it
-was killed and continued, on the same machine, with the same number of processes and threads and the
-same --micro-batch. Otherwise, and on a GPU, rounding may differ.
+was killed and continued, on the same machine, with the same torch, number of processes and threads
+and --micro-batch. Otherwise, and on a GPU, rounding may differ.
 """
 
 import argparse
