@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import UserError
-from weight_files import read_pickle, read_safetensors
+from weight_files import read_tensors
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)          # of CLIP's training images in [0,1], R, G, B
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -149,7 +149,7 @@ def _read(folder):
     tower = DEFAULTS | config.get("vision_config", config)
     tower["projection_dim"] = config.get("projection_dim", 512)
     path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
-    state = read_safetensors(path) if path.exists() else read_pickle(other)
+    state = read_tensors(path if path.exists() else other)
     # Older files also hold position_ids, 0, 1, 2, ... Copy, because the file is memory-mapped.
     return tower, {key: value.to(torch.float32, copy=True) for key, value in state.items()
                    if key.startswith(("vision_model.", "visual_projection."))

@@ -9,18 +9,19 @@ number of workers and processes change nothing.
 
 import atexit
 import hashlib
+import io
 import os
 import signal
 import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from distributed import UserError, print0
@@ -32,6 +33,8 @@ SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
 DATASETS = ("signs", "imagenet", "folder")      # the choices of --data; open_dataset opens them
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 BAD_IN_A_ROW = 100                  # this many files in a row that cannot be decoded stop the run
+# Pillow refuses PNGs with a text or an ICC profile above 1 MiB; some of ImageNet's have one.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY                      # 64 MiB
 
 
 class Signs:
@@ -156,10 +159,11 @@ def list_images(folder):
     return sorted(names, key=lambda name: (os.path.basename(name), name))
 
 
-def load_image(path, min_side=None, ground="white"):
+def load_image(path, min_side=None, ground="white", to_srgb=True):
     """Read a photo: an upright Pillow RGB image, on colour `ground` where it is transparent.
 
     min_side: a JPEG may be decoded 2, 4 or 8 times smaller, its short side at least this long.
+    to_srgb: convert colours to sRGB by the file's ICC profile, which the output will not have.
     Raises UserError for a file that cannot be decoded, and beyond 178 million pixels.
     """
     try:
@@ -170,10 +174,14 @@ def load_image(path, min_side=None, ground="white"):
                 if min_side:             # draft() keeps each side at least as long as it is told
                     image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
                 image.load()
+                profile = image.info.get("icc_profile") if to_srgb else None
                 with suppress(Exception):        # a damaged EXIF block
                     ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I"):   # 16 bits: Pillow's conversion would cut at 255
-                    image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+                if image.mode.startswith(("I", "F")):
+                    image = _to_8_bits(image)
+                if profile:
+                    with suppress(Exception):    # a damaged profile
+                        image = _to_srgb(image, profile)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
@@ -183,12 +191,52 @@ def load_image(path, min_side=None, ground="white"):
         raise UserError(f"{path}: cannot be decoded ({reason})") from None
 
 
+def _to_8_bits(image):
+    """Scale floats of 0 to 1, or integers of 0 to 65535 if one is above 255, to mode L.
+
+    Pillow's own conversion would cut all values at 255. Raises ValueError for another range.
+    """
+    values = np.asarray(image)                                                      # (H, W)
+    low, high = values.min(), values.max()
+    top = 1 if image.mode == "F" else 255 if high <= 255 else 65535
+    if not (low >= 0 and high <= top):           # also where a value is no number
+        raise ValueError(f"mode {image.mode}, values from {low:g} to {high:g} outside 0 to {top}")
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+@lru_cache(maxsize=16)
+def _srgb_transform(profile):
+    """Build the transform of an ICC profile to sRGB: (mode of its input, transform or None)."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    # sRGB's profiles differ in rounding. One that moves no colour by more than 2 levels is sRGB.
+    grid = 15 * np.indices((18, 18, 18), np.uint8).reshape(3, 18, -1).transpose(1, 2, 0)
+    colours = Image.fromarray(grid).convert(mode)                                   # (18, 324)
+    moved = np.subtract(ImageCms.applyTransform(colours, transform), colours.convert("RGB"),
+                        dtype=int)
+    return mode, transform if np.abs(moved).max() > 2 else None
+
+
+def _to_srgb(image, profile):
+    """Convert an 8-bit image by its ICC profile, unless that is sRGB's or of other channels."""
+    mode, transform = _srgb_transform(profile)
+    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    if transform is None or not (kind == mode or (kind == "L" and mode == "RGB")):
+        return image
+    colours = ImageCms.applyTransform(image.convert(mode), transform)
+    if image.has_transparency_data:
+        colours.putalpha(image.convert("RGBA").getchannel("A"))
+    return colours
+
+
 def read_mask(path, invert=False):
     """Read a mask: bool (H,W), True = to be generated, and a list of warnings, one line each.
 
     White, 128 and above, is to be generated; with `invert` black is. Transparent parts are black.
+    An ICC profile is ignored, because a mask's numbers are no colours.
     """
-    grey = np.array(load_image(path, ground="black").convert("L"))                  # (H, W)
+    grey = np.array(load_image(path, ground="black", to_srgb=False).convert("L"))   # (H, W)
     mask, remarks = (grey >= 128) ^ invert, []
     if soft := int(((grey > 0) & (grey < 255)).sum()):
         remarks.append(f"{path}: {soft:,} of {grey.size:,} pixels are neither black nor white; "

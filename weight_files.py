@@ -2,6 +2,7 @@
 
     .ckpt .pt .pth .bin --read_pickle-----+
     .safetensors --------read_safetensors-+--> {key: tensor} --read_public--> the first stage in it
+    either, by its first bytes --read_tensors--> {key: tensor}
     a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> and its config
     the name of a published file --find_weights--> path --read_weights--> state dict
 
@@ -55,8 +56,9 @@ def read_pickle(path):
         with path.open("rb") as file:
             if file.read(2) != b"PK":
                 raise UserError(
-                    f"{path}: no checkpoint of PyTorch 1.6 or later; make one of an older file: "
-                    f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
+                    f"{path}: no safetensors and no checkpoint of PyTorch 1.6 or later; make one "
+                    f"of an older file: torch.save(torch.load('{path.name}', weights_only=True), "
+                    "'new.pt')")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
                 raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
@@ -107,6 +109,16 @@ def read_safetensors(path):
         return tensors
     except Exception as error:               # a damaged header can ask for anything
         raise _unreadable(path, error) from None
+
+
+def read_tensors(path):
+    """Read {name: tensor} in either format, told by the file's first bytes. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return read_safetensors(path) if start[8:] == b"{" else read_pickle(path)
 
 
 def write_safetensors(path, weights):
@@ -160,7 +172,7 @@ def read_public(path):
         _, config = diffusers_folder(file.parent, [""])
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
-    weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    weights = read_tensors(file)
     for wrapper in ("state_dict", "model"):              # a trainer's keys around the weights
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]

@@ -148,6 +148,10 @@ def test_the_tower_is_the_files_whole_and_the_text_tower_is_dropped(file, whole,
     own = CLIPImageEncoder(str(folder)).state_dict()
     assert own.keys() == state.keys()
     assert all(torch.equal(own[key], state[key]) for key in own)
+    if file == "pytorch_model.bin":      # the first bytes tell safetensors, not the name
+        write_safetensors(folder / file, stored)
+        found = CLIPImageEncoder(str(folder)).state_dict()
+        assert all(torch.equal(found[key], state[key]) for key in own)
 
 
 def test_half_precision_files_are_read_in_float32_and_may_change_afterwards(state, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import data
 from data import ImageFiles, Signs, TrainingItems
@@ -56,11 +57,160 @@ def test_every_mode_becomes_rgb_of_the_same_grey(tmp_path, mode):
     assert np.abs(np.asarray(rgb).astype(int) - level).max() <= 1
 
 
-def test_sixteen_bits_keep_their_gradation(tmp_path):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(8, 0)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    levels = np.asarray(data.load_image(tmp_path / "ramp.png"))[0, :, 0]
-    assert np.abs(levels - np.arange(256.0)).max() <= 1
+@pytest.mark.parametrize("file", ["x.png", "x.tif", "x.pgm"])
+def test_sixteen_bits_are_rounded_to_the_nearest_level(tmp_path, file):
+    ramp = np.arange(0, 65536, 3, np.uint16).reshape(6, -1)
+    Image.fromarray(ramp).save(tmp_path / file)
+    levels = np.asarray(data.load_image(tmp_path / file))[..., 0]
+    assert np.array_equal(levels, np.rint(ramp / 257))
+
+
+@pytest.mark.parametrize(("values", "wanted"), [
+    (np.float32([0, 0.25, 0.502, 1]), [0, 64, 128, 255]), (np.float32([0, 0, 0, 0]), [0] * 4),
+    (np.int32([0, 3, 128, 255]), [0, 3, 128, 255]), (np.uint16([0, 3, 128, 255]), [0, 3, 128, 255]),
+    (np.int32([0, 257, 32896, 65535]), [0, 1, 128, 255]),
+    (np.dtype(">u2").type([0, 257, 32896, 65535]), [0, 1, 128, 255])])
+def test_wide_pixels_are_scaled_by_their_range(tmp_path, values, wanted):
+    Image.fromarray(values[None]).save(tmp_path / "x.tif")
+    assert np.asarray(data.load_image(tmp_path / "x.tif"))[0, :, 1].tolist() == wanted
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (np.float32([0, 1.5]), "mode F, values from 0 to 1.5 outside 0 to 1"),
+    (np.float32([-1, 1]), "mode F, values from -1 to 1 "), (np.float32([np.nan, 1]), "mode F"),
+    (np.int32([0, 65536]), "mode I, values from 0 to 65536 outside 0 to 65535"),
+    (np.int32([-1, 9]), "mode I, values from -1 to 9 ")])
+def test_wide_pixels_of_another_range_are_refused_by_name(tmp_path, values, said):
+    Image.fromarray(values[None]).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=rf"x\.tif: .*{said}"):
+        data.load_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("kind", ["profile", "zTXt", "iTXt"])
+def test_a_png_with_a_large_chunk_is_read(tmp_path, kind):
+    image, text = picture(7), PngImagePlugin.PngInfo()
+    if kind == "zTXt":
+        text.add_text("workflow", "x" * (3 << 20), zip=True)
+    elif kind == "iTXt":
+        text.add_itxt("workflow", "x" * (3 << 20), zip=True)
+    profile = {"icc_profile": bytes(2 << 20)} if kind == "profile" else {}
+    image.save(tmp_path / "x.png", pnginfo=text, **profile)
+    assert np.array_equal(data.load_image(tmp_path / "x.png"), image)
+
+
+# -- colour profiles -------------------------------------------------------------------------------
+
+D50 = np.array([0.9642, 1, 0.8249])
+TO_XYZ = {"P3": [[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]],
+          "sRGB": [[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]]}
+
+
+def srgb_curve(linear):
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def icc(space, matrix=None, curve=None):
+    """An ICC profile of version 2: RGB by a matrix, GRAY by its curve, or CMYK by a small table."""
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * v) for v in values))
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"name\0" + b"\0" * 78,
+            b"cprt": b"text\0\0\0\0CC0\0", b"wtpt": xyz(D50)}
+    if curve is not None:                        # one number is a gamma
+        numbers = ([round(256 * curve)] if np.ndim(curve) == 0 else
+                   np.rint(65535 * curve).astype(int))
+        curve = b"curv\0\0\0\0" + struct.pack(f">I{len(numbers)}H", len(numbers), *numbers)
+    if space == b"RGB ":
+        tags |= {b"%cXYZ" % name: xyz(column) for name, column in zip(b"rgb", np.transpose(matrix))}
+        tags |= {b"%cTRC" % name: curve for name in b"rgb"}
+    elif space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:                                        # cyan is L* 50, black and mixtures are L* 0
+        lightness = {(0, 0, 0, 0): 255, (1, 0, 0, 0): 128}
+        table = b"".join(bytes([lightness.get(ink, 0), 128, 128]) for ink in np.ndindex(2, 2, 2, 2))
+        unit = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flatten())
+        tags[b"A2B0"] = (b"mft1\0\0\0\0\4\3\2\0" + unit + bytes(range(256)) * 4 + table
+                         + bytes(range(256)) * 3)
+    index, body = b"", b""
+    for name, value in tags.items():
+        value += b"\0" * (-len(value) % 4)
+        index += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(value))
+        body += value
+    pcs, use = (b"Lab ", b"prtr") if space == b"CMYK" else (b"XYZ ", b"mntr")
+    head = struct.pack(">I4sI4s4s4s12x4s28x", 132 + len(index + body), b"", 0x02400000, use, space,
+                       pcs, b"acsp") + struct.pack(">3i", *(round(65536 * v) for v in D50))
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + index + body
+
+
+P3 = icc(b"RGB ", TO_XYZ["P3"], 2.2)
+LINEAR_GREY = icc(b"GRAY", curve=1)
+
+
+def p3_to_srgb(colours):
+    """By the matrices, not by Pillow: (..., 3) levels."""
+    linear = (colours / 255.0) ** 2.2 @ np.transpose(np.linalg.inv(TO_XYZ["sRGB"]) @ TO_XYZ["P3"])
+    return 255 * srgb_curve(linear.clip(0, 1))
+
+
+def muted():
+    return np.random.default_rng(0).integers(90, 200, (6, 9, 3), np.uint8)
+
+
+def test_a_photo_becomes_srgb_wherever_it_is_read(tmp_path):
+    Image.fromarray(muted()).save(tmp_path / "x.png", icc_profile=P3)
+    Image.new("L", (9, 6)).save(tmp_path / "m.png")
+    photo = np.asarray(data.load_image(tmp_path / "x.png"))
+    assert np.abs(photo - p3_to_srgb(muted())).max() <= 1.5
+    assert np.abs(photo - muted().astype(int)).max() > 10
+    assert np.array_equal(data.read_pair(tmp_path / "x.png", tmp_path / "m.png")[0], photo)
+    Image.fromarray(muted()[:6, :6]).save(tmp_path / "x.png", icc_profile=P3)
+    assert np.array_equal(ImageFiles(tmp_path, "train", 6).image(0), photo[:, :6])
+
+
+@pytest.mark.parametrize(("mode", "file"), [
+    ("RGBA", "x.png"), ("P", "x.png"), ("L", "x.png"), ("L", "x.jpg"), ("RGB", "x.tif"),
+    ("RGB", "x.jpg"), ("RGB", "x.webp")])
+def test_every_mode_and_format_follows_a_profile_of_rgb(tmp_path, mode, file):
+    image = Image.new("RGB", (16, 16), (180, 120, 100)).convert(mode)
+    if mode == "RGBA":
+        image.paste((0, 0, 0, 0), (0, 0, 16, 8))
+    lossless = {"lossless": True} if file == "x.webp" else {}
+    image.save(tmp_path / file, icc_profile=P3, **lossless)
+    with Image.open(tmp_path / file) as stored:
+        wanted = p3_to_srgb(np.asarray(stored.convert("RGB")))
+    if mode == "RGBA":
+        wanted[:8] = 255
+    assert np.abs(np.asarray(data.load_image(tmp_path / file)) - wanted).max() <= 2
+
+
+@pytest.mark.parametrize("file", ["x.jpg", "x.png", "la.png", "wide.png", "float.tif"])
+def test_grey_follows_a_profile_of_grey(tmp_path, file):
+    image = {"la": Image.new("LA", (8, 8), (128, 255)), "float": Image.new("F", (8, 8), 128 / 255),
+             "wide": Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))}.get(
+                 file.split(".")[0], Image.new("L", (8, 8), 128))
+    image.save(tmp_path / file, icc_profile=LINEAR_GREY)
+    photo = np.asarray(data.load_image(tmp_path / file))
+    assert np.abs(photo - 255 * srgb_curve(np.array(128 / 255))).max() <= 1          # 188
+
+
+@pytest.mark.parametrize("file", ["x.jpg", "x.tif"])
+def test_cmyk_follows_its_profile(tmp_path, file):
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    cyan.save(tmp_path / file, icc_profile=icc(b"CMYK"))
+    assert np.abs(np.asarray(data.load_image(tmp_path / file)) - 119.0).max() <= 2   # L* 50 is 119
+
+
+@pytest.mark.parametrize("profile", [
+    ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    icc(b"RGB ", TO_XYZ["sRGB"], np.interp(
+        np.linspace(0, 1, 1024), srgb_curve(np.linspace(0, 1, 9999)), np.linspace(0, 1, 9999))),
+    b"no profile", P3[:200], LINEAR_GREY, icc(b"CMYK")],
+    ids=["sRGB v4", "sRGB v2", "broken", "cut", "grey", "CMYK"])
+def test_srgb_and_what_has_no_profile_that_fits_stay_bit_for_bit(tmp_path, profile):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    image.save(tmp_path / "x.png", icc_profile=profile)
+    with Image.open(tmp_path / "x.png") as stored:
+        assert stored.info["icc_profile"] == profile
+    assert np.array_equal(data.load_image(tmp_path / "x.png"), image)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -293,6 +443,21 @@ def test_a_mask_may_have_any_mode_and_what_is_transparent_is_black(tmp_path, mod
     mask, remarks = data.read_mask(tmp_path / "m.png")
     assert np.array_equal(mask, hole)
     assert remarks == []
+
+
+@pytest.mark.parametrize("white", [np.float32(1), np.uint16(65535), np.uint16(255), np.int32(255),
+                                   np.int32(65535)], ids=lambda white: f"{white.dtype} {white}")
+def test_a_mask_may_have_wide_pixels(tmp_path, white):
+    hole = np.arange(64).reshape(8, 8) < 20
+    Image.fromarray(hole * white).save(tmp_path / "m.tif")
+    mask, remarks = data.read_mask(tmp_path / "m.tif")
+    assert np.array_equal(mask, hole)
+    assert remarks == []
+
+
+def test_a_masks_numbers_are_no_colours(tmp_path):
+    Image.new("L", (8, 8), 120).save(tmp_path / "m.png", icc_profile=LINEAR_GREY)
+    assert not data.read_mask(tmp_path / "m.png")[0].any()       # as a colour it would be 182
 
 
 @pytest.mark.parametrize(("share", "said"), [(0, "nothing in it"), (0.03, None), (0.94, None),

@@ -463,6 +463,25 @@ def test_the_only_variant_in_a_folder_is_read_and_told(tmp_path):
     assert read_public(tmp_path).path.name == f"{name}.bin"
 
 
+@pytest.mark.parametrize("name", ["ae.sft", "afc8e28272cd15db", "a.ckpt", "a.bin"])
+def test_the_format_is_told_by_the_first_bytes_whatever_the_name(tmp_path, name):
+    weights = first_stage()
+    write_safetensors(tmp_path / name, weights)
+    same(read_public(tmp_path / name).state, weights)
+    torch.save(weights, tmp_path / name)
+    same(read_public(tmp_path / name).state, weights)
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="no safetensors and no checkpoint of PyTorch"):
+        read_public(tmp_path / name)
+
+
+def test_a_folder_of_diffusers_may_have_safetensors_under_the_pickles_name(tmp_path):
+    weights = first_stage()
+    write_config(tmp_path)
+    write_safetensors(tmp_path / "diffusion_pytorch_model.bin", weights)
+    same(read_public(tmp_path).state, weights)
+
+
 @pytest.mark.parametrize(("files", "reason"), [
     ({}, "no folder of diffusers"), ({"config.json": '{"model_type": "clip"}'}, "no folder of"),
     ({"config.json": "{"}, r"config\.json: truncated"),
