@@ -10,6 +10,7 @@ number of workers and processes change nothing.
 import atexit
 import hashlib
 import io
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,11 @@ from signs import draw_scene
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
 DATASETS = ("signs", "imagenet", "folder")      # the choices of --data; open_dataset opens them
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# Folders of thumbnails and deleted files, kept by storage systems and archives; in lower case.
+SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
+                  "@__thumb", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
+RUN_FILES = {"config.json", "command.txt"}      # a folder with both is a run of train.py
+SIZES = 1_000                       # an identity has the sizes of at most so many files
 BAD_IN_A_ROW = 100                  # this many files in a row that cannot be decoded stop the run
 # Pillow refuses PNGs with a text or an ICC profile above 1 MiB; some of ImageNet's have one.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY                      # 64 MiB
@@ -109,8 +115,11 @@ class ImageFiles:
         return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
 
     def identity(self):
-        names = hashlib.sha256(b"".join(self.names)).hexdigest()
-        return f"{self.describe()}, {self.size} px, names {names}"
+        digest = hashlib.sha256(b"\0".join(self.names))
+        for index in range(0, len(self), math.ceil(len(self) / SIZES)):
+            with suppress(OSError):              # a link to nothing
+                digest.update(b"\0%d" % os.path.getsize(self.path(index)))
+        return f"{self.split} photos, {self.size} px, names and sizes {digest.hexdigest()[:16]}"
 
 
 def default_root(name):
@@ -127,7 +136,8 @@ def open_dataset(name, root, split, size, limit=None):
         size: the side of its images in pixels. split: "train" or "val"
         __len__(), image(index, rng): uint8 (size,size,3), a random crop with `rng`, else fixed
         describe(): a line for the user
-        identity(): a text that no data set of other images has, by which codes are kept
+        identity(): a text that no data set of other images has, wherever its files are; it
+            binds runs and cached codes to their images, so it never changes its form
     """
     if name == "signs":
         return Signs(split, size, limit=limit)
@@ -143,17 +153,19 @@ def list_images(folder):
     """List all photos below `folder`: paths relative to it, sorted by name, then path.
 
     Sorting by name gives ImageNet's val the same order flat and by class, and first images of many
-    classes. Hidden files are left out. Links are followed, but no directory is listed twice.
+    classes. Links are followed, but no directory is listed twice. Hidden files, SYSTEM_FOLDERS and
+    runs of train.py below `folder` are left out, so that pictures of a run never become its data.
     """
     def fail(error):
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
     names, seen = [], set()
     for here, below, files in os.walk(folder, followlinks=True, onerror=fail):
-        if os.path.realpath(here) in seen:
+        if os.path.realpath(here) in seen or (seen and RUN_FILES.issubset(files)):
             below.clear()
             continue
         seen.add(os.path.realpath(here))
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        below[:] = sorted(name for name in below if not name.startswith(".")
+                          and name.lower() not in SYSTEM_FOLDERS)
         names += [os.path.relpath(os.path.join(here, name), folder) for name in files
                   if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return sorted(names, key=lambda name: (os.path.basename(name), name))

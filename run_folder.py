@@ -71,9 +71,13 @@ def open_run(out, settings, may_change=frozenset()):
         if config.exists() and any(out.glob("*/*.pt")):
             before, now = (_flat(json.loads(text))
                            for text in (config.read_text(), json.dumps(settings)))
+            # A run of an earlier version does not know its data_set, only the number of images.
+            unknown = {key for key in now.keys() - before.keys() if key.startswith("data_set.")}
             changed = [f"{key} was {before.get(key)}, is {now.get(key)}"
-                       for key in sorted(before.keys() | now.keys())
-                       if before.get(key) != now.get(key) and key not in may_change]
+                       for key in sorted((before.keys() | now.keys()) - may_change - unknown)
+                       if before.get(key) != now.get(key)]
+            if any(text.startswith("data_set.") for text in changed) and before.get("root"):
+                changed.append(f"its images were in --root {before['root']}")
             if changed:
                 raise UserError(f"{out} was started with other settings: {'; '.join(changed)}. "
                                 "Repeat the old ones to continue it, or choose another --out")

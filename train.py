@@ -71,6 +71,7 @@ def main():
     train_set = open_dataset(*where, "train", settings["size"], limit=args.overfit)
     val_set = train_set if args.overfit else open_dataset(*where, "val", settings["size"])
     settings["images"] = {"train": len(train_set), "val": len(val_set)}
+    settings["data_set"] = {"train": train_set.identity(), "val": val_set.identity()}
     workers = args.workers if args.workers is not None else (1 if args.data == "signs" else 4)
     print0(f"{train_set.describe()}\n{val_set.describe()}\n{', '.join(names)} at "
            f"{settings['size']} px on {world_size()} x {device.type}; writing to {args.out}")

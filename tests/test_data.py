@@ -369,6 +369,67 @@ def test_links_in_a_circle_end(tmp_path):
     assert data.list_images(tmp_path) == ["a/x.png"]
 
 
+@pytest.mark.parametrize("folder", ["@eaDir/a.png", "deep/@EADIR", ".@__thumb", "#recycle",
+                                    "@Recently-Snapshot", "__MACOSX/sub", "$RECYCLE.BIN"])
+def test_thumbnails_and_deleted_files_of_storage_systems_are_no_photos(folder, tmp_path):
+    fill(tmp_path, ["a.png", f"{folder}/SYNOPHOTO_THUMB_M.png", "#sunset/b.png", "@home/c.png"])
+    assert data.list_images(tmp_path) == ["a.png", "#sunset/b.png", "@home/c.png"]
+
+
+def test_runs_inside_the_photos_are_left_out_unless_asked_for(tmp_path):
+    fill(tmp_path, ["photos/a.png", "photos/runs/x/curves.png", "photos/runs/x/vqgan/samples/1.png",
+                    "photos/other/b.png", "elsewhere/decoder/samples/2.png"])
+    run, elsewhere = tmp_path / "photos" / "runs" / "x", tmp_path / "elsewhere"
+    for folder in (run, elsewhere):
+        (folder / "config.json").write_text("{}")
+        (folder / "command.txt").write_text("python train.py")
+    (tmp_path / "photos" / "link").symlink_to(elsewhere)
+    (tmp_path / "photos" / "other" / "config.json").write_text("{}")        # of another program
+    assert data.list_images(tmp_path / "photos") == ["a.png", "other/b.png"]
+    assert data.list_images(run) == ["vqgan/samples/1.png", "curves.png"]
+
+
+def identities(folder):
+    return [data.open_dataset("folder", folder, split, 16).identity() for split in ("train", "val")]
+
+
+def test_an_identity_is_of_names_and_sizes_wherever_the_files_are(tmp_path):
+    old = fill(tmp_path / "old", [f"{k}/{k}.png" for k in range(25)])
+    train, val = known = identities(old)
+    assert train != val
+    old.rename(tmp_path / "new")
+    assert identities(tmp_path / "new") == known
+    last = tmp_path / "new" / "24" / "24.png"
+    picture(3, (90, 70)).save(last)                                  # another photo of this name
+    assert identities(tmp_path / "new")[0] != train
+    last.unlink()
+    last.symlink_to("nowhere")                                       # a file that is not there
+    assert identities(tmp_path / "new")[0] != train
+    last.rename(last.with_name("25.png"))
+    assert identities(tmp_path / "new")[0] != train
+    assert identities(tmp_path / "new")[1] == val
+
+
+def test_names_that_join_to_one_text_are_not_the_same_images(tmp_path):
+    (one, _), (two, _) = (identities(fill(tmp_path / str(len(names)), names)) for names in (
+        ["train/a.pngb.png", "val/v.png"], ["train/a.png", "train/b.png", "val/v.png"]))
+    assert one != two
+
+
+def test_the_sizes_of_a_large_data_set_are_read_from_few_files(tmp_path, monkeypatch):
+    fill(tmp_path, [f"train/{k}.png" for k in range(10)] + ["val/v.png"])
+    read = []
+    monkeypatch.setattr(data, "SIZES", 4)
+    monkeypatch.setattr(os.path, "getsize", lambda path: read.append(Path(path).stem) or 1)
+    data.open_dataset("folder", tmp_path, "train", 16).identity()
+    assert read == ["0", "3", "6", "9"]
+
+
+def test_the_identity_of_signs_stays_as_it_is_in_the_runs_that_exist():
+    assert Signs("train", 64).identity() == (
+        "50,000 drawn street scenes with signs (train, seed 0), 64 px")
+
+
 def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
     def scandir(path):
         raise PermissionError(13, "Permission denied", str(path))

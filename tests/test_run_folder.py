@@ -67,6 +67,26 @@ def test_what_may_change_is_not_compared_but_noted(tmp_path):
         begin(tmp_path / "run", {"lr": 1, "root": "/newer"})
 
 
+def test_other_images_are_refused_by_a_line_that_says_where_the_old_ones_were(tmp_path):
+    cats = {"root": "/cats", "data_set": {"train": "names 1"}}
+    dogs = {"root": "/dogs", "data_set": {"train": "names 2"}}
+    begin(tmp_path / "run", cats)
+    with pytest.raises(UserError, match=r"data_set.train was names 1, is names 2; its images were "
+                                        r"in --root /cats\. Repeat .* choose another --out$"):
+        begin(tmp_path / "run", dogs, may_change={"root"})
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == cats
+    with pytest.raises(UserError, match=r"data_set.train was names 1, is None"):
+        begin(tmp_path / "run", {"root": "/cats"})
+
+
+def test_a_run_that_does_not_know_its_images_yet_continues_and_is_bound_to_them(tmp_path):
+    begin(tmp_path / "run", {"root": "/cats"})
+    for name in ("1", "1"):
+        begin(tmp_path / "run", {"root": "/cats", "data_set": {"train": name}})
+    with pytest.raises(UserError, match=r"data_set.train was 1, is 2"):
+        begin(tmp_path / "run", {"root": "/cats", "data_set": {"train": "2"}})
+
+
 def test_settings_may_change_while_nothing_is_saved(tmp_path):
     with open_run(tmp_path / "run", CONFIG):
         pass

@@ -327,14 +327,18 @@ def write_photos(folder, count):
     return folder
 
 
-def test_photos_may_move_but_not_change_in_number(tmp_path):
+def test_photos_may_move_but_not_change_in_number_or_name(tmp_path):
     old, new = write_photos(tmp_path / "old", 3), tmp_path / "new"
     more = ("--data", "folder", "--perceptual", "none", "--first-stage", "tiny", "--stage", "vqgan",
             "--steps", "1")
     finish(tmp_path / "run", *more, "--root", str(old))
     old.rename(new)
     assert "finished before" in finish(tmp_path / "run", *more, "--root", str(new))
-    (new / "2.png").unlink()
+    (new / "2.png").rename(new / "3.png")
+    status, text = train(tmp_path / "run", *more, "--root", str(new))
+    assert status == 2
+    assert f"its images were in --root {new}" in text
+    (new / "3.png").unlink()
     status, text = train(tmp_path / "run", *more, "--root", str(new))
     assert status == 2
     assert "images.train was 2, is 1" in text
