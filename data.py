@@ -37,7 +37,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
                   "@__thumb", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
 RUN_FILES = {"config.json", "command.txt"}      # a folder with both is a run of train.py
-SIZES = 1_000                       # an identity has the sizes of at most so many files
+PROBED = 1_000                      # an identity has the sizes and ends of at most so many files
 BAD_IN_A_ROW = 100                  # this many files in a row that cannot be decoded stop the run
 # Pillow refuses PNGs with a text or an ICC profile above 1 MiB; some of ImageNet's have one.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY                      # 64 MiB
@@ -116,10 +116,12 @@ class ImageFiles:
 
     def identity(self):
         digest = hashlib.sha256(b"\0".join(self.names))
-        for index in range(0, len(self), math.ceil(len(self) / SIZES)):
-            with suppress(OSError):              # a link to nothing
-                digest.update(b"\0%d" % os.path.getsize(self.path(index)))
-        return f"{self.split} photos, {self.size} px, names and sizes {digest.hexdigest()[:16]}"
+        for index in range(0, len(self), math.ceil(len(self) / PROBED)):
+            with suppress(OSError), open(self.path(index), "rb") as file:    # not a link to nothing
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 4096))   # frames of a film have one name and size each
+                digest.update(b"\0%d" % size + file.read())
+        return f"{self.split} photos, {self.size} px, sha256 {digest.hexdigest()[:16]}"
 
 
 def default_root(name):

@@ -1,5 +1,6 @@
 """data.py: files good and bad, decoding, crops, and an order that nothing changes."""
 
+import io
 import os
 import signal
 import struct
@@ -393,7 +394,7 @@ def identities(folder):
     return [data.open_dataset("folder", folder, split, 16).identity() for split in ("train", "val")]
 
 
-def test_an_identity_is_of_names_and_sizes_wherever_the_files_are(tmp_path):
+def test_an_identity_is_of_names_and_contents_wherever_the_files_are(tmp_path):
     old = fill(tmp_path / "old", [f"{k}/{k}.png" for k in range(25)])
     train, val = known = identities(old)
     assert train != val
@@ -405,9 +406,17 @@ def test_an_identity_is_of_names_and_sizes_wherever_the_files_are(tmp_path):
     last.unlink()
     last.symlink_to("nowhere")                                       # a file that is not there
     assert identities(tmp_path / "new")[0] != train
-    last.rename(last.with_name("25.png"))
+    last.unlink()
+    last.with_name("25.png").symlink_to("nowhere")
     assert identities(tmp_path / "new")[0] != train
     assert identities(tmp_path / "new")[1] == val
+
+
+def test_frames_of_two_films_have_the_same_names_and_sizes_but_are_not_the_same_images(tmp_path):
+    names = [f"{k:04}.bmp" for k in range(3)]
+    one, two = (fill(tmp_path / film, order) for film, order in (("a", names), ("b", names[::-1])))
+    assert (one / names[0]).stat().st_size == (two / names[0]).stat().st_size
+    assert identities(one)[0] != identities(two)[0]
 
 
 def test_names_that_join_to_one_text_are_not_the_same_images(tmp_path):
@@ -416,11 +425,16 @@ def test_names_that_join_to_one_text_are_not_the_same_images(tmp_path):
     assert one != two
 
 
-def test_the_sizes_of_a_large_data_set_are_read_from_few_files(tmp_path, monkeypatch):
+def test_of_a_large_data_set_few_files_are_opened_for_its_identity(tmp_path, monkeypatch):
     fill(tmp_path, [f"train/{k}.png" for k in range(10)] + ["val/v.png"])
     read = []
-    monkeypatch.setattr(data, "SIZES", 4)
-    monkeypatch.setattr(os.path, "getsize", lambda path: read.append(Path(path).stem) or 1)
+    monkeypatch.setattr(data, "PROBED", 4)
+
+    def note(path, mode):
+        read.append(Path(path).stem)
+        return io.BytesIO(b"photo")
+
+    monkeypatch.setattr(data, "open", note, raising=False)
     data.open_dataset("folder", tmp_path, "train", 16).identity()
     assert read == ["0", "3", "6", "9"]
 
