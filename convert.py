@@ -421,11 +421,16 @@ def main():
                         help="print the network as AVQ's Tables 7 and 8 do, at the run's --size "
                              "(public weights: 256), and count its prior as DDM's Table 2 does")
     args = parser.parse_args()
+    # Load it. A folder with a prior only has its first stage elsewhere.
+    path, made = Path(args.checkpoint), []
+    prior = run_folder.latest(path / "prior") if args.layers else None
+    alone = prior is not None and not any((path / stage).exists() for stage in IMAGE_STAGES)
+    loaded = load_parent(prior, path) if alone else load(path)
     # Tell what it is.
-    loaded, made = load(args.checkpoint), []
     side = loaded.config.get("size") or 256
     trained = f"step {loaded.step}{'' if loaded.finished else ', not finished'}"
-    print0(f"{args.checkpoint}: {loaded.stage}, {trained if loaded.step else 'public weights'}")
+    stage = f"a prior on a {loaded.stage}" if alone else loaded.stage
+    print0(f"{path}: {stage}, {trained if loaded.step else 'public weights'}")
     model, config, first_stage = loaded.model, loaded.model.config, loaded.model.first_stage
     kind = f"K {config.K}" if config.latent == "vq" else "KL latent"
     levels = f", attention in levels {config.attn_levels}" if config.attn_levels else ""
@@ -456,7 +461,7 @@ def main():
         print0("wrote " + ", ".join(str(path) for path in made))
     if args.layers:
         print_layers(list_layers(model, loaded.stage, side), side)
-        if prior := run_folder.latest(Path(args.checkpoint) / "prior"):
+        if prior:
             grid, name = prior["extra"]["grid"], prior["config"]["prior"]["unet"]
             with torch.device("meta"):
                 unet, _ = denoiser(prior["config"]["prior"], prior["extra"]["K"])

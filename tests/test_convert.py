@@ -448,6 +448,16 @@ def test_layers_are_printed_in_columns_with_the_prior_and_no_file_is_written(
     assert "Prior" not in text
 
 
+def test_layers_of_a_folder_with_a_prior_alone_are_its_first_stages_and_its_own(
+        tmp_path, monkeypatch, capsys):
+    _, parent = write_first_stage(tmp_path / "run")
+    write_prior(tmp_path / "prior-run", parent, vqgan=str(tmp_path / "run"))
+    text = run_main(monkeypatch, capsys, tmp_path / "prior-run", "--layers")
+    assert "prior-run: a prior on a vqgan, step" in text
+    assert "First stage's decoder" in text
+    assert "Prior tiny" in text
+
+
 # ---------------------------------------------------------------- the command
 
 
