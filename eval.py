@@ -168,7 +168,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     if per_image:
         with open(per_image, "w", newline="", encoding="utf-8") as file:
-            head = ["index", "file", "run", "decoder", "bucket", *metrics.MEASURES]
+            head = ["index", "file", "run", "decoder", "protocol", "bucket", *metrics.MEASURES]
             writer = csv.DictWriter(file, head, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["decoder"] != metrics.REAL)

@@ -165,13 +165,14 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     return networks
 
 
-def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
+def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
     x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
-    decoding it took. LPIPS is over the whole image. A row lacks the measures whose network is None;
-    NaN means that the image has no value. For FID it holds "features" (2048,) and "logits" (1008,);
-    rows of the originals (decoder REAL) hold these only. UserError: x_hat is not finite.
+    decoding it took; protocol: "full", x_hat is decoded from the latents of the whole x. LPIPS is
+    over the whole image. A row lacks the measures whose network is None; NaN means that the image
+    has no value. For FID it holds "features" (2048,) and "logits" (1008,); rows of the originals
+    (decoder REAL) hold these only. UserError: x_hat is not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
@@ -193,7 +194,7 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0):
         columns |= {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}
     buckets = ["all"] * len(x) if mask is None else [area_bucket(m) for m in mask.cpu()]
     return [{"index": index, "file": names[i] if names else index, "run": run, "decoder": decoder,
-             "bucket": buckets[i], "seconds": seconds / len(x)}
+             "protocol": protocol, "bucket": buckets[i], "seconds": seconds / len(x)}
             | {name: values[i] for name, values in columns.items()}
             for i, index in enumerate(batch.index)]
 
@@ -204,7 +205,7 @@ def over_ranks(table):
                   key=lambda row: row["index"])
 
 
-def summary(table, run, decoder, bucket="all"):
+def summary(table, run, decoder, bucket="all", protocol="full"):
     """Average the rows of one decoder in one bucket of mask area: {column: number}.
 
     A number is None where it is missing or infinite. A mean leaves out images without a value. FID
@@ -212,10 +213,11 @@ def summary(table, run, decoder, bucket="all"):
     over all images in order.
     """
     def chosen(*key):
-        return [row for row in table if (row["run"], row["decoder"]) == key
+        return [row for row in table if (row["run"], row["decoder"], row["protocol"]) == key
                 and bucket in ("all", row["bucket"])]
-    rows, real = chosen(run, decoder), chosen(None, REAL)
-    result = {"bucket": bucket, "n": len(rows), **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
+    rows, real = chosen(run, decoder, protocol), chosen(None, REAL, "full")
+    result = {"protocol": protocol, "bucket": bucket, "n": len(rows),
+              **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
     for name in MEASURES:
         values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
         mean = sum(values) / len(values) if values else math.inf
@@ -235,13 +237,15 @@ def summary(table, run, decoder, bucket="all"):
 
 
 def report_rows(table, runs, lpips_net=None):
-    """Give the summary of each (run, decoder, bucket). Rows of SHARED stand under each run.
+    """Give the summary of each (run, decoder, protocol, bucket). Rows of SHARED stand in each run.
 
     runs: {name: {"preset", "blend"} of its decoder, or None}, in the report's order.
     """
-    keys = dict.fromkeys((row["run"], row["decoder"]) for row in table if row["decoder"] != REAL)
-    buckets = ["all", *sorted({row["bucket"] for row in table} - {"all"})]
-    summaries = {key: [summary(table, *key, bucket) for bucket in buckets] for key in keys}
+    buckets, summaries = ["all", *sorted({row["bucket"] for row in table} - {"all"})], {}
+    for *key, protocol in dict.fromkeys((row["run"], row["decoder"], row["protocol"])
+                                        for row in table if row["decoder"] != REAL):
+        summaries.setdefault(tuple(key), []).extend(
+            summary(table, *key, bucket, protocol) for bucket in buckets)
     rows = []
     for run, sizes in runs.items():
         for decoder in DECODERS:

@@ -112,12 +112,12 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
             "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
 
 
-def table(report, missing=()):
-    """Write the rows over all masks.
+def table(report, missing=(), protocol="full"):
+    """Write the rows over all masks of one protocol.
 
     missing: columns to show as n/a; else a column without any number is left out.
     """
-    rows = [row for row in _distinct(report) if row["bucket"] == "all"]
+    rows = [row for row in _distinct(report, protocol) if row["bucket"] == "all"]
     rows.sort(key=lambda row: row["decoder"] == "paste")                        # paste comes last
     first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
     columns = {"decoder": lambda row: row_name(report, row)}
@@ -243,9 +243,9 @@ def _written(value, how):
     return "n/a" if value is None else how(value)
 
 
-def _distinct(report):
-    """List the report's rows, those that runs share only once."""
-    rows = report["rows"]
+def _distinct(report, protocol="full"):
+    """List the report's rows of a protocol, those that runs share only once."""
+    rows = [row for row in report["rows"] if row["protocol"] == protocol]
     return [row for row in rows
             if row["decoder"] not in ("vanilla", "paste") or row["run"] == rows[0]["run"]]
 

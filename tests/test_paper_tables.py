@@ -198,8 +198,9 @@ def test_a_report_has_its_keys_and_survives_json_without_nan():
     assert json.loads(json.dumps(report), parse_constant=refuse) == report
     assert report.keys() == {"version", "command", "commit", "device", "seed", "n", "range",
                              "masks", "rows", "codebook", "prior", "notes"}
-    assert all(row.keys() == {"run", "decoder", "blend", "size", "bucket", "n", "pre_error", "seam",
-                              "psnr_known", "lpips", "lpips_net", "fid", "is_mean", "is_std",
-                              "clip_score", "images_per_s"} for row in report["rows"])
+    assert all(row.keys() == {"run", "decoder", "blend", "size", "protocol", "bucket", "n",
+                              "pre_error", "seam", "psnr_known", "lpips", "lpips_net", "fid",
+                              "is_mean", "is_std", "clip_score", "images_per_s"}
+               for row in report["rows"])
     assert report["notes"].keys() >= NOTES.keys()
     assert report["device"] == f"cpu, {torch.get_num_threads()} threads"
