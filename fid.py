@@ -292,20 +292,22 @@ class FeatureStatistics:
 
 
 def inception_score(logits, splits=10):
-    """Compute the inception score of logits (N,classes): (mean, std) over consecutive splits.
+    """Compute the inception score of logits (N,classes): (mean, std) over equal random splits.
 
     With p the softmax of an image's logits, a split scores
 
         exp(mean KL(p || mean p)) = exp(H(mean p) - mean H(p)),   H(p) = -sum p log p.
 
-    With fewer images than splits, each image is a split; std is the population's. Source: Salimans
-    et al., arXiv 1606.03498 (torch-fidelity and torchmetrics shuffle first). Raises ValueError for
-    no images and for values that are not finite.
+    A split of images that are sorted by class has few classes, hence a far too low score. So the
+    images are first put in torch-fidelity's order, a permutation by a fixed seed, the same for each
+    N. With fewer images than splits, each image is a split; std is the population's. Source:
+    Salimans et al., arXiv 1606.03498. ValueError: no images, or values that are not finite.
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))
     if splits < 1:
         raise ValueError(f"{n} images, {splits} splits: there is nothing to score")
+    p = p[np.random.RandomState(2020).permutation(n)]      # its stream is the same in every numpy
     parts = [p[s * n // splits:(s + 1) * n // splits] for s in range(splits)]
     scores = torch.stack([(entropy(part.mean(0)).sum() - entropy(part).sum(1).mean()).exp()
                           for part in parts])                                  # (splits,)

@@ -53,21 +53,21 @@ def psnr_known(x_hat, x, mask):
 
 
 def seam(x_hat, x, mask):
-    """Measure the edge that the mask's border leaves, (B,) float64. [AVQ Sec. 4.1] [AVQ Fig. 4]
+    """Measure the wrong step across the mask's border, (B,) float64. [AVQ Sec. 4.1] [AVQ Fig. 4]
 
-    This is the mean of |x_hat_p - x_hat_q| - |x_p - x_q| over all pairs of neighbours with one
-    pixel known and one not, images in [0,1]. 0: as in the original, positive: a visible edge,
-    negative: blurred. An image without such a pair gives NaN.
+    This is the mean of |(x_hat_p - x_hat_q) - (x_p - x_q)| over all pairs of neighbours with one
+    pixel known and one not, images in [0,1]. It is 0 for the original. The steps have signs, so
+    that blur, a lost step, and misfit, an added one, both count and cannot cancel. An image without
+    such a pair gives NaN.
 
     Pasting the known pixels over a vanilla picture makes pre_error 0 and leaves such an edge. A
     decoder that sees the known pixels can avoid it, which the paper calls harmonisation.
     """
-    mask, x_hat, x = mask.cpu().double(), _unit(x_hat), _unit(x)
+    mask, error = mask.cpu().double(), _unit(x_hat) - _unit(x)              # (B, 1|3, H, W)
     total = pairs = 0
     for axis in (2, 3):
         crosses = mask.diff(dim=axis).abs()                    # (B, 1, H-1, W) or (B, 1, H, W-1)
-        step = x_hat.diff(dim=axis).abs() - x.diff(dim=axis).abs()
-        total = total + (crosses * step).sum((1, 2, 3))                     # (B,)
+        total = total + (crosses * error.diff(dim=axis).abs()).sum((1, 2, 3))      # (B,)
         pairs = pairs + crosses.sum((1, 2, 3))                              # (B,)
     return total / (3 * pairs)
 
@@ -210,7 +210,7 @@ def summary(table, run, decoder, bucket="all", protocol="full"):
 
     A number is None where it is missing or infinite. A mean leaves out images without a value. FID
     compares with the originals of the same bucket, in FID_BUCKETS only. The inception score is
-    over all images in order.
+    over all images, in the bucket "all" only.
     """
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"], row["protocol"]) == key

@@ -24,7 +24,7 @@ COLUMNS = {
     "fid": ("FID", "{:.2f}".format),
     "is_mean": ("IS", "{:.2f}".format),
     "clip_score": ("CLIP score", "{:.2f}".format),
-    "seam": ("seam", "{:+.4f}".format),
+    "seam": ("seam", "{:.4f}".format),
 }
 
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
@@ -80,11 +80,12 @@ NOTES = {
     "pre_error": "mean squared error of known pixels, images in [0,1]; the error in [-1,1] is 4 "
                  "times as large",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "step across the mask's border minus the original's, images in [0,1]; positive is a "
-            "visible edge, negative a blurred border",
+    "seam": "mean absolute error of the step across the mask's border, images in [0,1]; 0 for the "
+            "original",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
     "fid": "over all images and over the bin 40-50, as in Table 1; null for fewer than two images",
-    "is_mean": "over 10 splits in order, or one for each image if fewer; over all images only",
+    "is_mean": "over all images in torch-fidelity's random order, in 10 splits, or one for each "
+               "image if fewer",
     "is_std": "population standard deviation over the splits",
     "images_per_s": "decoding alone, all images, for each process; paste is timed as vanilla",
     "codebook": "not computed: the images are not of a run's data set",

@@ -407,6 +407,7 @@ def test_fewer_than_two_images_and_features_that_are_not_finite_have_no_distance
 def naive_score(logits, splits):
     """Per split the exponential of the mean of KL(p || mean p), with loops."""
     scores, n = [], len(logits)
+    logits = logits[np.random.RandomState(2020).permutation(n)]              # torch-fidelity's
     for s in range(splits):
         p = logits[s * n // splits:(s + 1) * n // splits].double().softmax(1).numpy()
         kl = [sum(x * np.log(x / y) for x, y in zip(row, p.mean(0))) for row in p]
@@ -423,12 +424,22 @@ def test_inception_score_is_its_formula(n, splits):
 
 def test_inception_score_of_known_answers():
     assert inception_score(torch.zeros(50, 8)) == pytest.approx((1, 0), abs=1e-14)
-    certain = torch.eye(8).repeat(10, 1) * 1e4             # each split sees every class once
-    assert inception_score(certain) == pytest.approx((8, 0), abs=1e-12)
-    halves = torch.cat([certain[:8], torch.zeros(8, 8)])   # scores 8 and 1
+    certain, order = torch.eye(8).repeat(10, 1) * 1e4, np.random.RandomState(2020)
+    assert inception_score(certain, splits=1) == pytest.approx((8, 0), abs=1e-12)
+    halves = torch.cat([certain[:8], torch.zeros(8, 8)])   # scores 8 and 1, if they are the splits
+    halves = halves[np.argsort(order.permutation(16))]
     assert inception_score(halves, splits=2) == pytest.approx((4.5, 3.5), abs=1e-12)
     few = 3 * torch.randn(4, 12)                           # fewer than splits: each is a split
     assert inception_score(few) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_images_sorted_by_class_have_the_score_of_shuffled_ones():
+    logits = 8 * torch.eye(100).repeat_interleave(10, 0)         # 100 classes, 10 images of each
+    mixed = logits[torch.randperm(1000)]
+    one, other = inception_score(logits)[0], inception_score(mixed)[0]
+    assert one == pytest.approx(other, rel=0.05)
+    parts = [inception_score(part, splits=1)[0] for part in logits.chunk(10)]
+    assert one > 3 * np.mean(parts)                              # in order: 10 classes in a split
 
 
 def test_the_score_is_computed_in_float64_and_survives_certainty():

@@ -48,7 +48,7 @@ def by_loops(x_hat, x, mask):
                 errors += [(a[c, i, j] - b[c, i, j]) ** 2 for c in range(3)]
             for k, n in ((i + 1, j), (i, j + 1)):
                 if k < height and n < width and mask[0, i, j] != mask[0, k, n]:
-                    steps += [abs(a[c, i, j] - a[c, k, n]) - abs(b[c, i, j] - b[c, k, n])
+                    steps += [abs((a[c, i, j] - a[c, k, n]) - (b[c, i, j] - b[c, k, n]))
                               for c in range(3)]
     return np.mean(errors), np.mean(steps)
 
@@ -90,14 +90,33 @@ def test_errors_as_small_as_the_papers_keep_their_digits_at_full_size():
     assert pre_error(x_hat, x, mask).item() == pytest.approx(2.1e-5, rel=1e-4)
 
 
-def test_seam_is_negative_for_a_smoothed_border_and_positive_for_a_patch_of_another_brightness():
-    x = torch.rand(1, 3, 16, 16) * 2 - 1
-    mask = torch.zeros(1, 1, 16, 16)
+def test_seam_is_the_brightness_by_which_a_patch_differs_from_what_is_around_it():
+    flat, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
     mask[..., 4:12, 4:12] = 1
-    smooth = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
-    assert seam(smooth, x, mask).item() < -0.05
-    flat = torch.zeros_like(x)
     assert seam(flat + 0.4 * mask, flat, mask).item() == pytest.approx(0.2, rel=1e-6)
+    assert seam(flat - 0.4 * mask, flat, mask).item() == pytest.approx(0.2, rel=1e-6)
+    assert seam(flat + 0.4, flat, mask).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_blur_and_a_brighter_hole_do_not_cancel_in_the_seam():
+    x, mask = torch.rand(1, 3, 32, 32) - 0.5, torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:24] = 1
+    blurred, outside = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), 1 - mask
+
+    def lost(x_hat):
+        """How much smaller the steps across the border have become, their signs left out."""
+        return sum((mask.diff(dim=axis).abs() * (x.diff(dim=axis).abs() - x_hat.diff(
+            dim=axis).abs())).sum() for axis in (2, 3))
+
+    low, high = 0.0, 1.0                                         # brightness that hides the blur
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lost(blurred + middle * mask) > 0 else (low, middle)
+    both = blurred + low * mask
+    assert lost(blurred) > 50
+    assert lost(both).abs() < 1e-2                               # on the whole no step is lost
+    assert seam(both, x, mask) > seam(blurred, x, mask) > 0.05
+    assert seam(torch.where(outside == 1, x, both), x, mask) > 0.05
 
 
 def test_half_precision_inputs_are_measured_in_float64():

@@ -159,7 +159,7 @@ def test_pre_error_and_seam_are_explained_below_the_table_where_there_are_masks(
     report = example_report()
     text = report_text(report, "4 of these", {}, {})
     assert text.index("(paste)") < text.index("gain: ") < text.index("pre_error: mean squared")
-    assert "seam: step across the mask's border minus the original's" in text
+    assert "seam: mean absolute error of the step across the mask's border" in text
     report["masks"] = {"kind": None, "size": None, "seed": None}
     report["rows"][0]["lpips_net"] = "alex"
     text = report_text(report, "4 of these", {}, {})
