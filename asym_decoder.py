@@ -71,7 +71,7 @@ def mask_guided_blend(f_dec, f_enc, mask):
 
 
 class AsymDecoder(Decoder):
-    """Decode with a condition branch and a blend at every level. [AVQ Sec. 3.2]
+    """Decode with a condition branch and a blend at every level. [AVQ Sec. 3.2] [AVQ App. C]
 
     [AVQ Tab. 7] [AVQ Tab. 8]  config: the first stage's; ch, num_res_blocks: this decoder's own.
     blend: "add" with plain convolutions in the branch, or "concat" with partial.  deviations D1 D2

@@ -335,7 +335,7 @@ class MultinomialDiffusion:
 
 
 class Timesteps:
-    """Draw the t that a training image is noised to, by importance. [DDM App. A]  deviation D34
+    """Draw the t that a training image is noised to, by importance. [DDM App.]  deviation D34
 
     The bound's terms L_{t-1} differ by orders of magnitude, and each image is noised to one t. So t
     is drawn with probability p_t ∝ sqrt(E[L_{t-1}²]) and its loss is divided by p_t, which keeps

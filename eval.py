@@ -63,7 +63,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     # Choose the images: two sets, pairs of files, or a data set's held-out images.
     masks_drawn = {"kind": "files" if masks else None, "size": None, "seed": None}
     dataset, limit = None, n
-    if unpaired:          # as sets, by FID and inception score  [AVQ Tab. 6] [AVQ Tab. 10]
+    if unpaired:       # sets, by FID and inception score  [AVQ Sec. 4.3] [AVQ Tab. 6] [AVQ Tab. 10]
         images = PictureFolder("--pred", pred, n)
         others = (PictureFolder("--real", real) if real else
                   open_dataset(data, root, "val", size or images.read(0).shape[-1]))

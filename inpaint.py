@@ -91,7 +91,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 seed=0, steps=None, resample=1, show=False):
     """Yield {decoder: the filled photo, uint8 (H,W,3)} for each sample, a function of (seed, i).
 
-    show: print progress; the others are inpaint_photo's. [DDM Sec. 4.4] [AVQ Sec. 3.2]
+    show: print progress; the others are inpaint_photo's. [DDM Sec. 4.4] [AVQ Sec. 3.2] [AVQ Fig. 2]
     """
     # Check that the models fit.
     first_stage, f, device = model.first_stage, model.config.f, next(model.parameters()).device
@@ -211,7 +211,7 @@ def completion_rows(prior, dataset, steps):
 
 
 def inpainting_columns(prior, model, dataset, steps):
-    """Inpaint held-out images by an AsymVQGAN on the prior's codes: columns for image_grid."""
+    """Inpaint held-out images by the prior and both decoders: columns. [AVQ Fig. 1]"""
     places = range(0, 10 * ROWS, 10)         # because neighbours often have equal evaluation masks
     masks = [evaluation_mask(dataset.size, i) for i in places]
     x, mask, codes = _completed(prior, dataset, places, masks, 3, steps)

@@ -55,7 +55,7 @@ PAPER_TABLES = {
     "3": ("ways of blending, inpainting on ImageNet", _INPAINTED, ("asym",), {
         "Ours (base) add.": "7.60 0.137 5.7", "Ours (base) concat.": "7.64 0.138 5.3",
         "Ours (large) add.": "7.55 0.136 2.6", "Ours (large) concat.": "7.56 0.137 4.4"}),
-    # [AVQ Tab. 4] [AVQ Tab. 5]
+    # [AVQ Sec. 4.2] [AVQ Tab. 4] [AVQ Tab. 5]
     "4": ("paint by example, COCOEE", _EXAMPLE, _MODULES[:3], {
         "Blended Diffusion": "80.65 -", "DCCF": "82.18 -", "StableDiffusion": "75.33 -",
         "Paint-by-Example": "84.97 -", "Paint-by-Example*": "85.67 588.86", "Ours": "86.35 0.76"}),

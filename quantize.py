@@ -86,7 +86,7 @@ class VectorQuantizer(nn.Module):
 
 
 class DiagonalGaussian:
-    """Read moments (B,2d,h,w) as q(z|x) = N(mean, exp(logvar)) of each element. [AVQ Eq. 10]"""
+    """Read moments (B,2d,h,w) as q(z|x) = N(mean, exp(logvar)). [AVQ Eq. 10] [AVQ App. B]"""
 
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)                 # (B, d, h, w) each
@@ -120,7 +120,7 @@ def code_statistics(counts):
     """Compute {"K", "usage", "perplexity"} of the counts (K,) of a whole split. [DDM Tab. 1]
 
     usage: fraction of codes that occur. perplexity: exp(entropy in nats) of their frequencies,
-    from 1 (one code only) to K (all equally often).  deviation D44
+    from 1 (one code only) to K (all equally often). [DDM Sec. 4.2]  deviation D44
     """
     frequency = counts.double() / counts.sum()                              # (K)
     return {"K": len(counts), "usage": (counts > 0).double().mean().item(),

@@ -36,7 +36,7 @@ class Recipe:
     code_start:    bool  = False       # the prior's first and last layer start from the codebook
 
 
-# [AVQ Sec. 4] [DDM Sec. 4.1] [DDM App. A]  deviations D10 D21 D46
+# [AVQ Sec. 4] [DDM Sec. 4.1] [DDM App.]  deviations D10 D21 D46
 RECIPES = {
     "vqgan": {
         # taming-transformers' and latent-diffusion's configurations; the number of steps is ours
@@ -92,7 +92,7 @@ def first_gan_step(recipe, steps):
 def learning_rate(step, steps, peak, warmup, min_lr):
     """Compute the learning rate of `step` (0-based): linear from 1 %, then cosine. [AVQ Sec. 4]
 
-    With min_lr 0 it stays at the peak after the warm-up, as for the first stages. [DDM App. A]
+    With min_lr 0 it stays at the peak after the warm-up, as for the first stages. [DDM App.]
     deviation D27
     """
     warmup = min(warmup, steps // 10)

@@ -29,7 +29,7 @@ from seeding import SAMPLE, keyed_generators
 
 
 def sample_codes(prior, positions, steps, seed=0):
-    """Draw the codes of samples `positions` by a convert.Prior: (B,h,w), on its device."""
+    """Draw the codes of samples `positions` by a convert.Prior: (B,h,w). [DDM Fig. 7]"""
     generators = keyed_generators((SAMPLE, seed, i) for i in positions)
     return prior.diffusion.sample(prior.unet, (len(positions), *prior.grid), steps, generators,
                                   device=prior.device)
@@ -54,7 +54,7 @@ def draw_samples(prior, model, steps, n, seed=0, batch_size=16):
 def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
     """Measure samples 0..n-1, drawn in `steps`: (row, images (n,3,H,W)). [DDM Fig. 5]
 
-    The figure has FID where the row has the prior's own bound in nats.  deviation D51
+    The figure has FID where the row has the prior's bound in nats. [DDM Sec. 4.3]  deviation D51
     row: {"n": steps, "seconds": for the codes of one batch, "nats": the prior's bound per map}.
     """
     images, nats, seconds = [], 0.0, 0.0
@@ -67,7 +67,7 @@ def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
 
 
 def open_decoder(path, prior, choice=None):
-    """Load the AsymVQGAN or VQGAN that decodes the codes of `path`'s prior.
+    """Load the AsymVQGAN or VQGAN that decodes the codes of `path`'s prior. [AVQ Fig. 7]
 
     choice: "asym", the run's own decoder; "vanilla", the first stage's; None: "asym" if it exists.
     """

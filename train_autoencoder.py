@@ -257,11 +257,11 @@ class Refit(Autoencoder):
 
 
 class DecoderStage(Autoencoder):
-    """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2]  deviation D10
+    """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2] [AVQ Fig. 3]
 
     The encoder sees the full image, and only the condition branch sees the masked one. If the
     recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns
-    at `trunk_factor` times the rate. The branch always starts at random.
+    at `trunk_factor` times the rate. The branch always starts at random.  deviation D10
     """
 
     masks = True

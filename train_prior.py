@@ -41,7 +41,7 @@ class CodeBatch:
 
 
 class PriorStage:
-    """Train the denoiser of a frozen first stage's codes. [DDM Sec. 4.1]
+    """Train the denoiser of a frozen first stage's codes. [DDM Sec. 4.1] [DDM Fig. 2]
 
     It has the same methods as train_autoencoder.Autoencoder.
     """

@@ -178,7 +178,7 @@ class Trunk(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict mu(Z_t, t), the logits of x0_hat. [DDM Sec. 4.1] [DDM App. A]
+    """Predict mu(Z_t, t), the logits of x0_hat. [DDM Sec. 4.1] [DDM App.]
 
     config: a row of UNET_PRESETS or another UNetConfig; K: codes; T: steps of the diffusion. The
     logits are zero at first, unless train_prior.start_from_codes changes the last layer.

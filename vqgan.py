@@ -220,7 +220,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Join encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [DDM Eq. 13]
+    """Join encoder, latent and decoder of a VQGANConfig. [AVQ Sec. 3.1] [DDM Sec. 2.2] [DDM Eq. 13]
 
     own_decoder: False leaves `decoder` None, for a first stage from an asymmetric model's file.
     """
