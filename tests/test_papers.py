@@ -1,4 +1,4 @@
-"""PAPERS.md and the code name each other: tags, deviations, tests."""
+"""PAPERS.md names all of the papers, and it and the code name each other."""
 
 import ast
 import re
@@ -8,16 +8,31 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(ROOT.glob("*.py"))
-TAG = re.compile(r"\[(?:AVQ|DDM) (?:Eq|Tab|Sec|App|Fig)\. [A-Z0-9][0-9.]*\]")
+TAGGED = MODULES + sorted(ROOT.glob("benchmarks/*.py"))
+TAG = re.compile(r"\[((?:AVQ|DDM) (?:(?:Eq|Tab|Sec|App|Fig)\. [A-Z0-9][0-9.]*|App\.))\]")
 TAG_BEGINS = re.compile(r"\[(?:AVQ|DDM)\b")
+
+# Read from the two papers by hand: the last number of each kind, and every section with a method or
+# an experiment. AVQ has Appendices A to D; DDM's one appendix has no letter.
+LAST = {"AVQ Eq.": 11, "AVQ Fig.": 7, "AVQ Tab.": 10, "DDM Eq.": 24, "DDM Fig.": 12, "DDM Tab.": 3}
+SECTIONS = {"AVQ Sec.": "3.1 3.2 4 4.1 4.2 4.3 4.4", "AVQ App.": "A B C D",
+            "DDM Sec.": "2.1 2.2 3.1 3.2 4.1 4.2 4.3 4.4"}
+OF_THE_PAPERS = {"DDM App.", *(f"{kind} {n}" for kind, last in LAST.items()
+                               for n in range(1, last + 1)),
+                 *(f"{kind} {n}" for kind, numbers in SECTIONS.items() for n in numbers.split())}
+
+
+def tables(letter):
+    """The tables of PAPERS.md's section (letter), each a list of rows, each a list of cells."""
+    text = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## \({letter}\).*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
+            for rows in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)]
 
 
 def table(letter):
-    """The rows of PAPERS.md's table (letter): lists of cells."""
-    text = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
-    section = re.search(rf"^## \({letter}\).*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    """The rows of all tables of PAPERS.md's section (letter)."""
+    return [row for rows in tables(letter) for row in rows]
 
 
 def definitions(tree, lines, prefix=""):
@@ -40,12 +55,13 @@ def definitions(tree, lines, prefix=""):
 
 def tags_of(path):
     """{(tag, "file.py:Name")}; "file.py" alone where the tag stands outside every definition."""
+    file = f"{'benchmarks/' * (path.parent.name == 'benchmarks')}{path.name}"
     lines = path.read_text(encoding="utf-8").splitlines()
     known = list(definitions(ast.parse("\n".join(lines)), lines))
     found = set()
     for number, line in enumerate(lines, 1):
         holders = [(last - first, name) for name, first, last in known if first <= number <= last]
-        place = f"{path.name}:{min(holders)[1]}" if holders else path.name
+        place = f"{file}:{min(holders)[1]}" if holders else file
         found |= {(tag, place) for tag in TAG.findall(line)}
     return found
 
@@ -56,7 +72,32 @@ def mapped():
             for tag in TAG.findall(tags) for place in re.findall(r"`([^`]+)`", places)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def expanded(cell):
+    """The references of a cell of (d), such as "DDM Sec. 2.1; DDM Eq. 1-6, 8": DDM Eq. 1, ..."""
+    for reference in cell.split("; "):
+        kind, numbers = re.fullmatch(r"((?:AVQ|DDM) \w+\.) ?(.*)", reference).groups()
+        for number in numbers.split(", "):
+            first, _, last = number.partition("-")
+            every = range(int(first), int(last) + 1) if last else [number]
+            yield from (f"{kind} {each}".strip() for each in every)
+
+
+def not_here():
+    """{what table (d) lists: whether it says "partly"}."""
+    listed = [(reference, cells[0].startswith("partly: ")) for cells in table("d")
+              for reference in expanded(cells[0].removeprefix("partly: "))]
+    assert len(dict(listed)) == len(listed), "a reference stands twice in PAPERS.md (d)"
+    return dict(listed)
+
+
+def test_all_that_the_papers_number_is_mapped_or_said_not_to_be_here_or_partly_both():
+    mapped_tags, listed = {tag for tag, _ in mapped()}, not_here()
+    partly = {reference for reference, part in listed.items() if part}
+    assert mapped_tags | listed.keys() == OF_THE_PAPERS
+    assert mapped_tags & listed.keys() == partly
+
+
+@pytest.mark.parametrize("path", TAGGED, ids=lambda path: path.name)
 def test_every_tag_is_whole_on_one_line_and_of_the_one_form(path):
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert len(TAG_BEGINS.findall(line)) == len(TAG.findall(line)), (
@@ -64,13 +105,13 @@ def test_every_tag_is_whole_on_one_line_and_of_the_one_form(path):
 
 
 def test_every_tag_in_the_code_is_in_the_map():
-    in_code = set().union(*(tags_of(path) for path in MODULES))
+    in_code = set().union(*(tags_of(path) for path in TAGGED))
     missing = sorted(in_code - mapped())
     assert not missing, f"tags that PAPERS.md (b) does not map: {missing}"
 
 
 def test_every_row_of_the_map_names_a_definition_that_carries_its_tag():
-    in_code = set().union(*(tags_of(path) for path in MODULES))
+    in_code = set().union(*(tags_of(path) for path in TAGGED))
     stale = sorted(mapped() - in_code)
     assert not stale, f"PAPERS.md (b) maps what the code does not say: {stale}"
     assert all(TAG.findall(row[0]) and "`" in row[1] for row in table("b"))
@@ -83,8 +124,8 @@ def deviations_of(path):
 
 
 def told():
-    """The ids of the deviations: tables (c), those that change results, and (d), the others."""
-    return [row[0] for row in table("c") + table("d")]
+    """The ids of the deviations, those that change results first."""
+    return [row[0] for row in table("c")]
 
 
 def in_order(ids):
@@ -96,7 +137,7 @@ def in_order(ids):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_every_deviation_marked_in_the_code_is_told(path):
     untold = deviations_of(path) - set(told())
-    assert not untold, f"{path.name} marks {sorted(untold)}, not in PAPERS.md (c) or (d)"
+    assert not untold, f"{path.name} marks {sorted(untold)}, not in PAPERS.md (c)"
 
 
 def test_every_deviation_that_is_told_is_marked_in_the_code():
@@ -107,7 +148,7 @@ def test_every_deviation_that_is_told_is_marked_in_the_code():
 
 def test_no_deviation_is_told_twice_and_each_has_a_row_with_its_switch_and_tests():
     ids = [row[0] for row in table("e")]
-    assert all(in_order(row[0] for row in table(letter)) for letter in "cde")
+    assert all(in_order(row[0] for row in rows) for letter in "ce" for rows in tables(letter))
     assert sorted(ids) == sorted(told())
 
 
@@ -123,7 +164,7 @@ def test_every_deviation_names_tests_that_exist():
 
 def test_the_rows_of_each_table_have_as_many_cells_as_its_head():
     assert {letter: {len(row) for row in table(letter)} for letter in "abcdef"} == {
-        "a": {4}, "b": {3}, "c": {5}, "d": {5}, "e": {3}, "f": {2}}
+        "a": {4}, "b": {3}, "c": {5}, "d": {3}, "e": {3}, "f": {2}}
 
 
 def test_the_files_that_the_table_of_symbols_points_to_exist():
