@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -30,7 +31,7 @@ from masks import evaluation_mask, training_mask
 from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
 
-SIGNS_LENGTH = {"train": 50_000, "val": 1_000}
+SIGNS_LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}    # each split is its own stream
 DATASETS = ("signs", "imagenet", "folder")      # the choices of --data; open_dataset opens them
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # Folders of thumbnails and deleted files, kept by storage systems and archives; in lower case.
@@ -44,7 +45,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY                  
 
 
 class Signs:
-    """Draw street scenes, functions of (split, seed, index, size); val has its own word pairs."""
+    """Draw street scenes, functions of (split, seed, index, size).
+
+    Training shows four fifths of all pairs of words, val and test the others in other scenes.
+    """
 
     def __init__(self, split, size, seed=0, limit=None):
         if size < 32:
@@ -57,8 +61,9 @@ class Signs:
 
     def image(self, index, rng=None):
         """Draw image `index`: uint8 (size,size,3). A scene is not cropped, so `rng` has no use."""
-        val = self.split == "val"
-        return draw_scene(numpy_generator(SIGNS, self.seed, int(val), index), self.size, val)
+        stream = list(SIGNS_LENGTH).index(self.split)
+        rng = numpy_generator(SIGNS, self.seed, stream, index)
+        return draw_scene(rng, self.size, held_out=self.split != "train")
 
     def describe(self):
         return f"{len(self):,} drawn street scenes with signs ({self.split}, seed {self.seed})"
@@ -70,21 +75,31 @@ class Signs:
 class ImageFiles:
     """Read the photos below a folder, sorted by file name, then folder.
 
-    layout "imagenet": root/train/... and root/val/..., flat or by class. layout "folder": the same
-    where both exist, else all files, every 20th held out as val. A single photo serves as both.
+    layout "imagenet": root/train/..., val/... and test/..., flat or by class. Without photos in
+    test/, val is the first half of val/ by the numbers in the names, test the second (val_2500 to
+    val_4999 of Tiny ImageNet's 5,000). layout "folder": the same where train/ and val/ exist, but
+    val is never halved; else all files, every 20th held out as val, none as test. A single photo
+    serves as train and val.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
-        self.split, self.size, self.layout = split, size, layout
+        self.split, self.size, self.part = split, size, f"{layout} layout, {split}"
         self.warned = set()                      # files whose warning has been printed
         root = Path(root).expanduser()
         is_split = layout == "imagenet" or ((root / "train").is_dir() and (root / "val").is_dir())
-        self.folder = root / split if is_split else root
-        names = list_images(self.folder) if self.folder.is_dir() else []
+        halved = layout == "imagenet" and split != "train" and not list_images(root / "test")
+        self.folder = root / ("val" if halved else split) if is_split else root
+        names = list_images(self.folder) if is_split or split != "test" else []
+        if halved:
+            names.sort(key=lambda name: [*map(int, re.findall(r"\d+", os.path.basename(name)))])
+            half, middle = ("first" if split == "val" else "second"), (len(names) + 1) // 2
+            names = names[:middle] if split == "val" else names[middle:]
+            self.part += f": the {half} half of val/"
         if not names:
-            wanted = "train/<class>/* and val/*" if layout == "imagenet" else " ".join(EXTENSIONS)
-            raise UserError(f"--root {root}: {self.folder} is no folder with photos; give one "
-                            f"that has {wanted}")
+            wanted = ("train/<class>/* and val/*" if layout == "imagenet" else
+                      "train/, val/ and test/" if split == "test" else " ".join(EXTENSIONS))
+            raise UserError(f"--root {root}: no photos for {split} there; give a folder that has "
+                            f"{wanted}")
         if not is_split and len(names) > 1:
             names = [name for i, name in enumerate(names) if (i % 20 == 0) == (split == "val")]
         # An array is one block that workers share; a million strings would be copied by each.
@@ -112,7 +127,7 @@ class ImageFiles:
 
     def describe(self):
         count = f"{len(self):,} photos" if len(self) > 1 else "1 photo"
-        return f"{count} in {self.folder} ({self.layout} layout, {self.split})"
+        return f"{count} in {self.folder} ({self.part})"
 
     def identity(self):
         digest = hashlib.sha256(b"\0".join(self.names))
@@ -135,7 +150,7 @@ def open_dataset(name, root, split, size, limit=None):
     """Open the data set of `--data name --root root`, or its first `limit` images.
 
     A new data set is a name in DATASETS, a line here, and a class with these members:
-        size: the side of its images in pixels. split: "train" or "val"
+        size: the side of its images in pixels. split: "train", "val" or "test"
         __len__(), image(index, rng): uint8 (size,size,3), a random crop with `rng`, else fixed
         describe(): a line for the user
         identity(): a text that no data set of other images has, wherever its files are; it
@@ -152,12 +167,15 @@ def open_dataset(name, root, split, size, limit=None):
 
 
 def list_images(folder):
-    """List all photos below `folder`: paths relative to it, sorted by name, then path.
+    """List all photos below `folder`, if there is one: paths relative to it, by name, then path.
 
     Sorting by name gives ImageNet's val the same order flat and by class, and first images of many
     classes. Links are followed, but no directory is listed twice. Hidden files, SYSTEM_FOLDERS and
     runs of train.py below `folder` are left out, so that pictures of a run never become its data.
     """
+    if not os.path.isdir(folder):
+        return []
+
     def fail(error):
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
     names, seen = [], set()

@@ -40,9 +40,9 @@ CAPTIONS = {"asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
 
 def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
-             unpaired=False, invert_mask=False, data=None, root=None, size=None, table=None,
-             lpips=None, weights=None, clip=None, fid=True, per_image=None, batch_size=None,
-             device="cpu", out=None):
+             unpaired=False, invert_mask=False, data=None, split=None, root=None, size=None,
+             table=None, lpips=None, weights=None, clip=None, fid=True, per_image=None,
+             batch_size=None, device="cpu", out=None):
     """Measure runs, or pictures of any program; print the tables; write and return the report.
 
     The arguments are the flags; None stands for the run's own setting. Raises UserError.
@@ -61,12 +61,13 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
                                      lpips is not None, fid, clip, bool(refs))
 
     # Choose the images: two sets, pairs of files, or a data set's held-out images.
+    split = None if real else split or "val"
     masks_drawn = {"kind": "files" if masks else None, "size": None, "seed": None}
     dataset, limit = None, n
     if unpaired:       # sets, by FID and inception score  [AVQ Sec. 4.3] [AVQ Tab. 6] [AVQ Tab. 10]
         images = PictureFolder("--pred", pred, n)
         others = (PictureFolder("--real", real) if real else
-                  open_dataset(data, root, "val", size or images.read(0).shape[-1]))
+                  open_dataset(data, root, split, size or images.read(0).shape[-1]))
         n_others = len(others) if real else min(len(images), len(others))
         about = (f"{len(images):,} pictures in {pred} against {n_others:,} of "
                  f"{real or others.describe()}")
@@ -77,7 +78,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     else:
         data, root = data or config.get("data", "imagenet"), root or config.get("root")
         size = size or config.get("size", 256)
-        images = dataset = open_dataset(data, root, "val", size)
+        images = dataset = open_dataset(data, root, split, size)
         n = n or (500 if isinstance(dataset, Signs) else 1000)
         about, masks_drawn = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
     n = min(n or len(images), len(images))
@@ -95,6 +96,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     else:
         home = paths[0] if paths[0].is_dir() else paths[0].parent
         place = home if len(paths) == 1 else home / "compare"
+        place = place / "test" if split == "test" else place
     out = run_folder.make_folder(Path(out or place))
     print0(f"evaluating {', '.join(runs) or pred}: {n:,} of {about}; the report goes to {out}")
 
@@ -108,6 +110,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means = distributed.on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
+        means = [row | {"split": split} for row in means]
         # Count the codes in use.
         codebooks, notes = [], networks.reasons()
         if models and not vq:
@@ -342,6 +345,8 @@ def main():
         help="compare --pred as a set with --real or --data (default: in pairs with --real)")
     add("--data", choices=DATASETS, help="measure on its held-out images (default: the run's data, "
         "else imagenet)")
+    add("--split", choices=("val", "test"), help="which of them: recipes were chosen on val, so "
+        "publish test (default: val)")
     add("--root", metavar="DIR", help="folder of these images (default: the run's)")
     add("--size", type=int, metavar="PX", help="side (default: the run's, --pred's, else 256)")
     add("-n", "--n", type=int, metavar="N", help="number of images (default: all of --pred and "
@@ -359,7 +364,7 @@ def main():
         "at 256, 1 at 512; 8 with --pred; 4 for RUN with --real)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--out", metavar="DIR", help="the report's folder (default: RUN, RUN/compare for several, "
-        "PRED-report)")
+        "test/ in it for --split test; PRED-report)")
     args = parser.parse_args()
     table = f"--table {args.table}"
     samples = args.table in ("6", "10")          # tables about samples, not about pairs
@@ -376,8 +381,8 @@ def main():
         (args.pred and not args.real and not args.unpaired, "--pred needs --real DIR"),
         (args.masks and not args.real, "--masks needs --real DIR, the original pictures"),
         (args.refs and not args.masks, "--refs needs --masks DIR: the CLIP score is of the hole"),
-        (args.real and (args.data or args.root or args.size),
-         "--data, --root and --size are about a data set: leave them out with --real"),
+        (args.real and (args.data or args.split or args.root or args.size),
+         "--data, --split, --root and --size are about a data set: leave them out with --real"),
         (samples and not args.unpaired, f"{table} is about samples: write them with sample.py -o "
          "FOLDER/, then eval.py --pred FOLDER --data DATA --unpaired"),
         (args.table and args.unpaired and not samples, f"{table} is about pairs"),

@@ -324,11 +324,51 @@ def test_a_folder_is_split_as_it_is_and_one_picture_serves_for_both(tmp_path, na
 
 @pytest.mark.parametrize("val", ["val/{name}.JPEG", "val/n{wnid}/{name}.JPEG"])
 def test_imagenets_val_has_the_same_order_flat_or_by_class(tmp_path, val):
-    fill(tmp_path, ["train/n1/a.JPEG", "train/n2/b.JPEG"])
+    fill(tmp_path, ["train/n1/a.JPEG", "train/n2/b.JPEG", "test/c.JPEG"])
     fill(tmp_path, [val.format(name=name, wnid=wnid) for name, wnid in enumerate([3, 1, 2, 0])])
     dataset = data.open_dataset("imagenet", str(tmp_path), "val", 16)
     assert [Path(dataset.path(i)).stem for i in range(4)] == ["0", "1", "2", "3"]
     assert len(data.open_dataset("imagenet", str(tmp_path), "train", 16)) == 2
+
+
+def stems(name, root, split):
+    dataset = data.open_dataset(name, str(root), split, 16)
+    return [Path(dataset.path(i)).stem for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("val", ["val/images/val_{}.JPEG", "val/n{}/val_{}.JPEG"])
+def test_without_test_photos_the_later_half_of_imagenets_val_by_number_is_test(tmp_path, val):
+    fill(tmp_path, ["train/n1/a.JPEG", *(val.format(*[k] * val.count("{")) for k in range(13))])
+    (tmp_path / "test").mkdir()                                      # without a photo
+    first, second = (stems("imagenet", tmp_path, split) for split in ("val", "test"))
+    assert first == [f"val_{k}" for k in range(7)]
+    assert second == [f"val_{k}" for k in range(7, 13)]
+    assert stems("imagenet", tmp_path, "train") == ["a"]
+    for split, half in (("val", "val: the first half"), ("test", "test: the second half")):
+        told = data.open_dataset("imagenet", tmp_path, split, 16).describe()
+        assert told.endswith(f"photos in {tmp_path}/val (imagenet layout, {half} of val/)")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "folder"])
+def test_a_folder_of_test_photos_is_test_and_leaves_val_whole(tmp_path, name):
+    fill(tmp_path, ["train/a.png", "val/b.png", "val/c.png", "test/x/e.png", "test/d.png"])
+    found = {split: stems(name, tmp_path, split) for split in ("train", "val", "test")}
+    assert found == {"train": ["a"], "val": ["b", "c"], "test": ["d", "e"]}
+    told = data.open_dataset(name, tmp_path, "test", 16).describe()
+    assert told == f"2 photos in {tmp_path}/test ({name} layout, test)"
+
+
+def test_test_photos_are_never_photos_that_training_or_its_validation_sees(tmp_path):
+    flat = fill(tmp_path / "flat", [f"{k}.png" for k in range(30)] + ["test/x.png"])
+    halves = fill(tmp_path / "halves", ["train/a.png", "val/b.png", "val/c.png"])
+    one = fill(tmp_path / "one", ["train/a.png", "val/b.png"])
+    for name, root, wanted in (("folder", flat, "train/, val/ and test/"),
+                               ("folder", halves, "train/, val/ and test/"),
+                               ("imagenet", one, "train/<class>")):
+        with pytest.raises(UserError, match=f"{root}: no photos for test there; .*{wanted}"):
+            data.open_dataset(name, root, "test", 16)
+        seen = {*stems(name, root, "train"), *stems(name, root, "val")}
+        assert len(seen) == len(data.list_images(root))
 
 
 def test_imagenet_is_looked_for_in_root_then_the_variable_then_data(tmp_path, monkeypatch):
@@ -344,8 +384,8 @@ def test_imagenet_is_looked_for_in_root_then_the_variable_then_data(tmp_path, mo
 def test_a_mistake_is_one_line_that_names_the_flag(tmp_path):
     for name, root, said in (("imagenet", tmp_path, "train/<class>"),
                              ("folder", None, "--root DIR"),
-                             ("folder", tmp_path / "none", "none is no folder with"),
-                             ("folder", tmp_path, "no folder with photos"),
+                             ("folder", tmp_path / "none", "none: no photos for train there"),
+                             ("folder", tmp_path, "give a folder that has .jpg .jpeg"),
                              ("cats", None, "signs, imagenet, folder")):
         with pytest.raises(UserError, match=said) as error:
             data.open_dataset(name, root, "train", 16)
@@ -449,6 +489,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", scandir)
+    (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match=r"^.*/x: cannot be listed \(Permission denied\)$"):
         data.list_images(tmp_path / "x")
 
@@ -458,7 +499,7 @@ def test_data_sets_describe_themselves_and_can_be_limited(tmp_path):
     for name, split, limit, said in (
             ("imagenet", "train", None, "9 photos in "), ("imagenet", "train", 4, "4 photos in "),
             ("signs", "train", None, "50,000 drawn"), ("signs", "val", None, "1,000 drawn"),
-            ("signs", "val", 3, "3 drawn")):
+            ("signs", "test", None, "1,000 drawn"), ("signs", "val", 3, "3 drawn")):
         dataset = data.open_dataset(name, tmp_path, split, 64, limit=limit)
         assert dataset.describe().startswith(said)
         assert f"{len(dataset):,}" == said.split()[0]

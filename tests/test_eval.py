@@ -104,6 +104,22 @@ def test_the_figures_are_those_of_a_slow_loop_and_pasting_is_exact_but_for_a_sea
     assert rows["paste"]["seam"] > 0
 
 
+def test_the_test_split_is_measured_where_it_is_asked_for_and_reported_apart(run, capsys):
+    of_val, of_test = evaluate(run, n=3), evaluate(run, n=3, split="test")
+    for split, report, place in (("val", of_val, run), ("test", of_test, run / "test")):
+        assert json.loads((place / "report.json").read_text()) == report
+        assert {row["split"] for row in report["rows"]} == {split}
+        assert f"street scenes with signs ({split}, seed 0)" in (place / "report.md").read_text()
+    model, x = load_model(run), images("test", 3)
+    with torch.no_grad():
+        z = model.encode(x)
+        m = torch.tensor(np.stack([evaluation_mask(SIZE, index) for index in range(3)]))
+        x_hat = model.decode(z, image=x, mask=m[:, None].float())
+    expected = np.mean(_errors(x_hat, x, m == 1))
+    assert _rows(of_test)["asym"]["pre_error"] == pytest.approx(expected, rel=1e-5)
+    assert _rows(of_val)["asym"]["pre_error"] != pytest.approx(expected, rel=1e-3)
+
+
 def test_means_do_not_depend_on_the_batch_size(run):
     one, three = (evaluate(run, batch_size=size, n=7) for size in (1, 3))
     for a, b in zip(one["rows"], three["rows"], strict=True):
@@ -359,6 +375,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
     ("--pred p --real r --unpaired --no-fid", "--unpaired gives only FID"),
     ("--pred p --real r --unpaired --table 2", "--table 2 is about pairs"),
     ("--pred p --real r --size 64", "--size are about a data set"),
+    ("run --real r --split test", "--split, .* are about a data set"),
     ("run --table 1", "--table 1 is about pictures that a generator made"),
     ("--pred p --real r --table 2", "--table 2 needs --masks"),
     ("--pred p --real r --masks m --table 4", "--table 4 has a CLIP score"),
@@ -410,7 +427,7 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
                                 "--table 2")
     row, errors = _rows(report)["files"], _errors(_read("pred"), _read("real"), _read("masks"))
     assert row["pre_error"] == pytest.approx(np.mean(errors), rel=1e-5)
-    assert (row["run"], row["n"], row["images_per_s"]) == ("pred", 5, None)
+    assert (row["run"], row["n"], row["images_per_s"], row["split"]) == ("pred", 5, None, None)
     assert report["masks"] == {"kind": "files", "size": None, "seed": None}
     assert sum(row["n"] for row in report["rows"] if row["bucket"] != "all") == 5
     assert "| paper: StableDiffusion " in capsys.readouterr().out
@@ -437,7 +454,8 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
         monkeypatch.setattr(f"metrics.{name}", fake)
     row = _rows(_call(monkeypatch, "--pred pred --real real --masks masks --refs refs --clip tower "
                                    "--table 4 --batch-size 2"))["files"]
-    assert all(row[name] is not None for name in row.keys() - {"blend", "size", "images_per_s"})
+    empty = {"blend", "size", "images_per_s", "split"}
+    assert all(row[name] is not None for name in row.keys() - empty)
     assert row["lpips_net"] == "vgg"
 
 

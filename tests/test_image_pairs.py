@@ -293,8 +293,8 @@ def contents(folder):
 def test_pictures_and_masks_are_those_of_eval_py_in_its_order(photos, tmp_path):
     manifest = write_evaluation_set(photos, tmp_path / "out", size=SIZE)
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
-    photos.rename(tmp_path / "val")
-    dataset = ImageFiles(tmp_path, "val", SIZE, layout="imagenet")
+    photos.rename(tmp_path / "train")
+    dataset = ImageFiles(tmp_path, "train", SIZE, layout="imagenet")
     (batch,) = held_out_batches(dataset, 100, 100, "cpu")
     assert len(manifest["files"]) == len(batch.index) == 9
     images = ((batch.x + 1) * 127.5).round().byte()

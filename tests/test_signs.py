@@ -12,8 +12,14 @@ def test_a_sign_picture_depends_on_split_seed_index_and_size_only():
     Signs("val", 64).image(9)
     assert np.array_equal(first, Signs("train", 64).image(5, np.random.default_rng(3)))
     assert first.dtype == np.uint8
-    datasets = Signs("train", 64), Signs("val", 64), Signs("train", 64, 1)
-    assert len({dataset.image(i).tobytes() for dataset in datasets for i in range(130)}) == 390
+    datasets = *(Signs(split, 64) for split in ("train", "val", "test")), Signs("train", 64, 1)
+    assert len({dataset.image(i).tobytes() for dataset in datasets for i in range(130)}) == 520
+
+
+def test_the_scenes_of_training_and_val_stay_what_runs_and_tables_have_seen():
+    for split, number in (("train", 0), ("val", 1), ("test", 2)):
+        drawn = signs.draw_scene(np.random.default_rng((201, 0, number, 7)), 64, number > 0)
+        assert np.array_equal(Signs(split, 64).image(7), drawn)
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 100, 128, 256])
@@ -65,11 +71,20 @@ def test_the_words_are_in_the_picture_pixel_by_pixel(pictures):
         assert abs(np.dot(ground - colour, (0.299, 0.587, 0.114))) > 60
 
 
-def test_held_out_pictures_show_pairs_of_words_that_training_never_shows():
+def test_held_out_pictures_show_pairs_of_words_that_training_never_shows(monkeypatch):
     held_out, others = (set(signs._sign_texts(1, 10 ** 6, flag)[1]) for flag in (True, False))
     assert not held_out & others
     assert len(held_out | others) == len(signs.FIRST_WORDS) * len(signs.LAST_WORDS)
     assert len(signs._sign_texts(1, 54, True)[1]) > 50
+    shown = {"train": set(), "val": set(), "test": set()}
+    monkeypatch.setattr(signs, "_board", lambda *args: shown[split].add(args[3]))
+    for split in shown:
+        for index in range(60):
+            Signs(split, 64).image(index)
+    pairs = {split: {lines for lines in texts if len(lines) == 2} for split, texts in shown.items()}
+    assert min(map(len, pairs.values())) > 9
+    assert pairs["train"] <= others
+    assert pairs["val"] | pairs["test"] <= held_out
 
 
 def test_letters_are_told_apart():
