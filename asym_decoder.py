@@ -214,7 +214,8 @@ class AsymVQGAN(nn.Module):
         x: (B,3,H,W) in [-1,1]; mask: (B,1,H,W) in {0,1}; generator: see DiagonalGaussian.sample.
         Returns h (B,ch,H,W); decoder.conv_out(h) is x_hat.
         """
-        with torch.no_grad():
+        # In float32 under autocast too, because rounding would exchange codes.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             z = self.encode(x, sample=True, generator=generator)            # (B, d, h, w)
             z = self.first_stage.post_quant_conv(z)                         # (B, z, h, w)
         return self.decoder.last_features(z, x, mask)                       # (B, ch, H, W)

@@ -207,24 +207,29 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-def adaptive_weight(pixel, gan, last_layer, rule="paper"):
+def adaptive_weight(pixel, gan, last_layer, rule="paper", elements=1):
     """Compute lambda = |grad pixel| / (|grad gan| + delta), the GAN loss's weight. [AVQ Eq. 9]
 
     pixel, gan: 0-d losses, whose graphs are kept. last_layer: the decoder's last weight G_L.
     Returns a 0-d tensor. Eq. 9 prints gradients and means their norms.
     rule: "paper" is Eq. 9. "taming" is the rule of taming and of the authors' code, clamped and
-    times 0.8. Its callers give pixel + perceptual in the place of `pixel`.  deviation D7
+    times 0.8; "ldm" is latent-diffusion's, times 0.5. The callers of these two give pixel +
+    perceptual in the place of `pixel`.  deviation D7
+    elements: 3HW; only "ldm" needs it. LDM clamps at 1e4 the ratio of a *sum* over them, which is
+    3HW times the ratio of our mean.
     Why at the last layer: every gradient of the image passes through it. With Eq. 9 the GAN pulls
     as hard there as the pixel loss, and so about as hard on the whole decoder. It is cheap, because
     neither backward pass enters the layers before.
     On several processes the gradients are averaged first, so lambda is that of the whole batch.
     """
-    _check(rule, "lambda", ("paper", "taming"))
+    _check(rule, "lambda", ("paper", "taming", "ldm"))
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                  for loss in (pixel, gan)]
     pixel_grad, gan_grad = mean_over_ranks(torch.stack(gradients))          # (3, C, 3, 3) each
     lam = pixel_grad.norm() / (gan_grad.norm() + DELTA)
-    return 0.8 * lam.clamp(0, 1e4) if rule == "taming" else lam
+    factor, most = {"paper": (1, torch.inf), "taming": (0.8, 1e4),
+                    "ldm": (0.5, 1e4 / elements)}[rule]
+    return factor * lam.clamp(max=most)
 
 
 def _check(value, flag, allowed):

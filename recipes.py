@@ -24,12 +24,12 @@ class Recipe:
     trunk_factor:  float = 1.0         # learning-rate factor of a trunk that start_trunk copied
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
     gan:           str   = "hinge"     # or "log", Eq. 7
-    lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, or "taming"
+    lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, "taming" or "ldm"
     disc_start:    float = 0.29        # first step of the GAN; below 1 a fraction;  deviation D11
     ndf:           int   = 64          # the discriminator's width
     disc_layers:   int   = 3           # its strided layers
     disc_factor:   float = 1.0         # its learning-rate factor
-    latent_weight: float = 1.0         # of Eq. 2's latent terms (VQ) or of Eq. 10 (KL)
+    latent_weight: float = 1.0         # of Eq. 2's latent terms; of Eq. 10 beside summed L1
     p_full:        float = 0.5         # share of full masks in the decoder's training
     mask_kind:     str   = "thick"     # of the other masks: a name in masks.MASK_KINDS
     max_maps:      int   = 0           # the prior trains on the codes of so many images; 0: of all
@@ -42,7 +42,7 @@ RECIPES = {
         # taming-transformers' and latent-diffusion's configurations; the number of steps is ours
         "vq": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=500_000, lambda_rule="taming",
                      disc_start=250_001),
-        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, lambda_rule="taming",
+        "kl": Recipe(batch_size=96, lr=4.5e-6 * 96, steps=250_000, lambda_rule="ldm",
                      disc_start=50_001, latent_weight=1e-6),
         # ours
         "tiny": Recipe(batch_size=8, lr=2e-3, steps=1300, warmup=50, min_lr=1e-4,
@@ -113,15 +113,15 @@ def adam(groups, recipe, device):
 
 
 def set_learning_rates(optimizers, recipe, step, steps, disc_start):
-    """Set every learning rate for `step`; return the generator's.
+    """Set every learning rate for `step`; return the generator's at factor 1.
 
-    The discriminator's schedule begins when it does. After the warm-up no rate is below min_lr.
+    Each group has a schedule of its own, from lr times its factor down to the same min_lr, as in
+    the authors' code. The discriminator's begins when it does.
     """
-    schedule = recipe.lr, recipe.warmup, recipe.min_lr
-    rates = {"generator": learning_rate(step, steps, *schedule),
-             "discriminator": learning_rate(max(0, step - disc_start), max(1, steps - disc_start),
-                                            *schedule)}
+    when = {"generator": (step, steps),
+            "discriminator": (max(0, step - disc_start), max(1, steps - disc_start))}
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = max(rates[name] * group["factor"], min(recipe.min_lr, rates[name]))
-    return rates["generator"]
+            group["lr"] = learning_rate(*when[name], recipe.lr * group["factor"], recipe.warmup,
+                                        recipe.min_lr)
+    return learning_rate(step, steps, recipe.lr, recipe.warmup, recipe.min_lr)

@@ -379,8 +379,8 @@ def parse(argv=None):
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes")
     add("--lr", type=number(float), help="peak learning rate (the recipe's scales with the batch)")
     choice(how, "--gan", ["hinge", "log"], ": GAN loss; log is AVQ Eq. 7")
-    choice(how, "--lambda", ["paper", "taming"], ": weight of the GAN loss; paper is AVQ Eq. 9",
-           dest="lambda_rule")
+    choice(how, "--lambda", ["paper", "taming", "ldm"],
+           ": weight of the GAN loss; paper is AVQ Eq. 9", dest="lambda_rule")
     add("--disc-start", type=number(float, 0), metavar="STEP",
         help="first step of the discriminator; below 1: a fraction of all steps")
     choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
@@ -392,7 +392,8 @@ def parse(argv=None):
     add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET[-concat][-overfitN])")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda or mps; auto takes CUDA, else MPS, else the CPU (auto)")
-    choice(run, "--precision", ["fp32", "bf16"], ": of the networks, not losses (fp32)", "fp32")
+    choice(run, "--precision", ["fp32", "bf16"], ": of what trains but the discriminator; what is "
+           "frozen, losses and validation: fp32 (fp32)", "fp32")
     add("--micro-batch", type=count, metavar="N",
         help="images that a process takes at once (all of its own; on a CPU 8 of 128 px)")
     add("--compile", action="store_true", help="run the networks through torch.compile (off)")

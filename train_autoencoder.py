@@ -103,7 +103,7 @@ class Autoencoder:
         gan_on: whether the discriminator has started. scale: the micro-batch's share of the step.
         The network runs once, and both players train on its x_hat.  deviation D12
         """
-        r = self.recipe
+        r, elements = self.recipe, batch.x[0].numel()                       # 3HW
         # Reconstruct, and compare with the original.
         with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
@@ -117,16 +117,19 @@ class Autoencoder:
         loss = rec
         if latent_loss is not None:
             # VQ: 1 · (codebook term + beta · commitment term), [AVQ Eq. 2] but for D4 and D22.
-            # KL: 1e-6 · Eq. 10, [AVQ Eq. 11] but for its weight of 1.  deviation D21
-            loss = rec + r.latent_weight * latent_loss
+            # KL: 1e-6 · Eq. 10, [AVQ Eq. 11] but for its weight of 1. LDM's 1e-6 stands beside a
+            # rec that is summed over 3HW elements. Ours is their mean.  deviation D21
+            summed = elements if self.model.config.latent == "kl" else 1
+            loss = rec + r.latent_weight / summed * latent_loss
             terms["latent"] = latent_loss
         # Train the generator.
         if gan_on:
             with frozen(self.discriminator):
                 gan = generator_gan_loss(self.discriminator(x_hat), r.gan)  # [AVQ Eq. 7]
-            # [AVQ Eq. 9] divides the pixel loss's gradient, taming's rule that of rec.
+            # [AVQ Eq. 9] divides the pixel loss's gradient, the other rules that of rec.
             divided = pixel if r.lambda_rule == "paper" else rec
-            lam = adaptive_weight(divided, gan, self.model.decoder.conv_out.weight, r.lambda_rule)
+            lam = adaptive_weight(divided, gan, self.model.decoder.conv_out.weight, r.lambda_rule,
+                                  elements)
             loss = loss + lam * gan                                         # [AVQ Eq. 8]
             terms |= {"gan": gan, "lambda": lam}
         (loss * scale).backward()
@@ -160,12 +163,11 @@ class Autoencoder:
 
     @torch.no_grad()
     def validate(self, batches):
-        """Measure {"val_...": mean over held-out images}, with a KL latent's mode."""
+        """Measure {"val_...": mean over held-out images}, with a KL latent's mode, in float32."""
         self.model.eval()
         sums, count = {}, 0
         for batch in batches:
-            with self.run.autocast():
-                values, x_hat = self.measures(batch)
+            values, x_hat = self.measures(batch)
             if self.perceptual is not None:
                 values["val_perceptual"] = self.perceptual(x_hat, batch.x).mean()
             for name, value in values.items():
@@ -184,8 +186,7 @@ class Autoencoder:
         """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
         batch = batches[0]
         self.model.eval()
-        with self.run.autocast():
-            columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
+        columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
         self.model.train()
         return columns
 

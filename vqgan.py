@@ -8,9 +8,11 @@ AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
 Names are those of taming's and latent-diffusion's checkpoints. `up[0]` is the highest resolution.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -280,7 +282,10 @@ class VQGAN(nn.Module):
         sampled instead, and its loss is Eq. 10's mean over images.
         """
         self._needs_decoder()
-        latent = self.moments(x)
+        # ReFiT's frozen encoder is in float32 under autocast too: rounding would exchange codes.
+        trains = self.quant_conv.weight.requires_grad
+        with nullcontext() if trains else torch.autocast(x.device.type, enabled=False):
+            latent = self.moments(x)
         if self.config.latent == "vq":
             z, _, latent_loss = self.quantize(latent)                       # (B, d, h, w)
         else:

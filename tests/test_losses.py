@@ -359,6 +359,14 @@ def test_tamings_lambda_is_clamped_at_1e4_and_scaled_by_0_8():
     assert adaptive_weight(rec, nothing, weight, "taming").item() == pytest.approx(8000)
 
 
+def test_latent_diffusions_lambda_is_clamped_at_1e4_of_a_sum_over_the_elements_and_halved():
+    weight, (rec, gan, nothing) = losses_with_gradients([3.0, 4.0], [0.0, 0.5], [0.0, 0.0])
+    for gan_loss, elements in ((gan, 12), (gan, 3072), (nothing, 12)):
+        ratio = 5 * elements / ((0.5 if gan_loss is gan else 0) + 1e-4)         # of the sum's norm
+        ours = adaptive_weight(rec, gan_loss, weight, "ldm", elements)
+        assert ours.item() * elements == pytest.approx(0.5 * min(ratio, 1e4))
+
+
 def test_lambda_keeps_the_losses_graphs_has_none_and_leaves_no_gradient_behind():
     weight, (rec, gan) = losses_with_gradients([3.0, 4.0], [0.0, 0.5])
     lam = adaptive_weight(rec, gan, weight)

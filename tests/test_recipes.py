@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -28,11 +29,12 @@ def test_the_decoders_recipes_are_the_papers():
     assert base.disc_start == large.disc_start == round(50_001 / theirs, 2)
 
 
-def test_the_first_stages_recipes_are_tamings():
+def test_the_first_stages_recipes_are_tamings_and_latent_diffusions():
     vq, kl = RECIPES["vqgan"]["vq"], RECIPES["vqgan"]["kl"]
     for recipe in (vq, kl):
         assert recipe.lr == pytest.approx(4.5e-6 * recipe.batch_size)
-        assert (recipe.min_lr, recipe.warmup, recipe.lambda_rule) == (0, 0, "taming")
+        assert (recipe.min_lr, recipe.warmup) == (0, 0)
+    assert (vq.lambda_rule, kl.lambda_rule) == ("taming", "ldm")
     assert (vq.disc_start, kl.disc_start, kl.latent_weight) == (250_001, 50_001, 1e-6)
 
 
@@ -76,7 +78,27 @@ def test_the_learning_rate_warms_up_from_one_percent_and_falls_as_a_cosine():
     assert learning_rate(9, 100, 1.0, 5000, 0.0) == pytest.approx(0.901)
 
 
-def test_each_group_and_player_has_its_own_rate_and_none_falls_below_the_minimum():
+def test_every_groups_schedule_is_that_of_the_authors_code():
+    """LambdaWarmUpCosineScheduler: a multiplier of each group's own rate, with its own minimum."""
+    recipe, steps = replace(RECIPES["decoder"]["base"], warmup=50), 700
+
+    def theirs(step, rate):
+        lowest = 1e-6 / rate
+        if step < 50:
+            return rate * ((1 - 0.01) / 50 * step + 0.01)
+        t = (step - 50) / (steps - 50)
+        return rate * (lowest + 0.5 * (1 - lowest) * (1 + math.cos(t * math.pi)))
+
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = adam([(weights[:1], 0.1), (weights[1:], 1.0)], recipe, torch.device("cpu"))
+    for step in range(steps):
+        set_learning_rates({"generator": optimizer}, recipe, step, steps, 0)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([theirs(step, 3.6e-5), theirs(step, 3.6e-4)], rel=1e-12)
+    assert theirs(0, 3.6e-5) < 1e-6                # the minimum is no floor of the warm-up
+
+
+def test_each_group_and_player_has_its_own_rate_and_all_end_at_the_minimum():
     recipe = Recipe(lr=1e-3, warmup=0, min_lr=1e-5)
     parameter = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
     cpu = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import settings, write_first_stage, write_stage
 from train_process import SMALL
-from training_step import textbook_step
+from training_step import latent_diffusion_step, textbook_step
 
 import train_autoencoder
 from data import Batch, Signs
@@ -133,11 +133,39 @@ def test_a_step_gives_the_textbooks_gradients_to_both_players(name, options, rul
             return slow.model(data.x, data.mask, noise), None
         return slow.model(data.x, noise)
 
+    latent_weight = 0.01 / (data.x[0].numel() if options.get("latent") == "kl" else 1)
     generator, discriminator, weight = textbook_step(
-        slow.model, slow.discriminator, encode, data.x, 0.01, slow.perceptual, gan, rule)
+        slow.model, slow.discriminator, encode, data.x, latent_weight, slow.perceptual, gan, rule)
     assert_close(gradients(stage.model), generator, 1e-4)
     assert_close(gradients(stage.discriminator), discriminator, 1e-4)
     assert terms["lambda"].item() == pytest.approx(weight.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("logits", "clamped"), [(0.01, True), (100, False)])
+def test_a_kl_first_stages_step_is_latent_diffusions_divided_by_its_number_of_elements(
+        logits, clamped):
+    with float64():
+        stage, data = vqgan("kl", replace(RECIPES["vqgan"]["kl"], ndf=8)), batch()
+        stage.perceptual = lambda a, b: (a - b).square().mean((1, 2, 3))
+        with torch.no_grad():            # weak logits make lambda large, strong ones small
+            stage.discriminator.main[-1].weight *= logits
+        slow = copy.deepcopy(stage)
+        terms = stage.step(data, gan_on=True)
+        theirs, ratio, weight = latent_diffusion_step(
+            slow.model, slow.discriminator, data.x, image_generators(0, "vqgan", range(4)),
+            slow.perceptual)
+        elements = 3 * 32 * 32
+        assert (ratio > 1e4) == clamped
+        assert_close({name: elements * g for name, g in gradients(stage.model).items()}, theirs,
+                     1e-9)
+        assert terms["lambda"].item() * elements == pytest.approx(weight.item(), rel=1e-9)
+        # Of a KL term of no weight, or of 3HW times its weight, the comparison would have told.
+        for wrong in (0, 1e-6 * elements):
+            slow.recipe = replace(slow.recipe, latent_weight=wrong)
+            slow.model.zero_grad()
+            slow.step(data, gan_on=True)
+            ours, right = gradients(slow.model)["quant_conv.weight"], theirs["quant_conv.weight"]
+            assert (elements * ours - right).abs().max() > 1e-7 * right.abs().max()
 
 
 @pytest.mark.parametrize("name", ["vqgan", "decoder"])
@@ -249,6 +277,46 @@ def test_bf16_networks_learn_with_float32_losses_and_weights():
     assert losses[0].dtype == torch.float32
     assert losses[-1] < 0.9 * losses[0]
     assert all(p.dtype == torch.float32 for p in stage.model.parameters())
+
+
+def codes_and_input(stage):
+    """The codes of a training step (B,h,w), and what enters the decoder's first layer."""
+    model, seen = stage.model, {}
+    model.first_stage.quantize.register_forward_hook(
+        lambda module, inputs, output: seen.update(codes=output[1]))
+    model.decoder.conv_in.register_forward_pre_hook(
+        lambda module, inputs: seen.update(z=inputs[0]))
+    stage.step(batch(), gan_on=False)
+    return seen["codes"], seen["z"]
+
+
+@pytest.mark.parametrize("name", ["decoder", "refit"])
+def test_a_frozen_first_stage_is_in_float32_under_bf16_too(name):
+    def spread(stage):                    # the codes lie where the encoder's outputs are
+        z_e = stage.model.first_stage.moments(batch().x).detach()
+        weight = stage.model.first_stage.quantize.embedding.weight
+        torch.manual_seed(5)
+        weight.data = z_e.mean((0, 2, 3)) + z_e.std((0, 2, 3)) * torch.randn(weight.shape)
+        return stage
+
+    plain, rounded = (spread(STAGES[name](precision=p)) for p in ("fp32", "bf16"))
+    codes, z = codes_and_input(plain)
+    assert len(codes.unique()) > 4
+    codes_in_bf16, z_in_bf16 = codes_and_input(rounded)
+    assert torch.equal(codes_in_bf16, codes)
+    # post_quant_conv is frozen in the decoder's stage only.
+    assert torch.equal(z_in_bf16, z) == (name == "decoder")
+    with rounded.run.autocast():          # else rounding would have exchanged some
+        assert not torch.equal(rounded.model.first_stage.indices(batch().x), codes)
+
+
+def test_validation_and_pictures_are_in_float32_under_bf16_as_in_eval_py():
+    plain, rounded = decoder(precision="fp32"), decoder(precision="bf16")
+    data = [batch(full=(False,) * 4)]
+    assert rounded.validate(data) == plain.validate(data)
+    columns = plain.pictures(data, 2)
+    for caption, images in rounded.pictures(data, 2).items():
+        assert torch.equal(images, columns[caption]), caption
 
 
 @pytest.mark.parametrize(("name", "backend"), [

@@ -1,4 +1,4 @@
-"""Write out one training step of an image network: AVQ Eq. 6 to 9, term by term."""
+"""Write out one training step of an image network: AVQ Eq. 6 to 9, and latent-diffusion's."""
 
 import torch
 
@@ -31,6 +31,27 @@ def textbook_step(model, discriminator, encode, x, latent_weight=1.0, perceptual
     generator = gradients(loss, model)
     disc = discriminator_loss(discriminator(x), discriminator(x_hat.detach()), gan)     # Eq. 7
     return generator, gradients(disc, discriminator), lam
+
+
+def latent_diffusion_step(model, discriminator, x, generators, perceptual):
+    """Compute latent-diffusion's loss of a KL first stage, summed over each image as there.
+
+    Returns its gradients of the generator, the ratio before the clamp, and the GAN loss's weight.
+    """
+    x_hat = model.decoder.conv_out(model(x, generators)[0])                 # (B, 3, H, W)
+    mean, logvar = model.quant_conv(model.encoder(x)).chunk(2, dim=1)
+    # LPIPS has one number an image, which is added to each of its 3HW elements.
+    rec = (x - x_hat).abs() + perceptual(x, x_hat)[:, None, None, None]
+    nll = rec.sum() / len(x)                 # its logvar is in no optimiser, and so stays 0
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / len(x)
+    adversarial = -discriminator(x_hat).mean()
+
+    def norm(loss):
+        return torch.autograd.grad(loss, model.decoder.conv_out.weight, retain_graph=True)[0].norm()
+
+    ratio = norm(nll) / (norm(adversarial) + 1e-4)
+    weight = 0.5 * ratio.clamp(0, 1e4)                                      # disc_weight 0.5
+    return gradients(nll + 1e-6 * kl + weight * adversarial, model), ratio, weight
 
 
 def gradients(loss, network):
