@@ -201,7 +201,8 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
     progress.close()
     if not files:
         raise UserError(f"{photos}: none of {len(sources):,} photos can be decoded")
-    manifest = {"version": 1, "kind": kind, "size": size, "seed": 0, "files": files}
+    law = "the first of (seed, index, attempt = 0, 1, ...) that is not empty and at most half"
+    manifest = {"version": 2, "kind": kind, "size": size, "seed": 0, "law": law, "files": files}
     write_text(out / "manifest.json", json.dumps(manifest, indent=0) + "\n")
     return manifest
 

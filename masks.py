@@ -1,6 +1,6 @@
 """Draw masks: 1 = to be generated, 0 = known (AVQ Sec. 3.2).
 
-    (kind, seed, index) -> strokes or boxes on LaMa's canvas -> drawn at `size` -> uint8 (size,size)
+    (kind, seed, index) -> strokes or boxes of LaMa's canvas -> nearest pixels: uint8 (size,size)
 
 The decoder trains on LaMa's random masks (strokes of a thick brush, or boxes). Half of the samples
 get the full mask instead, so that it learns to decode the latent alone. Evaluation masks cover at
@@ -8,12 +8,13 @@ most half the image. Every mask is a pure function of its arguments.
 """
 
 from collections import namedtuple
+from itertools import count
 from math import cos, pi, sin
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from seeding import MASK_FULL, MASK_SHAPE, numpy_generator
+from seeding import MASK_EVALUATION, MASK_FULL, MASK_SHAPE, numpy_generator
 
 # As LaMa states them: a brush is 5 to 5 + width px wide, a segment 10 to 10 + length px long.
 Strokes = namedtuple("Strokes", "min_times max_times width length")
@@ -31,64 +32,67 @@ MASK_KINDS = ("thin", "medium", "thick")
 BOX_SHARE = 0.3 / 1.3  # LaMa's weights: strokes 1, boxes 0.3
 
 
-def random_mask(kind, size, seed, index):
+def random_mask(kind, size, seed, index, stream=MASK_SHAPE):
     """Draw LaMa's random mask: uint8 (size,size), 1 = to be generated.
 
-    kind: one of MASK_KINDS. Sizes below 512 px use LaMa's numbers for 256 px, scaled by size/256.
-    Larger sizes use its numbers for 512 px, scaled by size/512. seed: ints >= 0, one or a tuple.
+    kind: one of MASK_KINDS. Sizes below 512 px show LaMa's mask of 256 px, larger ones its mask of
+    512 px, in the nearest pixels. seed: ints >= 0, one or a tuple. stream: of seeding.py.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
     if size < 8:
         raise ValueError(f"a mask of {size} px is too small to draw; the least size is 8")
-    canvas_side = 512 if size >= 512 else 256
-    strokes, boxes = LAMA_MASKS[kind, canvas_side]
-    rng = _generator(MASK_SHAPE, seed, index)
-    canvas = Image.new("L", (size, size))
-    draw, scale = ImageDraw.Draw(canvas), size / canvas_side
+    side = 512 if size >= 512 else 256
+    strokes, boxes = LAMA_MASKS[kind, side]
+    rng = _generator(stream, seed, index)
+    canvas = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(canvas)
     if boxes and rng.random() < BOX_SHARE:
-        _draw_boxes(draw, rng, boxes, canvas_side, scale)
+        _draw_boxes(draw, rng, boxes, side)
     else:
-        _draw_strokes(draw, rng, strokes, canvas_side, scale)
-    return np.array(canvas)                                                         # (size,size)
+        _draw_strokes(draw, rng, strokes, side)
+    return np.array(canvas.resize((size, size), Image.Resampling.NEAREST))          # (size,size)
 
 
 def _generator(stream, seed, index):
+    """Make the generator of a mask. No keys collide, whatever their lengths: the length leads."""
     seed = seed if isinstance(seed, tuple) else (seed,)
-    return numpy_generator(stream, *seed, index)
+    return numpy_generator(stream, len(seed), *seed, index)
 
 
-def _draw_strokes(draw, rng, strokes, side, scale):
+def _draw_strokes(draw, rng, strokes, side):
     # LaMa says "1-5 times" and draws 1 to 6, because its generator adds one to the upper end.
     # deviation D18
     for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
         x, y = rng.integers(side, size=2).tolist()
-        for _ in range(rng.integers(1, 6)):
-            turn, length, width = rng.integers((4, strokes.length, strokes.width)).tolist()
-            angle, length, width = 0.01 + turn, 10 + length, 5 + width
+        segments = rng.integers(1, 6), 3
+        for turn, length, width in rng.integers((4, strokes.length, strokes.width),
+                                                size=segments).tolist():
+            angle, length, start = 0.01 + turn, 10 + length, (x, y)
             if stroke % 2 == 0:
                 angle = 2 * pi - angle
-            start = x * scale, y * scale
             x = min(max(int(x + length * sin(angle)), 0), side)
             y = min(max(int(y + length * cos(angle)), 0), side)
-            end, width = (x * scale, y * scale), max(1, round(width * scale))
-            draw.line((start, end), fill=1, width=width)
-            # Round the ends, as OpenCV's lines in LaMa have them. Without, the mean area of thick
-            # masks falls from 0.40 to 0.33.  deviation D18
-            if width > 2:
-                r = width / 2
-                for u, v in (start, end):
-                    draw.ellipse((u - r, v - r, u + r, v + r), fill=1)
+            draw_line(draw, start, (x, y), 5 + width)
 
 
-def _draw_boxes(draw, rng, boxes, side, scale):
+def draw_line(draw, start, end, width):
+    """Draw a line between two pixels as wide as OpenCV's, with round ends.
+
+    OpenCV's line is 2 r + 1 px wide, r = (width + 1) // 2: 7 px for 5 and for 6.  deviation D18
+    """
+    r = (width + 1) // 2
+    draw.line((start, end), fill=1, width=2 * r + 1)
+    for x, y in (start, end):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=1)
+
+
+def _draw_boxes(draw, rng, boxes, side):
     for _ in range(rng.integers(1, boxes.max_times + 1)):
         width, height = rng.integers(boxes.min_side, boxes.max_side + 1, size=2).tolist()
         left, top = rng.integers(boxes.margin, (side - boxes.margin - width + 1,
                                                 side - boxes.margin - height + 1)).tolist()
-        x0, y0 = round(left * scale), round(top * scale)
-        x1, y1 = round((left + width) * scale), round((top + height) * scale)
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=1)
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=1)
 
 
 def box_mask(size, top, left, height, width):
@@ -115,13 +119,12 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 def evaluation_mask(size, index, kind="thick", seed=0):
     """Draw image `index`'s mask for every table, not empty, at most half: uint8 (size,size).
 
-    A mask that is empty or larger is replaced by the next index's, so neighbours may share one.
+    A mask that is empty or larger is drawn again, from the next number of attempt.  deviation D29
     """
-    mask = random_mask(kind, size, seed, index)
-    while not 0 < mask.mean() <= 0.5:
-        index += 1
-        mask = random_mask(kind, size, seed, index)
-    return mask
+    for attempt in count():
+        mask = random_mask(kind, size, (seed, index), attempt, MASK_EVALUATION)     # (size,size)
+        if 0 < mask.mean() <= 0.5:
+            return mask
 
 
 def area_bucket(mask):

@@ -13,14 +13,18 @@ import torch
 STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}
 
 # The first number of each numpy key.
-MASK_SHAPE, MASK_FULL = 101, 102                 # LaMa's strokes and boxes; the 50 % schedule
+MASK_SHAPE, MASK_FULL, MASK_EVALUATION = 101, 102, 103  # LaMa's; the 50 % schedule; the tables'
 SIGNS, ORDER, CROP = 201, 202, 203               # drawn scenes; an epoch's permutation; crops
 FEATURES = 301                                   # the features that ReFiT clusters
 SAMPLE, FIGURE, COMPLETION = 401, 402, 403       # sample.py; DDM Fig. 8; inpaint.py
 
 
 def numpy_generator(stream, *key):
-    """Make the numpy generator of a stream, a number above, and a key of integers >= 0."""
+    """Make the numpy generator of a stream, a number above, and a key of integers >= 0.
+
+    Keys of one stream need one length or their length in front: numpy pads short keys with zeros,
+    so that (1, 2) and (1, 2, 0) are the same.
+    """
     return np.random.default_rng((stream, *key))
 
 
