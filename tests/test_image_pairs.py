@@ -297,6 +297,8 @@ def test_pictures_and_masks_are_those_of_eval_py_in_its_order(photos, tmp_path):
     dataset = ImageFiles(tmp_path, "train", SIZE, layout="imagenet")
     (batch,) = held_out_batches(dataset, 100, 100, "cpu")
     assert len(manifest["files"]) == len(batch.index) == 9
+    assert manifest["version"] == 2
+    assert "(seed, index, attempt = 0, 1, ...)" in manifest["law"]
     images = ((batch.x + 1) * 127.5).round().byte()
     for index, (image, mask, entry) in enumerate(zip(images, batch.mask, manifest["files"])):
         written = Image.open(tmp_path / "out/images" / entry["name"])
