@@ -147,8 +147,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     texts = [tables.report_text(report, about, networks.missing, networks.off, table)]
     if codebooks:
         texts += [f"Codes in use ({notes['codebook']}):", tables.codebook_table(codebooks)]
-    if table == "ddm1":
-        texts.append(tables.ddm_table_1())
+    if table in tables.DDM_TABLES:
+        texts.append(tables.ddm_table(table))
     if prior and prior["uniform_nats"]:
         texts += ["-log p of a held-out map of codes, measured at the end of training:",
                   tables.prior_table(prior, first_stage.config.K)]
@@ -351,8 +351,8 @@ def main():
     add("--size", type=int, metavar="PX", help="side (default: the run's, --pred's, else 256)")
     add("-n", "--n", type=int, metavar="N", help="number of images (default: all of --pred and "
         "--real; of --data at most 1000, signs 500; --table ddm1 counts all)")
-    add("--table", choices=(*tables.PAPER_TABLES, "ddm1"), help="add a table of AVQ with the "
-        "paper's own rows, or ddm1, DDM's Table 1 on codes in use (default: none)")
+    add("--table", choices=(*tables.PAPER_TABLES, *tables.DDM_TABLES), help="add a table of AVQ "
+        "with its own rows, or DDM's 1 on codes in use or 2 on samples (default: none)")
     add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
     add("--weights", metavar="DIR", help="folder of the networks' files (default: the run's, else "
         "torch hub's)")
@@ -367,7 +367,7 @@ def main():
         "test/ in it for --split test; PRED-report)")
     args = parser.parse_args()
     table = f"--table {args.table}"
-    samples = args.table in ("6", "10")          # tables about samples, not about pairs
+    samples = args.table in ("6", "10", "ddm2")          # tables about samples, not about pairs
     numbers = {"-n": args.n, "--batch-size": args.batch_size, "--size": args.size}
     small = ", ".join(flag for flag, value in numbers.items() if value is not None and value < 1)
     for wrong, sentence in (

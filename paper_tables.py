@@ -256,16 +256,34 @@ def _shown(report, missing):
             if name in missing or any(row[name] is not None for row in report["rows"])]
 
 
-DDM_TABLE_1 = (          # [DDM Tab. 1], as printed
-    ("paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
-     "rFID, ImageNet"),
-    ("VQ-VAE-2", "Cascade", "512", "~65%", "-", "-", "~10"),
-    ("DALL-E", "32x32", "8192", "-", "-", "-", "32.01"),
-    ("VQ-GAN", "16x16", "16384", "-", "5.96%", "-", "4.98"),
-    ("VQ-GAN", "16x16", "1024", "31.85%", "33.67%", "10.18", "7.94"),
-    ("ours (P = 100k)", "16x16", "1024", "-", "100%", "-", "4.98"),
-    ("ours (P = 20k)", "16x16", "1024", "97.07%", "100%", "5.59", "5.99"),
-    ("ours (P = 20k)", "16x16", "512", "93.06%", "100%", "5.64", "6.95"))
+# {--table: (head and rows as DDM prints them, what to know)}
+DDM_TABLES = {
+    # [DDM Tab. 1]
+    "ddm1": ((
+        ("paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
+         "rFID, ImageNet"),
+        ("VQ-VAE-2", "Cascade", "512", "~65%", "-", "-", "~10"),
+        ("DALL-E", "32x32", "8192", "-", "-", "-", "32.01"),
+        ("VQ-GAN", "16x16", "16384", "-", "5.96%", "-", "4.98"),
+        ("VQ-GAN", "16x16", "1024", "31.85%", "33.67%", "10.18", "7.94"),
+        ("ours (P = 100k)", "16x16", "1024", "-", "100%", "-", "4.98"),
+        ("ours (P = 20k)", "16x16", "1024", "97.07%", "100%", "5.59", "5.99"),
+        ("ours (P = 20k)", "16x16", "512", "93.06%", "100%", "5.64", "6.95")),
+        "The paper counts usage on \"the test set or training set\". Its rFID is against training "
+        "images of CelebA-HQ, validation images of ImageNet; ours against held-out ones."),
+    # [DDM Tab. 2]
+    "ddm2": ((
+        ("paper", "FID", "Params", "FLOPs"),
+        ("GLOW", "60.9", "220 M", "540 G"), ("NVAE", "40.3", "1.26 G", "185 G"),
+        ("ours (K = 1024 w/o ReFiT)", "22.6", "117 M", "1.06 G"),
+        ("VAEBM", "20.4", "127 M", "8.22 G"),
+        ("ours (K = 512 w/ ReFiT)", "18.8", "117 M", "1.04 G"), ("DC-VAE", "15.8", "-", "-"),
+        ("ours (K = 1024 w/ ReFiT)", "13.2", "117 M", "1.06 G"),
+        ("DDIM(T=100)", "10.9", "114 M", "124 G"),
+        ("VQ-GAN + Transformer", "10.2", "802 M", "102 G"), ("PG-GAN", "8.0", "46.1 M", "14.1 G")),
+        "The paper's FID is of CelebA-HQ at 256 px. convert.py RUN --layers counts a run's prior; "
+        "VQ-DDM's FLOPs fit the multiplications of one of its T reverse steps (PAPERS.md, D37)."),
+}
 HOURS_FOR = 50_000       # samples, for which DDM's Figs. 5 and 6 give hours
 
 
@@ -280,11 +298,10 @@ def codebook_table(rows):
           _written(row["rfid"], "{:.2f}".format)] for row in rows])
 
 
-def ddm_table_1():
-    """Write DDM's Table 1 with the paper's own figures."""
-    return markdown(DDM_TABLE_1[0], DDM_TABLE_1[1:]) + (
-        "\n\nThe paper counts usage on \"the test set or training set\". Its rFID is against "
-        "training images of CelebA-HQ, validation images of ImageNet; ours against held-out ones.")
+def ddm_table(name):
+    """Write a table of DDM with the paper's own figures."""
+    rows, about = DDM_TABLES[name]
+    return f"{markdown(rows[0], rows[1:])}\n\n{about}"
 
 
 def prior_table(prior, K):

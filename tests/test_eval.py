@@ -491,6 +491,8 @@ def test_samples_are_compared_with_a_data_sets_own_pictures(
     assert "| paper: Ours (large) w/o mask" in printed
     (line,) = [line for line in printed.split("\n") if line.startswith("| pred")][1:]
     assert f"{row['fid']:.2f}" in line
+    _call(monkeypatch, "--pred pred --data signs --unpaired --table ddm2")
+    assert "| ours (K = 1024 w/ ReFiT) " in capsys.readouterr().out
 
 
 def test_runs_decode_photos_and_masks_of_ones_own(folders, run, monkeypatch):

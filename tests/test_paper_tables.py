@@ -9,12 +9,12 @@ from tiny_reports import CPU, MISSING, OFF, example_report, example_table
 
 from metrics import report_rows
 from paper_tables import (
-    DDM_TABLE_1,
+    DDM_TABLES,
     NOTES,
     PAPER_TABLES,
     bucket_table,
     codebook_table,
-    ddm_table_1,
+    ddm_table,
     make_report,
     paper_table,
     prior_table,
@@ -93,7 +93,23 @@ ROWS = {"1": 7, "2": 5, "3": 4, "4": 6, "5": 5, "6": 3, "9": 3, "10": 3}     # t
 
 def test_the_papers_tables_are_whole():
     assert {number: len(figures) for number, (*_, figures) in PAPER_TABLES.items()} == ROWS
-    assert len(DDM_TABLE_1) - 1 == 7
+    assert {name: len(rows) for name, (rows, _) in DDM_TABLES.items()} == {"ddm1": 8, "ddm2": 11}
+
+
+def test_figures_that_avq_prints_twice_agree():
+    figures = {number: {method: values.split() for method, values in rows.items()}
+               for number, (*_, rows) in PAPER_TABLES.items()}
+    for number, row, other, twin in (
+            ("2", "Ours (large) w/ mask", "3", "Ours (large) add."),
+            ("3", "Ours (base) add.", "9", "Base decoder"),
+            ("3", "Ours (large) add.", "9", "Large1 decoder"),
+            ("4", "Paint-by-Example*", "5", "Paint-by-Example*"),
+            ("4", "Ours", "5", "Ours (large)"),
+            ("6", "Ours (base) w/o mask", "10", "Base decoder w/o mask"),
+            ("6", "Ours (large) w/o mask", "10", "Large decoder w/o mask")):
+        assert figures[number][row] == figures[other][twin]
+    fid = [float(figures["1"][method][2]) for method in ("StableDiffusion*", "Ours")]
+    assert fid[0] - fid[1] == pytest.approx(1.24)                # Sec. 4.1
 
 
 @pytest.mark.parametrize("number", PAPER_TABLES)
@@ -172,9 +188,16 @@ def test_codebooks_have_the_columns_of_ddms_table_1():
     text = codebook_table(CODEBOOKS)
     assert _cells(text, 2) == ["before ReFiT", "16x16", "16,384", "n/a", "6.0%", "1,234.6", "4.98"]
     assert _cells(text, 3) == ["after ReFiT", "16x16", "1,024", "100.0%", "97.1%", "900.0", "n/a"]
-    assert all(len(row) == 7 for row in DDM_TABLE_1)
-    assert _cells(ddm_table_1(), 7) == ["ours (P = 20k)", "16x16", "1024", "97.07%", "100%",
-                                        "5.59", "5.99"]
+    assert all(len(row) == 7 for row in DDM_TABLES["ddm1"][0])
+    assert _cells(ddm_table("ddm1"), 7) == ["ours (P = 20k)", "16x16", "1024", "97.07%", "100%",
+                                            "5.59", "5.99"]
+
+
+def test_ddms_table_2_has_vq_ddm_with_and_without_refit():
+    text = ddm_table("ddm2")
+    assert _cells(text, 0) == ["paper", "FID", "Params", "FLOPs"]
+    assert _cells(text, 4) == ["ours (K = 1024 w/o ReFiT)", "22.6", "117 M", "1.06 G"]
+    assert _cells(text, 8) == ["ours (K = 1024 w/ ReFiT)", "13.2", "117 M", "1.06 G"]
 
 
 def test_a_priors_bound_stands_between_what_knows_less():
