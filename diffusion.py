@@ -42,7 +42,8 @@ from seeding import per_image, uniforms
 
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
-STRATA = 4                # times t at which a held-out map's bound is estimated, besides t = 1
+STRATA = 4                # parts of 2..T, with one t each, that bound a held-out map in training
+ALL_T, FINAL_STRATA = 200, 64       # in reports: every t for T up to 200, else so many parts
 
 # log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
 softplus = partial(F.softplus, threshold=40.0)
@@ -392,26 +393,47 @@ class Timesteps:
         self.counts.copy_(state["counts"])
 
 
-def held_out_bound(diffusion, model, indices, first):
-    """Bound -log p of held-out maps (B,h,w), in nats: (B,) float64.
+def held_out_bound(diffusion, model, indices, first, training=False):
+    """Bound -log p of maps (B,h,w), in nats: (B,) float64.
 
+    Over all t for T up to ALL_T, else over FINAL_STRATA; while training over STRATA, for a curve.
     t and noise depend on a map's place alone, first + n, so that bounds can be compared.
     """
+    strata = STRATA if training else FINAL_STRATA if diffusion.T > ALL_T else None
     generators = [torch.Generator().manual_seed(first + n) for n in range(len(indices))]
-    return diffusion.vlb(model, indices, generators, STRATA)["vlb"]                 # (B)
+    return diffusion.vlb(model, indices, generators, strata)["vlb"]                 # (B)
 
 
-def histogram_nats(codes, held_out, K):
-    """Compute the nats a map of held_out (m,h,w) by the frequencies of codes (n,h,w) at each cell.
+def mean_and_error(values):
+    """Compute the mean of values (n,) and its standard error, None for a single value."""
+    n = len(values)
+    return values.mean().item(), (values.std() / n**0.5).item() if n > 1 else None
 
-    A model can reach this mean over maps by knowing where a cell is, but not its neighbours. Each
-    count begins at one (Laplace), so that no code is impossible.
+
+def frequency_nats(codes, held_out, K):
+    """Compute the nats of maps held_out (m,h,w) by the codes' frequencies in maps (n,h,w).
+
+    Returns {"unigram": by those over all cells, u_k = (N_k + 1)/(N + K), "histogram": by those at
+    each cell, (n_ck + a u_k)/(n + a)}, (m,) float64 each. Few maps tell little of one cell, so its
+    frequencies are shrunk towards u, as if by `a` more maps. a is the power of 4 by which the
+    training codes are likeliest, each left out of its own counts.
     """
-    cells = codes[0].size
-    first = np.arange(cells) * K                                                    # (h·w)
-    counts = np.ones(cells * K, np.int64)
-    for start in range(0, len(codes), 4096):
+    n, cells = len(codes), codes[0].size
+    cell = np.arange(cells)                                                         # (h·w)
+    counts = np.zeros(cells * K, np.int64)
+    for start in range(0, n, 4096):
         part = codes[start:start + 4096].reshape(-1, cells)                         # (b, h·w)
-        counts += np.bincount((part + first).ravel(), minlength=cells * K)
-    nats = -np.log(counts / (len(codes) + K))                                       # (h·w·K)
-    return nats[held_out.reshape(-1, cells).astype(np.int64) + first].sum(1).mean().item()
+        counts += np.bincount((part + cell * K).ravel(), minlength=cells * K)
+    counts = counts.reshape(cells, K)                                               # (h·w, K)
+    N_k, where = counts.sum(0), counts.nonzero()
+    unigram, n_ck = (N_k + 1) / (n * cells + K), counts[where]
+    others = N_k[where[1]] / (n * cells - 1 + K)         # u_k without one of the N_k
+
+    def likelihood(a):
+        return (n_ck * np.log((n_ck - 1 + a * others) / (n - 1 + a))).sum()
+
+    a = max((4.0**power for power in range(11)), key=likelihood)
+    histogram = (counts + a * unigram) / (n + a)                                    # (h·w, K)
+    z = held_out.reshape(-1, cells).astype(np.int64)                                # (m, h·w)
+    return {"unigram": torch.from_numpy(-np.log(unigram[z]).sum(1)),
+            "histogram": torch.from_numpy(-np.log(histogram[cell, z]).sum(1))}

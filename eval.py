@@ -17,6 +17,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import distributed
@@ -134,7 +135,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         folder = next((path for path in paths if (path / "prior").is_dir()), None)
         if dataset and folder:
             prior, notes["prior"], links = distributed.on_rank0(
-                lambda: draw_by_prior(folder, dataset, device, out))
+                lambda: draw_by_prior(folder, dataset, n, device, out))
     unfinished = [f"{name} (step {run.step})" for name, run in runs.items() if not run.finished]
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
@@ -149,10 +150,9 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         texts += [f"Codes in use ({notes['codebook']}):", tables.codebook_table(codebooks)]
     if table in tables.DDM_TABLES:
         texts.append(tables.ddm_table(table))
-    if prior and prior["uniform_nats"]:
-        texts += ["-log p of a held-out map of codes, measured at the end of training:",
-                  tables.prior_table(prior, first_stage.config.K)]
     if prior:
+        texts += [f"-log p of a held-out map of codes ({prior['maps']:,} maps):",
+                  tables.prior_table(prior, first_stage.config.K)]
         texts += ["Drawing such maps by the prior:", tables.steps_table(prior["steps"], SAMPLES)]
     elif "prior" in notes:
         texts.append(f"prior: {notes['prior']}")
@@ -298,8 +298,8 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
     return rows
 
 
-def draw_by_prior(folder, dataset, device, out):
-    """Draw samples and completions by a run's prior into `out`.
+def draw_by_prior(folder, dataset, n, device, out):
+    """Draw samples and completions by a run's prior into `out`; measure its bound on n images.
 
     Returns (the report's "prior" or None, the note on it, {file: title}).
     """
@@ -314,7 +314,7 @@ def draw_by_prior(folder, dataset, device, out):
     if dataset.size != side:
         return None, f"not computed: it draws images of {side} px, not of {dataset.size}", {}
     steps = chosen_steps(None, prior.diffusion.T, REPORT_STEPS)
-    row, samples = sample.measure_steps(prior, model, steps, SAMPLES, batch_size=SAMPLES)
+    rows, (samples,) = sample.measure_steps(prior, model, [steps], SAMPLES, batch_size=SAMPLES)
     title = f"{SAMPLES} samples ({steps} steps), decoded by {sample.decoder_name(model)}"
     image_rows([(title, list(samples))], out / "samples.png", across=8)
     image_rows(completion_rows(prior, dataset, steps), out / "completions.png", 2 + COMPLETIONS)
@@ -322,9 +322,12 @@ def draw_by_prior(folder, dataset, device, out):
     if isinstance(model, AsymVQGAN):
         image_grid(inpainting_columns(prior, model, dataset, steps), out / "inpainting.png")
         links["inpainting.png"] = f"full inpainting ({steps} steps, resample {RESAMPLE})"
-    facts = {"vlb_nats": prior.facts.get("score"), "steps": [row]}
-    facts |= {name: prior.facts.get(name) for name in ("uniform_nats", "histogram_nats")}
-    note = f"vlb_nats: of held-out maps, when training ended; seconds: of {SAMPLES} maps at once"
+    kept = folder / "codes" / prior.facts.get("codes", "maps")
+    codes = np.load(kept, mmap_mode="r") if kept.exists() else None
+    facts = sample.measure_bound(prior, codes, dataset, n) | {"steps": rows}
+    note = f"se: standard error over maps; seconds: of {SAMPLES} maps at once" + (
+        f"; rows that need the maps of training are left out, as {kept} is not there"
+        if codes is None else "")
     return facts, note, links
 
 

@@ -305,19 +305,32 @@ def ddm_table(name):
 
 
 def prior_table(prior, K):
-    """Compare -log p of a held-out map of K codes under the prior and under simpler models."""
+    """Compare -log p of a map of K codes under the prior and models without a network.
+
+    prior: of sample.measure_bound; a model without a number has no row.
+    """
     cells = round(prior["uniform_nats"] / math.log(K))
-    models = {"uniform": prior["uniform_nats"],
-              "frequency of each code at each cell": prior["histogram_nats"],
-              "VQ-DDM, an upper bound": prior["vlb_nats"]}
-    return markdown(["model of the codes", "nats per map", "bits per code", "of frequencies"], [
-        [name, f"{nats:,.1f}", f"{nats / cells / math.log(2):.3f}",
-         f"{nats / prior['histogram_nats']:.1%}"] for name, nats in models.items()])
+    names = {"uniform": "uniform", "unigram": "frequency of each code",
+             "histogram": "frequency at each cell, shrunk towards it",
+             "vlb": "VQ-DDM, an upper bound", "train_vlb": "the same, of training's maps"}
+    found = {key: prior[f"{key}_nats"] for key in names if f"{key}_nats" in prior}
+    best = min(found[key] for key in ("uniform", "unigram", "histogram") if key in found)
+    return markdown(["model of the codes", "nats per map", "bits per code", "of best baseline"], [
+        [names[key], with_error(nats, prior.get(f"{key}_se")), f"{nats / cells / math.log(2):.3f}",
+         f"{nats / best:.1%}"] for key, nats in found.items()])
 
 
 def steps_table(steps, batch_size):
     """Write the rows of sample.measure_steps, one per number of steps. [DDM Fig. 5] [DDM Fig. 6]"""
-    heads = ["steps", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}", "nats per map"]
-    hours = HOURS_FOR / batch_size / 3600
-    return markdown(heads, [[f"{row['n']:,}", short(row["seconds"]), short(row["seconds"] * hours),
-                             f"{row['nats']:,.1f}"] for row in steps])
+    heads = ["steps", "samples", f"seconds for {batch_size}", f"hours for {HOURS_FOR:,}",
+             "nats per map", f"more than in {max(row['n'] for row in steps):,}"]
+    hours, shown = HOURS_FOR / batch_size / 3600, 5 + (len(steps) > 1)
+    return markdown(heads[:shown], [[
+        f"{row['n']:,}", f"{row['maps']:,}", short(row["seconds"]), short(row["seconds"] * hours),
+        *(with_error(row[name], row[f"{name}_se"]) for name in ("nats", "more"))][:shown]
+        for row in steps])
+
+
+def with_error(value, error):
+    """Write a number of nats, with its standard error if it has one."""
+    return f"{value:,.1f}" + (f" ± {error:.1f}" if error is not None else "")

@@ -1,4 +1,4 @@
-"""Draw samples by VQ-DDM's prior, and measure what fewer reverse steps cost.
+"""Draw samples by VQ-DDM's prior, measure its bound and what fewer reverse steps cost.
 
     python sample.py --run RUN -n 16 -o samples.png
     python sample.py --run RUN -n 64 --steps 1,4,10,25,100         as DDM's Fig. 5 and 6
@@ -14,18 +14,22 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from asym_decoder import AsymVQGAN
 from convert import DEFAULT_STEPS, chosen_steps, load, load_prior, run_of
-from diffusion import held_out_bound
+from data import pixels, views
+from diffusion import frequency_nats, held_out_bound, mean_and_error
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for
 from paper_tables import steps_table
 from pictures import image_rows
 from quantize import exact_float32
 from run_folder import Progress, make_folder
 from seeding import SAMPLE, keyed_generators
+
+BOUND_MAPS = 256         # most maps of each kind for measure_bound
 
 
 def sample_codes(prior, positions, steps, seed=0):
@@ -52,18 +56,56 @@ def draw_samples(prior, model, steps, n, seed=0, batch_size=16):
 
 
 def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
-    """Measure samples 0..n-1, drawn in `steps`: (row, images (n,3,H,W)). [DDM Fig. 5]
+    """Measure samples 0..n-1, drawn in each number of `steps`. [DDM Fig. 5]
 
-    The figure has FID where the row has the prior's bound in nats. [DDM Sec. 4.3]  deviation D51
-    row: {"n": steps, "seconds": for the codes of one batch, "nats": the prior's bound per map}.
+    Returns (rows, [images (n,3,H,W) of each row]). The figure has FID where a row has the prior's
+    own bound in nats.  deviation D51
+    row: {"n": steps, "maps": n, "seconds": for the codes of one batch, "nats": the bound per map,
+    "more": what it lies above that of the same samples in the most steps; "..._se": standard error}
     """
-    images, nats, seconds = [], 0.0, 0.0
-    for positions, codes, x_hat, took in draw_samples(prior, model, steps, n, seed, batch_size):
-        seconds += took
-        nats += held_out_bound(prior.diffusion, prior.unet, codes, positions.start).sum().item()
-        images.append(x_hat.cpu())
-    row = {"n": steps, "seconds": seconds / n * min(batch_size, n), "nats": nats / n}
-    return row, torch.cat(images)                                                   # (n, 3, H, W)
+    rows, pictures, bounds = [], [], []
+    for number in steps:
+        images, nats, seconds = [], [], 0.0
+        for at, codes, x_hat, took in draw_samples(prior, model, number, n, seed, batch_size):
+            seconds += took
+            nats.append(held_out_bound(prior.diffusion, prior.unet, codes, at.start))
+            images.append(x_hat.cpu())
+        pictures.append(torch.cat(images))                                          # (n, 3, H, W)
+        bounds.append(torch.cat(nats))                                              # (n)
+        rows.append({"n": number, "maps": n, "seconds": seconds / n * min(batch_size, n)})
+    for row, nats in zip(rows, bounds):
+        row["nats"], row["nats_se"] = mean_and_error(nats)
+        row["more"], row["more_se"] = mean_and_error(nats - bounds[steps.index(max(steps))])
+    return rows, pictures
+
+
+def measure_bound(prior, codes, dataset, n=BOUND_MAPS, batch_size=16):
+    """Measure the nats of a map under the prior and under models without a network. [DDM Sec. 4.3]
+
+    codes: the prior's training maps (N,h,w), or None. Returns mean and standard error, "vlb_nats"
+    and "vlb_se", "unigram_..." and "histogram_..." (frequency_nats) over n images of the dataset,
+    and "train_vlb_..." over n training maps by the same estimator: far less means overfitting.
+    """
+    n, K = min(n, BOUND_MAPS, len(dataset)), prior.diffusion.K
+    spread = [i * len(dataset) // n for i in range(n)]
+    images = views(dataset, [spread[i:i + batch_size] for i in range(0, n, batch_size)])
+    maps = torch.cat([prior.first_stage.indices(pixels(image, prior.device)) for image in images])
+    found = {}                                                                      # (n) each
+    if codes is not None:
+        found = frequency_nats(codes, maps.cpu().numpy(), K)
+        some = codes[[i * len(codes) // n for i in range(n)]].astype(np.int64)      # (n, h, w)
+        maps = torch.cat([maps, torch.from_numpy(some).to(prior.device)])           # (2n, h, w)
+    nats, parts = [], maps.split(batch_size)
+    progress = Progress("bound", 0, len(parts), batch_size)
+    for done, part in enumerate(parts):
+        nats.append(held_out_bound(prior.diffusion, prior.unet, part, done * batch_size))
+        progress.show(done + 1, {})
+    progress.close()
+    found |= zip(("vlb", "train_vlb"), torch.cat(nats).split(n))
+    facts = {"maps": n, "uniform_nats": maps[0].numel() * math.log(K)}
+    for name, values in found.items():
+        facts[f"{name}_nats"], facts[f"{name}_se"] = mean_and_error(values)
+    return facts
 
 
 def open_decoder(path, prior, choice=None):
@@ -133,13 +175,10 @@ def main():
             raise UserError(f"-o {out}: give a .png, or a folder: FOLDER/")
         make_folder(out.parent, "-o")
         with exact_float32(), torch.inference_mode():
-            rows, images = zip(*(measure_steps(prior, model, S, args.n, args.seed, args.batch_size)
-                                 for S in steps))
+            rows, images = measure_steps(prior, model, steps, args.n, args.seed, args.batch_size)
         print0(f"\n{steps_table(rows, min(args.batch_size, args.n))}\n\nnats per map: the prior's "
-               "own bound on -log p(codes). Far less than held-out images have may mean too little "
-               "variety.")
-        if score := prior.facts.get("score"):
-            print0(f"held-out images: {score:,.1f} nats per map")
+               "own bound on -log p(codes). Far less than held-out images have, which eval.py "
+               "measures, may mean too little variety.")
         across = math.isqrt(args.n - 1) + 1 if len(steps) == 1 else None
         image_rows([(f"{S} steps", list(shown)) for S, shown in zip(steps, images)], out, across)
     print0(f"wrote {out}")

@@ -22,7 +22,7 @@ import torch
 
 from convert import denoiser
 from data import Order, pixels, views
-from diffusion import Timesteps, held_out_bound, histogram_nats
+from diffusion import Timesteps, frequency_nats, held_out_bound
 from distributed import gather_objects, on_rank0, print0, rank, world_size, wrap
 from recipes import adam
 from seeding import STAGE_IDS, image_generators
@@ -77,7 +77,8 @@ class PriorStage:
         config = self.first_stage.config
         self.codes = code_maps(self.encode, self.run.train_set, n, config, self.parent,
                                self.run.out / "codes", self.run.workers)    # (n, h, w)
-        self.facts |= {"K": config.K, "grid": list(self.codes.shape[1:]), "maps": n}
+        self.facts |= {"K": config.K, "grid": list(self.codes.shape[1:]), "maps": n,
+                       "codes": Path(self.codes.filename).name}
         return CodeItems(self.codes, self.run.settings["seed"])
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class PriorStage:
     def held_out(self, size):
         """Encode the first held-out images: [(CodeBatch, x of the first batch, else None)].
 
-        Also puts into `facts` what two baselines without a network cost on them.
+        Also prints what models without a network cost on them.
         """
         run, n = self.run, min(VALIDATION_MAPS, len(self.run.val_set))
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
@@ -130,17 +131,20 @@ class PriorStage:
                    for index, image in zip(ranges, views(run.val_set, ranges))]
         maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
         K = self.first_stage.config.K
-        self.facts |= {"uniform_nats": maps[0].size * math.log(K),
-                       "histogram_nats": histogram_nats(self.codes, maps, K)}
-        print0("prior: a held-out map costs {uniform_nats:.1f} nats by equal probabilities,"
-               " {histogram_nats:.1f} by the histogram of each cell".format(**self.facts))
+        nats = {name: one.mean() for name, one in frequency_nats(self.codes, maps, K).items()}
+        print0(f"prior: a held-out map costs {maps[0].size * math.log(K):.1f} nats by equal "
+               f"probabilities, {nats['unigram']:.1f} by the codes' frequencies, "
+               f"{nats['histogram']:.1f} by those at each cell")
         return batches
 
     @torch.no_grad()
     def validate(self, batches):
-        """Measure {"val_vlb"}: the mean bound in nats a map, the noise always the same."""
+        """Measure {"val_vlb"}: the bound in nats a map at few t, the noise always the same.
+
+        It is cheap and noisy; eval.py reports sample.measure_bound, over all t.
+        """
         with self.averaged() as model:
-            nats = [held_out_bound(self.diffusion, model, batch.indices, batch.index[0])
+            nats = [held_out_bound(self.diffusion, model, batch.indices, batch.index[0], True)
                     for batch, _ in batches]
         return {"val_vlb": torch.cat(nats).mean().item()}
 

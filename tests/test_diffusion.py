@@ -24,9 +24,10 @@ from diffusion import (
     Timesteps,
     cosine_schedule,
     draw_codes,
+    frequency_nats,
     held_out_bound,
-    histogram_nats,
     known_cells,
+    mean_and_error,
 )
 from seeding import uniforms
 
@@ -400,15 +401,72 @@ def test_a_held_out_map_has_the_same_bound_in_any_batch():
     assert not torch.allclose(held_out_bound(diffusion, model, z_0, 0), whole)
 
 
-def test_histogram_nats_are_those_of_counting_by_hand():
+@pytest.mark.parametrize(("T", "training", "calls"), [
+    (200, False, 200), (201, False, 65), (200, True, 5)])
+def test_a_reports_bound_asks_all_t_or_64_strata_and_a_curves_4(T, training, calls):
+    asked = []
+
+    def model(z, t):
+        asked.extend(t.tolist())
+        return torch.zeros(1, 4, 2, 2)
+
+    held_out_bound(MultinomialDiffusion(4, T), model, torch.zeros(1, 2, 2, dtype=int), 0, training)
+    assert len(asked) == calls
+    assert (sorted(asked) == list(range(1, T + 1))) == (calls == T)
+
+
+def test_means_have_the_standard_error_that_repeating_them_shows():
+    values = torch.randn(2000, 50, dtype=torch.float64)
+    means, errors = zip(*map(mean_and_error, values))
+    assert sum(errors) / 2000 == pytest.approx(torch.tensor(means).std().item(), rel=0.05)
+    assert mean_and_error(torch.tensor([3.0])) == (3.0, None)
+
+
+def test_frequencies_cost_what_counting_by_hand_gives():
     rng = np.random.default_rng(0)
     maps, held_out = rng.integers(0, 4, (6, 2, 3)), rng.integers(0, 4, (5, 2, 3))
-    nats = 0
-    for one in held_out:
-        for cell in np.ndindex(2, 3):
-            count = sum(other[cell] == one[cell] for other in maps)
-            nats -= math.log((count + 1) / (6 + 4))
-    assert histogram_nats(maps.astype(np.uint16), held_out, 4) == pytest.approx(nats / 5)
+    maps[:, 0, 0] = held_out[:, 0, 0] = 3                            # so that some cells differ
+
+    def u(k, others):
+        return (np.sum(others == k) + 1) / (others.size + 4)
+
+    def by_cell(k, cell, a, others, unigram):
+        return (np.sum(others[:, *cell] == k) + a * unigram) / (len(others) + a)
+
+    likelihood = {}
+    for a in 4.0 ** np.arange(11):
+        likelihood[a] = 0
+        for i, *cell in np.ndindex(6, 2, 3):                         # each code is left out once
+            k, rest = maps[i, *cell], np.delete(maps, i, 0)
+            without = np.delete(maps, np.ravel_multi_index((i, *cell), maps.shape))
+            likelihood[a] += math.log(by_cell(k, cell, a, rest, u(k, without)))
+    a = max(likelihood, key=likelihood.get)
+    assert 1 < a < 4**10
+    nats = frequency_nats(maps.astype(np.uint16), held_out, 4)
+    for i, one in enumerate(held_out):
+        cells = list(np.ndindex(2, 3))
+        unigram = -sum(math.log(u(one[cell], maps)) for cell in cells)
+        shrunk = -sum(math.log(by_cell(one[cell], cell, a, maps, u(one[cell], maps)))
+                      for cell in cells)
+        assert nats["unigram"][i].item() == pytest.approx(unigram)
+        assert nats["histogram"][i].item() == pytest.approx(shrunk)
+
+
+def test_cells_count_for_themselves_only_as_far_as_they_differ():
+    """900 maps of 32 codes, as few for each cell as real photos are."""
+    rng, K, n = np.random.default_rng(0), 32, 900
+    p = rng.dirichlet(np.ones(K))
+    alike = rng.choice(K, (n + 300, 8, 8), p=p)
+    found = {name: nats.mean().item() for name, nats in
+             frequency_nats(alike[:n], alike[n:], K).items()}
+    entropy = -64 * (p * np.log(p)).sum()
+    assert found["unigram"] == pytest.approx(entropy, rel=0.01)
+    assert found["histogram"] == pytest.approx(found["unigram"], rel=5e-4)   # Laplace: 1.5 % worse
+    place = (alike + np.arange(64).reshape(8, 8)) % K                # each cell has its own law
+    found = {name: nats.mean().item() for name, nats in
+             frequency_nats(place[:n], place[n:], K).items()}
+    assert found["unigram"] > 1.1 * entropy
+    assert found["histogram"] == pytest.approx(entropy, rel=0.02)
 
 
 # -- the loss --------------------------------------------------------------------------------------

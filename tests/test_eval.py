@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -315,10 +316,14 @@ def test_a_kl_latent_has_no_codes_and_cannot_be_counted(tmp_path):
 
 
 def test_a_finished_prior_has_its_bound_and_its_pictures(with_prior, capsys):
-    change(with_prior, "prior", score=60.0, uniform_nats=532.3, histogram_nats=120.0)
+    (with_prior / "codes").mkdir()
+    np.save(with_prior / "codes" / "train-0.npy", np.zeros((3, 16, 16), np.uint16))
+    change(with_prior, "prior", codes="train-0.npy")
     report = evaluate(with_prior, n=3)
     assert json.loads((with_prior / "report.json").read_text()) == report
-    assert report["prior"].keys() == {"vlb_nats", "uniform_nats", "histogram_nats", "steps"}
+    assert report["prior"].keys() == {"maps", "uniform_nats", "steps"} | {
+        f"{name}_{what}" for name in ("vlb", "train_vlb", "unigram", "histogram")
+        for what in ("nats", "se")}
     assert report["prior"]["steps"][0]["n"] == 6                 # all of them, as they are few
     text, printed = (with_prior / "report.md").read_text(), capsys.readouterr().out
     for name in ("report.png", "samples.png", "completions.png", "inpainting.png"):
@@ -326,7 +331,8 @@ def test_a_finished_prior_has_its_bound_and_its_pictures(with_prior, capsys):
         assert (with_prior / name).stat().st_size
         assert str(with_prior / name) in printed.split("\n")[-2]
     for shown in (text, printed):
-        assert "| VQ-DDM, an upper bound              |         60.0 |" in shown
+        assert re.search(r"\| VQ-DDM, an upper bound +\| +[0-9,.]+ ± [0-9.]+ \|", shown)
+        assert "| the same, of training's maps" in shown
         assert "Codes in use (held out: 3 images" in shown
         assert "seconds for 16 |" in shown
 
@@ -336,7 +342,10 @@ def test_a_prior_without_our_decoder_shows_no_inpainting(with_prior):
     report = evaluate(with_prior, n=1)
     assert not (with_prior / "inpainting.png").exists()
     assert (with_prior / "completions.png").exists()
-    assert report["prior"]["vlb_nats"] is None
+    assert report["prior"]["vlb_nats"] > 0
+    assert "train_vlb_nats" not in report["prior"]               # its codes are not there
+    assert report["notes"]["prior"].endswith("are left out, as "
+                                             f"{with_prior}/codes/maps is not there")
 
 
 @pytest.mark.parametrize(("what", "reason"), [

@@ -23,7 +23,9 @@ from paper_tables import (
     table,
 )
 
-PRIOR = {"vlb_nats": 600.0, "uniform_nats": 256 * math.log(64), "histogram_nats": 800.0}
+PRIOR = {"maps": 5, "uniform_nats": 256 * math.log(64), "unigram_nats": 850.0, "unigram_se": 3.14,
+         "histogram_nats": 800.0, "histogram_se": 2.72, "vlb_nats": 600.0, "vlb_se": 1.62,
+         "train_vlb_nats": 560.0, "train_vlb_se": None}
 CODEBOOKS = [{"name": "before ReFiT", "latent": "16x16", "K": 16384, "usage_train": None,
               "usage_val": 0.0596, "perplexity_val": 1234.56, "rfid": 4.98},
              {"name": "after ReFiT", "latent": "16x16", "K": 1024, "usage_train": 1.0,
@@ -200,17 +202,27 @@ def test_ddms_table_2_has_vq_ddm_with_and_without_refit():
     assert _cells(text, 8) == ["ours (K = 1024 w/ ReFiT)", "13.2", "117 M", "1.06 G"]
 
 
-def test_a_priors_bound_stands_between_what_knows_less():
+def test_a_priors_bound_stands_between_what_knows_less_and_the_bound_of_training():
     text = prior_table(PRIOR, 64)
-    assert _cells(text, 2)[2:] == ["6.000", "133.1%"]             # log2 64 bits per code
-    assert _cells(text, 3)[1:] == ["800.0", f"{800 / 256 / math.log(2):.3f}", "100.0%"]
-    assert _cells(text, 4)[1:] == ["600.0", f"{600 / 256 / math.log(2):.3f}", "75.0%"]
+    assert _cells(text, 2)[1:] == ["1,064.7", "6.000", "133.1%"]  # log2 64 bits per code
+    assert _cells(text, 3)[1:] == ["850.0 ± 3.1", f"{850 / 256 / math.log(2):.3f}", "106.2%"]
+    assert _cells(text, 4)[1:] == ["800.0 ± 2.7", f"{800 / 256 / math.log(2):.3f}", "100.0%"]
+    assert _cells(text, 5)[1:] == ["600.0 ± 1.6", f"{600 / 256 / math.log(2):.3f}", "75.0%"]
+    assert _cells(text, 6)[1:] == ["560.0", f"{560 / 256 / math.log(2):.3f}", "70.0%"]
+    bare = prior_table({name: PRIOR[name] for name in ("uniform_nats", "vlb_nats", "vlb_se")}, 64)
+    assert [_cells(bare, row)[3] for row in (2, 3)] == ["100.0%", f"{600 / 256 / math.log(64):.1%}"]
 
 
 def test_the_table_of_steps_gives_the_papers_hours_and_the_bound():
-    text = steps_table([{"n": 1000, "seconds": 11.52, "nats": 321.06}], 16)
-    assert _cells(text, 0) == ["steps", "seconds for 16", "hours for 50,000", "nats per map"]
-    assert _cells(text, 2) == ["1,000", "11.52", "10.00", "321.1"]
+    row = {"n": 1000, "maps": 64, "seconds": 11.52, "nats": 321.06, "nats_se": 4.04, "more": 0.0,
+           "more_se": 0.0}
+    text = steps_table([row], 16)
+    assert _cells(text, 0) == ["steps", "samples", "seconds for 16", "hours for 50,000",
+                               "nats per map"]
+    assert _cells(text, 2) == ["1,000", "64", "11.52", "10.00", "321.1 ± 4.0"]
+    text = steps_table([row | {"n": 10, "more": 12.34, "more_se": 1.26}, row], 16)
+    assert _cells(text, 0)[5] == "more than in 1,000"
+    assert [_cells(text, place)[5] for place in (2, 3)] == ["12.3 ± 1.3", "0.0 ± 0.0"]
 
 
 def test_a_report_has_its_keys_and_survives_json_without_nan():

@@ -12,6 +12,8 @@ from tiny_runs import SIZE, TINY, write_decoder, write_first_stage, write_prior
 
 import sample as program
 from convert import load_prior
+from data import Signs, held_out_batches
+from diffusion import frequency_nats
 from distributed import UserError
 from sample import draw_samples, measure_steps, open_decoder, sample_codes
 
@@ -88,15 +90,58 @@ def test_the_bound_is_the_priors_of_the_samples_and_the_seconds_those_of_a_batch
     prior, clock = load_prior(run), iter(range(100))
     monkeypatch.setattr(program.time, "perf_counter", lambda: float(next(clock)))
     with torch.inference_mode():
-        row, images = measure_steps(prior, prior.first_stage, 2, 3, batch_size=2)
+        (row,), (images,) = measure_steps(prior, prior.first_stage, [2], 3, batch_size=2)
         codes = sample_codes(prior, range(3), 2)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
-        nats = prior.diffusion.vlb(prior.unet, codes, generators, 4)["vlb"].mean().item()
+        nats = prior.diffusion.vlb(prior.unet, codes, generators)["vlb"]
         assert torch.allclose(images, prior.first_stage.decode_indices(codes), atol=1e-4)
-    assert row["n"] == 2
-    assert row["nats"] == pytest.approx(nats, rel=1e-6)
+    assert (row["n"], row["maps"]) == (2, 3)
+    assert row["nats"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert row["nats_se"] == pytest.approx(nats.numpy().std(ddof=1) / 3 ** 0.5, rel=1e-4)
     assert row["seconds"] == pytest.approx(2 / 3 * 2)
-    assert measure_steps(prior, prior.first_stage, 1, 2, batch_size=8)[0]["seconds"] == 1.0
+    (row,), _ = measure_steps(prior, prior.first_stage, [1], 2, batch_size=8)
+    assert row["seconds"] == 1.0
+
+
+def test_numbers_of_steps_are_compared_sample_by_sample(run):
+    prior = load_prior(run)
+    with torch.inference_mode():
+        rows, images = measure_steps(prior, prior.first_stage, [1, 6, 2], 4, batch_size=3)
+        nats = [prior.diffusion.vlb(prior.unet, sample_codes(prior, range(4), steps), [
+            torch.Generator().manual_seed(i) for i in range(4)])["vlb"] for steps in (1, 6, 2)]
+    for row, one in zip(rows, nats, strict=True):
+        assert row["more"] == pytest.approx((one - nats[1]).mean().item(), rel=1e-4, abs=1e-4)
+        assert row["more_se"] == pytest.approx((one - nats[1]).std().item() / 2, rel=1e-4, abs=1e-4)
+    assert (rows[1]["more"], rows[1]["more_se"]) == (0, 0)
+    assert rows[0]["more_se"] > 0
+    assert [len(x) for x in images] == [4, 4, 4]
+
+
+# -- the bound -------------------------------------------------------------------------------------
+
+
+def test_held_out_and_training_maps_have_one_estimator_and_are_spread_over_their_sets(
+        run):
+    prior, dataset = load_prior(run), Signs("val", SIZE, limit=7)
+    codes = np.random.default_rng(0).integers(0, TINY.K, (10, 16, 16)).astype(np.uint16)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    with torch.inference_mode():
+        found = program.measure_bound(prior, codes, dataset, 3, batch_size=2)
+        x = torch.cat([batch.x for batch in held_out_batches(dataset, 7, 7, torch.device("cpu"))])
+        held_out = prior.first_stage.indices(x[[0, 2, 4]])
+        vlb = prior.diffusion.vlb(prior.unet, held_out, generators)["vlb"]
+        generators = [torch.Generator().manual_seed(i) for i in range(3, 6)]
+        train = prior.diffusion.vlb(prior.unet, torch.from_numpy(codes[[0, 3, 6]].astype(np.int64)),
+                                    generators)["vlb"]
+    nats = {"vlb": vlb, "train_vlb": train} | frequency_nats(codes, held_out.numpy(), TINY.K)
+    assert found.keys() == {"maps", "uniform_nats", *(
+        f"{name}_{what}" for name in nats for what in ("nats", "se"))}
+    assert (found["maps"], found["uniform_nats"]) == (3, pytest.approx(256 * np.log(TINY.K)))
+    for name, each in nats.items():
+        assert found[f"{name}_nats"] == pytest.approx(each.mean().item(), rel=1e-5)
+        assert found[f"{name}_se"] == pytest.approx(each.std().item() / 3 ** 0.5, rel=1e-4)
+    assert program.measure_bound(prior, None, dataset).keys() == {
+        "maps", "uniform_nats", "vlb_nats", "vlb_se"}
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -123,8 +168,8 @@ def test_a_list_of_steps_gives_a_row_each(run, tmp_path, monkeypatch, capsys):
     _call(monkeypatch, "--run", run, "-n", 3, "-o", tmp_path / "s.png", "--steps", "1,6, 1")
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()
              if line.startswith("|")]
-    assert [cell.strip() for cell in lines[0]] == ["steps", "seconds for 3", "hours for 50,000",
-                                                   "nats per map"]
+    assert [cell.strip() for cell in lines[0]] == ["steps", "samples", "seconds for 3", "hours for "
+                                                   "50,000", "nats per map", "more than in 6"]
     assert [line[0].strip() for line in lines[2:]] == ["1", "6"]
     picture = Image.open(tmp_path / "s.png")
     assert picture.height < picture.width                # two rows of three
