@@ -57,7 +57,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     vq = bool(models) and first_stage.config.latent == "vq"
     if table == "ddm1" and not vq:
         raise UserError("--table ddm1: a KL latent has no codes; give a run with a VQ first stage")
-    net = "none" if unpaired else lpips or config.get("perceptual", "vgg")
+    net = "none" if unpaired else lpips or config.get("perceptual", "vgg")     # deviation D55
     networks = metrics.open_networks(device, weights or config.get("weights"), net,
                                      lpips is not None, fid, clip, bool(refs))
 
@@ -201,7 +201,7 @@ def open_runs(paths, device):
 
 
 def encode(first_stage, x):
-    """Encode x (B,3,H,W) to z (B,d,h,w) and indices (B,h,w), None for a KL latent."""
+    """Encode x (B,3,H,W) to z (B,d,h,w) and indices (B,h,w), None for KL.  deviation D52"""
     f, (H, W) = first_stage.config.f, x.shape[2:]
     if H % f or W % f:
         raise UserError(f"an image of {W} x {H} px: both sides must be multiples of {f} for this "

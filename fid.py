@@ -301,7 +301,7 @@ def inception_score(logits, splits=10):
     A split of images that are sorted by class has few classes, hence a far too low score. So the
     images are first put in torch-fidelity's order, a permutation by a fixed seed, the same for each
     N. With fewer images than splits, each image is a split; std is the population's. Source:
-    Salimans et al., arXiv 1606.03498. ValueError: no images, or values that are not finite.
+    Salimans et al., arXiv 1606.03498. ValueError: no images, not finite values.  deviation D53
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))

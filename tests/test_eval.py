@@ -139,6 +139,15 @@ def test_the_pictures_are_those_of_seed_0_whatever_the_training_seed(run):
         assert_alike(a, b, 1e-9)
 
 
+def test_lpips_is_by_the_runs_network_unless_another_is_asked_for(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("metrics.open_networks",
+                        lambda device, weights, net, *_: asked.append(net) or Networks())
+    evaluate(run, n=1)
+    evaluate(run, n=1, lpips="alex")
+    assert asked == ["none", "alex"]                 # the run has --perceptual none
+
+
 def test_nothing_is_measured_in_tf32_or_with_gradients(run, monkeypatch):
     backends, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
     original = metrics.decode_all
