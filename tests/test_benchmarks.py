@@ -1,16 +1,22 @@
 """Every benchmark runs, at its smallest sizes, and prints a Markdown table. No time is asserted."""
 
+import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import SIZE, write_first_stage, write_prior
 
+import data
 import train_autoencoder
+from convert import load_first_stage
 from pictures import image_grid
+from refit import install_codebook
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALLEST = {
@@ -73,6 +79,72 @@ def test_nearest_code_is_never_wrong_where_the_fields_expression_is(monkeypatch,
     ours, theirs = map(int, capsys.readouterr().out.splitlines()[-1].split("|")[-3:-1])
     assert ours == 0
     assert theirs > 0
+
+
+def table_of(capsys):
+    """The last table that a benchmark printed: {first cell: the other cells}."""
+    *_, text = capsys.readouterr().out.split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_refits_halves_are_told_apart_on_the_same_pictures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(data.SIGNS_LENGTH, "val", 6)
+    monkeypatch.setattr("train.curves", lambda *_: None)             # half of the time
+    monkeypatch.setattr(sys, "argv", ["refit.py"])           # which it changes
+    first, _ = write_first_stage(tmp_path / "run")
+    argv = ["--run", tmp_path / "run", "-o", tmp_path / "out", "--steps", 2, "--samples", 9]
+    run("refit", list(map(str, argv)), monkeypatch)
+    rows = table_of(capsys)
+    tuned, both, half = (load_first_stage(tmp_path / "out" / name).model
+                         for name in ("fine-tuned", "both", "both-half"))
+    assert torch.equal(tuned.quantize.embedding.weight, first.quantize.embedding.weight)
+    assert (both.config.K, half.config.K) == (8, 4)
+    bare = copy.deepcopy(first)
+    install_codebook(bare, both.quantize.embedding.weight)
+    x = torch.cat([batch.x for batch in data.held_out_batches(
+        data.Signs("val", SIZE), 6, 6, torch.device("cpu"))])
+    expected = {"as it is": first, "rebuilt only": bare, "fine-tuned only": tuned,
+                "both (ReFiT)": both, "K/2, both": half}
+    with torch.no_grad():
+        base = (first.decode_indices(first.indices(x)) - x).abs().mean((1, 2, 3))
+        for name, model in expected.items():
+            z_e, indices = model.moments(x), model.indices(x)
+            z_q = model.quantize.lookup(indices)
+            L1 = (model.decode(z_q) - x).abs().mean((1, 2, 3))
+            assert rows[name][:2] == [str(model.config.K), str(len(indices.unique()))]
+            found = [cell.split(" ± ") for cell in rows[name][3:]]
+            exact = [(z_e - z_q).square().sum(1).mean((1, 2)), L1, L1 - base]
+            for (mean, error), values in zip(found, exact, strict=True):
+                assert float(mean) == pytest.approx(values.mean().item(), abs=1e-4)
+                assert float(error) == pytest.approx(values.std().item() / 6**0.5, abs=1e-4)
+    assert len(rows) == 2 + 6
+    assert (tmp_path / "out" / "refit.png").exists()
+
+
+def test_priors_of_other_codebooks_are_compared_in_the_holes_of_pictures(
+        monkeypatch, tmp_path, capsys):
+    for seed, name in enumerate("ab"):
+        _, parent = write_first_stage(tmp_path / name, seed)
+        write_prior(tmp_path / name, parent, seed=seed)
+    monkeypatch.chdir(tmp_path)
+    run("refit", ["--priors", "a", "b", "-o", "out", "-n", "3", "--steps", "2"], monkeypatch)
+    rows, x_hat = table_of(capsys), {}
+    (batch,) = data.held_out_batches(data.Signs("val", SIZE), 3, 3, torch.device("cpu"))
+    for name in "ab":
+        first = load_first_stage(name).model
+        with torch.no_grad():
+            x_hat[name] = first.decode_indices(first.indices(batch.x)).clamp(-1, 1)
+    L1 = {name: torch.stack([(one - x).abs()[:, hole[0] == 1].mean() for one, x, hole in
+                             zip(each, batch.x, batch.mask)]) for name, each in x_hat.items()}
+    mean, paired = (float(cell.split(" ")[0]) for cell in rows["b: the picture's codes"])
+    assert mean == pytest.approx(L1["b"].mean().item(), abs=1e-4)
+    assert paired == pytest.approx((L1["b"] - L1["a"]).mean().item(), abs=1e-4)
+    drawn, difference = (float(rows[f"b: {codes}"][0].split(" ")[0])
+                         for codes in ("drawn", "difference"))
+    assert difference == pytest.approx(drawn - mean, abs=2e-4)
+    assert rows["a: drawn"][1] == "0.0000 ± 0.0000"
+    assert (tmp_path / "out" / "priors.png").exists()
 
 
 def gpu_rows(capfd):
