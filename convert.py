@@ -155,7 +155,7 @@ def _public(path):
     public = read_public(path)
     stated = public.config or {}                    # diffusers' config.json
     try:
-        weights, notes = public_names.tidy(public_names.taming_names(public.state))
+        weights, notes = public_names.tidy(public_names.taming_names(public.state), public.config)
         groups = stated.get("norm_num_groups") or 32
         config = public_names.first_stage_config(weights, groups)
         size = public_names.asym_decoder_size(weights, config)

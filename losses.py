@@ -215,8 +215,7 @@ def adaptive_weight(pixel, gan, last_layer, rule="paper", elements=1):
     rule: "paper" is Eq. 9. "taming" is the rule of taming and of the authors' code, clamped and
     times 0.8; "ldm" is latent-diffusion's, times 0.5. The callers of these two give pixel +
     perceptual in the place of `pixel`.  deviation D7
-    elements: 3HW; only "ldm" needs it. LDM clamps at 1e4 the ratio of a *sum* over them, which is
-    3HW times the ratio of our mean.
+    elements: 3HW. LDM clamps at 1e4 a ratio with the *sum* over them, 3HW times that with our mean.
     Why at the last layer: every gradient of the image passes through it. With Eq. 9 the GAN pulls
     as hard there as the pixel loss, and so about as hard on the whole decoder. It is cheap, because
     neither backward pass enters the layers before.

@@ -101,11 +101,12 @@ UNUSED = {                                       # parts of the names of weights
 }
 
 
-def tidy(state):
+def tidy(state, config=None):
     """Drop unused weights from a public state dict with taming's names: (weights, notes).
 
-    Diffusers' newer files lack the 1x1 convolutions around the latent, so identities are added.
-    Raises KeyError if it is no autoencoder.
+    A KL latent may lack the 1x1 convolutions around it where `config`, diffusers' config.json, says
+    so or is None. Identities are added then. Else raises ValueError, and KeyError if it is no
+    autoencoder.
     """
     kept, notes = dict(state), []
     for part, reason in UNUSED.items():
@@ -116,6 +117,10 @@ def tidy(state):
              "post_quant_conv": state["decoder.conv_in.weight"].shape[1]}
     for name, width in outer.items():
         if not any(key.startswith(f"{name}.") for key in state):
+            needed = config is not None and config.get(f"use_{name}", True)
+            if needed or "quantize.embedding.weight" in state:
+                raise ValueError(f"no {name} in it, which only a KL latent may lack and a "
+                                 f"config.json tells (use_{name}: false); get the whole file")
             kept[f"{name}.weight"] = torch.eye(width)[:, :, None, None]             # (w, w, 1, 1)
             kept[f"{name}.bias"] = torch.zeros(width)
             notes.append(f"no {name} in it; an identity was added, which changes nothing")

@@ -4,6 +4,7 @@
     .safetensors --------read_safetensors-+--> {key: tensor} --read_public--> the first stage in it
     either, by its first bytes --read_tensors--> {key: tensor}
     a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> and its config
+    an index of shards, *.index.json --read_shards--> {key: tensor}
     the name of a published file --find_weights--> path --read_weights--> state dict
 
 Files are mapped into memory, so of Stable Diffusion only the first stage is read from the disk.
@@ -121,6 +122,24 @@ def read_tensors(path):
     return read_safetensors(path) if start[8:] == b"{" else read_pickle(path)
 
 
+def read_shards(index):
+    """Read {name: tensor} from the files beside the Path `index`, a *.index.json.
+
+    Raises UserError for a shard that is missing, damaged or elsewhere.
+    """
+    try:
+        places, shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"], {}
+        for shard in sorted(set(places.values())):
+            if Path(shard).name != shard or not index.with_name(shard).is_file():
+                raise ValueError(f"no file {shard} is beside it")
+            shards[shard] = read_tensors(index.with_name(shard))
+        return {name: shards[shard][name] for name, shard in places.items()}
+    except UserError:                        # of a shard, which it names
+        raise
+    except Exception as error:               # a damaged index can say anything
+        raise _unreadable(index, error) from None
+
+
 def write_safetensors(path, weights):
     """Write {name: tensor} in float32 to `path` (a Path), completely or not. Raises OSError."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -157,7 +176,8 @@ def read_public(path):
     file, notes = Path(path), []
     folder, config = diffusers_folder(file)
     if folder:
-        for ending in ("safetensors", "bin", "*.safetensors", "*.bin"):  # * of a variant: fp16
+        for ending in ("safetensors", "bin", "safetensors.index.json", "bin.index.json",
+                       "*.index*.json", "*.safetensors", "*.bin"):       # * of a variant: fp16
             files = sorted(folder.glob(f"diffusion_pytorch_model.{ending}"))
             if files:
                 break
@@ -172,7 +192,7 @@ def read_public(path):
         _, config = diffusers_folder(file.parent, [""])
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
-    weights = read_tensors(file)
+    weights = read_shards(file) if file.suffix == ".json" else read_tensors(file)
     for wrapper in ("state_dict", "model"):              # a trainer's keys around the weights
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]

@@ -224,6 +224,9 @@ def test_public_files_that_cannot_be_loaded_are_one_line_each(tmp_path):
         "floating point": ("integers", weights | {"quant_conv.bias": torch.zeros(8).char()}),
         "no autoencoder of this kind": (
             "scalar", weights | {"encoder.conv_in.weight": torch.zeros(())}),
+        r"no quant_conv in it.*get the whole file": (
+            "no-quant-conv", {name: value for name, value in VQGAN(VQ).state_dict().items()
+                              if not name.startswith("quant_conv")}),
         "norm_num_groups": ("narrow", VQGAN(FOUR).state_dict())}
     for reason, (name, state) in mistakes.items():
         if state is not None:
@@ -618,6 +621,11 @@ def test_diffusers_reads_ours_and_we_theirs_and_all_compute_the_same(tmp_path, n
     for safe in (True, False):
         peer.save_pretrained(tmp_path / f"{safe}", safe_serialization=safe)
         agree(load_model(tmp_path / f"{safe}"), peer)
+        size = sum(file.stat().st_size for file in (tmp_path / f"{safe}").iterdir())
+        peer.save_pretrained(tmp_path / f"{safe}-shards", max_shard_size=size // 3,
+                             safe_serialization=safe)
+        assert len(list((tmp_path / f"{safe}-shards").glob("*-of-*"))) > 1
+        agree(load_model(tmp_path / f"{safe}-shards"), peer)
 
 
 def tiny_pipeline(folder, vae):

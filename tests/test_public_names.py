@@ -186,20 +186,37 @@ def test_weights_that_nothing_uses_are_dropped_and_told():
     assert tidy(used) == (used, [])
 
 
-@pytest.mark.parametrize("config", [KL, dataclasses.replace(VQ, embed_dim=6)], ids=["kl", "vq"])
-def test_missing_convolutions_around_the_latent_are_identities(config):
-    model, x = VQGAN(config).eval(), torch.rand(1, 3, 16, 16)
-    state = {name: value for name, value in model.state_dict().items()
-             if "quant_conv" not in name}
-    kept, notes = tidy(state)
+def without_convolutions(config, *names):
+    return {name: value for name, value in VQGAN(config).state_dict().items()
+            if name.split(".")[0] not in names}
+
+
+BOTH = "quant_conv", "post_quant_conv"
+NEWER = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize("stated", [None, NEWER], ids=["no-config", "config"])
+def test_convolutions_around_a_kl_latent_that_may_be_missing_are_identities(stated):
+    model, x = VQGAN(KL).eval(), torch.rand(1, 3, 16, 16)
+    kept, notes = tidy(without_convolutions(KL, *BOTH), stated)
     assert [note.split(" ")[1] for note in notes] == ["quant_conv", "post_quant_conv"]
-    assert first_stage_config(kept, 4) == config
+    assert first_stage_config(kept, 4) == KL
     model.load_state_dict(kept)
     with torch.no_grad():
         h = model.encoder(x)
         assert torch.equal(model.quant_conv(h), h)
-        z = torch.randn(1, config.z_channels, 4, 4)
+        z = torch.randn(1, KL.z_channels, 4, 4)
         assert torch.equal(model.post_quant_conv(z), z)
+
+
+@pytest.mark.parametrize(("config", "lost", "stated"), [
+    *((KL, lost, stated) for lost in BOTH
+      for stated in ({}, NEWER | {f"use_{lost}": True}, {"_class_name": "AutoencoderKL"})),
+    *((VQ, lost, stated) for lost in BOTH for stated in (None, {}, NEWER))])
+def test_a_file_that_lost_a_convolution_is_refused_whatever_it_decodes_to(config, lost, stated):
+    with pytest.raises(ValueError, match=f"^no {lost} in it.*use_{lost}: false.*get the whole"):
+        tidy(without_convolutions(config, lost), stated)
+    assert tidy(without_convolutions(config), stated)[1] == []
 
 
 # ---------------------------------------------------------------- what diffusers can build

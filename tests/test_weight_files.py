@@ -30,6 +30,7 @@ from weight_files import (
     read_pickle,
     read_public,
     read_safetensors,
+    read_tensors,
     write_safetensors,
 )
 
@@ -480,6 +481,83 @@ def test_a_folder_of_diffusers_may_have_safetensors_under_the_pickles_name(tmp_p
     write_config(tmp_path)
     write_safetensors(tmp_path / "diffusion_pytorch_model.bin", weights)
     same(read_public(tmp_path).state, weights)
+
+
+def write_shards(folder, weights, ending="safetensors", variant="", index=None):
+    """`weights` in three files and the index of them, as diffusers writes; the index's path."""
+    places, name = {}, "diffusion_pytorch_model"
+    for number in range(3):
+        part = dict(list(weights.items())[number::3])
+        shard = f"{name}{variant}-{number + 1:05}-of-00003.{ending}"
+        (write_safetensors if ending == "safetensors" else lambda path, part: torch.save(
+            part, path))(folder / shard, part)
+        places |= dict.fromkeys(part, shard)
+    path = folder / (index or f"{name}.{ending}.index.json")
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_hold_what_one_file_would(tmp_path, ending):
+    weights, config = first_stage(), write_config(tmp_path)
+    index = write_shards(tmp_path, weights, ending)
+    for path in (tmp_path, index):                       # the folder, or the index by its name
+        found = read_public(path)
+        assert found.state.keys() == weights.keys()
+        same({name: found.state[name] for name in weights}, weights)
+        assert (found.path, found.config, found.notes) == (index, config, [])
+
+
+@pytest.mark.parametrize("index", ["safetensors.fp16.index", "safetensors.index.fp16"])
+def test_of_shards_in_a_folder_the_plain_ones_go_before_a_variant_and_one_file_before_all(
+        tmp_path, index):
+    write_config(tmp_path)
+    half = {name: value.half() for name, value in first_stage().items()}
+    write_shards(tmp_path, half, variant=".fp16", index=f"diffusion_pytorch_model.{index}.json")
+    assert f"read a variant, diffusion_pytorch_model.{index}.json" in read_public(tmp_path).notes
+    pickled = write_shards(tmp_path, first_stage(), "bin")
+    assert read_public(tmp_path).path == pickled
+    safe = write_shards(tmp_path, first_stage())
+    assert read_public(tmp_path).path == safe
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", first_stage())
+    assert read_public(tmp_path).path.name == "diffusion_pytorch_model.safetensors"
+
+
+def test_a_shard_that_is_missing_or_damaged_is_named_in_one_line(tmp_path):
+    write_config(tmp_path)
+    index = write_shards(tmp_path, first_stage())
+    shard = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    whole = read_tensors(shard)
+    mistakes = [(lambda: write_safetensors(shard, dict(list(whole.items())[1:])),
+                 rf"index\.json: truncated .*{next(iter(whole))}"),
+                (lambda: shard.write_bytes(b"cut"), rf"{shard.name}: no safetensors and no"),
+                (shard.unlink, rf"index\.json: truncated .*no file {shard.name} is beside"),
+                (lambda: index.write_text("{"), r"index\.json: truncated"),
+                (lambda: index.write_text("{}"), r"index\.json: truncated .*weight_map")]
+    for mistake, reason in mistakes:
+        mistake()
+        with pytest.raises(UserError, match=reason) as caught:
+            read_public(tmp_path)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("shard", ["../{}", "sub/{}", "{folder}/{}", "./{}", "..", ".", "", 3,
+                                   "\x1b[2J", "{}\x00"])
+def test_an_index_reaches_no_file_but_those_beside_it(tmp_path, shard):
+    folder, name = tmp_path / "model", "diffusion_pytorch_model-00001-of-00003.safetensors"
+    write_config(folder)
+    index = write_shards(folder, first_stage())
+    (folder / "sub").mkdir()
+    for other in (tmp_path, folder / "sub"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    fields = json.loads(index.read_text())
+    told = shard.format(name, folder=folder) if isinstance(shard, str) else shard
+    for key, value in fields["weight_map"].items():
+        fields["weight_map"][key] = told if value == name else value
+    index.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"index\.json: truncated") as caught:
+        read_public(folder)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(("files", "reason"), [
