@@ -110,7 +110,10 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         if unpaired:
             rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
-        means = distributed.on_rank0(lambda: metrics.report_rows(rows, sizes, networks.lpips_net))
+        means, pairs = distributed.on_rank0(lambda: (
+            metrics.report_rows(rows, sizes, networks.lpips_net), metrics.differences(rows)))
+        if networks.inception and (min(n, n_others) if unpaired else n) < metrics.FEWEST_FOR_FID:
+            networks.missing["fid"] = f"below {metrics.FEWEST_FOR_FID:,} images it is mostly bias"
         means = [row | {"split": split} for row in means]
         # Count the codes in use.
         codebooks, notes = [], networks.reasons()
@@ -142,7 +145,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
 
     # Print the tables.
     report = tables.make_report(means, n, device, masks_drawn, config.get("seed"), notes,
-                                codebooks[-1] if codebooks else None, prior)
+                                codebooks[-1] if codebooks else None, prior, pairs)
     if distributed.rank() > 0:
         return report
     texts = [tables.report_text(report, about, networks.missing, networks.off, table)]
@@ -171,7 +174,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     if per_image:
         with open(per_image, "w", newline="", encoding="utf-8") as file:
-            head = ["index", "file", "run", "decoder", "protocol", "bucket", *metrics.MEASURES]
+            head = ["index", "file", "run", "decoder", "protocol", "bucket", "area", "group",
+                    "seconds", *metrics.MEASURES]
             writer = csv.DictWriter(file, head, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["decoder"] != metrics.REAL)

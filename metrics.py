@@ -7,8 +7,10 @@
 Images stay float, as cutting them to 8 bits would add 5e-6 to pre_error.  deviation D54
 """
 
+import hashlib
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +28,9 @@ SHARED = ("vanilla", "paste")            # equal for all runs on one first stage
 REAL = "real"                            # stands for the decoder in the rows of the originals
 MEASURES = ("pre_error", "psnr_known", "seam", "lpips", "clip_score")    # one value for each image
 SETS = ("fid", "is_mean", "is_std")                                      # one value for a whole set
+DIFFERENCES = ("pre_error", "seam", "lpips")             # those of two decoders in a report
 FID_BUCKETS = ("all", "40-50")           # as in AVQ's tables; each FID takes seconds
+FEWEST_FOR_FID = 2048                    # features: FID of fewer images is mostly bias (fid.py)
 
 
 def _unit(image):
@@ -192,9 +196,13 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     if networks.inception is not None:
         features, logits = networks.inception(x_hat)
         columns |= {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}
-    buckets = ["all"] * len(x) if mask is None else [area_bucket(m) for m in mask.cpu()]
+    about = [{"bucket": "all", "group": index} for index in batch.index]
+    if mask is not None:                                                    # equal masks, one group
+        about = [{"bucket": area_bucket(m), "area": m.mean().item(),
+                  "group": hashlib.sha256(m.numpy().tobytes()).hexdigest()[:16]}
+                 for m in mask.cpu().double()]
     return [{"index": index, "file": names[i] if names else index, "run": run, "decoder": decoder,
-             "protocol": protocol, "bucket": buckets[i], "seconds": seconds / len(x)}
+             "protocol": protocol, **about[i], "seconds": seconds / len(x)}
             | {name: values[i] for name, values in columns.items()}
             for i, index in enumerate(batch.index)]
 
@@ -205,28 +213,50 @@ def over_ranks(table):
                   key=lambda row: row["index"])
 
 
+def describe(pairs):
+    """Compute (mean, its standard error, median) of values that are not NaN, from (value, group).
+
+    Values of one group, here of images with one mask, may depend on one another. With E_g the sum
+    of group g's deviations from the mean, G groups and n values, the cluster-robust error is
+
+        sqrt(G / (G-1) sum_g E_g^2) / n,
+
+    the usual s / sqrt(n) if all groups are distinct. Where it is undefined or infinite it is None.
+    """
+    pairs, E = [(value, group) for value, group in pairs if not math.isnan(value)], Counter()
+    values = [value for value, _ in pairs] or [math.inf]
+    mean = sum(values) / len(values)
+    for value, group in pairs:
+        E[group] += value - mean
+    G, squares = len(E), sum(e ** 2 for e in E.values())
+    error = math.sqrt(G / (G - 1) * squares) / len(values) if G > 1 else math.inf
+    found = mean, error, float(np.median(values))
+    return tuple(value if math.isfinite(value) else None for value in found)
+
+
 def summary(table, run, decoder, bucket="all", protocol="full"):
     """Average the rows of one decoder in one bucket of mask area: {column: number}.
 
-    A number is None where it is missing or infinite. A mean leaves out images without a value. FID
-    compares with the originals of the same bucket, in FID_BUCKETS only. The inception score is
-    over all images, in the bucket "all" only.
+    "<measure>_se" is a mean's standard error over images, "<measure>_median" the median. A number
+    is None where it is missing or infinite. Images without a value are left out. FID compares with
+    the originals of the same bucket, in FID_BUCKETS only, and is None for too few images. The
+    inception score is over all images, in the bucket "all" only.
     """
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"], row["protocol"]) == key
                 and bucket in ("all", row["bucket"])]
     rows, real = chosen(run, decoder, protocol), chosen(None, REAL, "full")
     result = {"protocol": protocol, "bucket": bucket, "n": len(rows),
-              **dict.fromkeys((*MEASURES, *SETS, "images_per_s"))}
+              **dict.fromkeys((*SETS, "images_per_s"))}
     for name in MEASURES:
-        values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
-        mean = sum(values) / len(values) if values else math.inf
-        result[name] = mean if math.isfinite(mean) else None
-    if "features" in rows[0] and bucket in FID_BUCKETS and min(len(rows), len(real)) > 1:
-        statistics = [FeatureStatistics(len(rows[0]["features"])) for _ in range(2)]
-        for each, images in zip(statistics, (rows, real)):
+        result[name], result[f"{name}_se"], result[f"{name}_median"] = describe(
+            (row.get(name, math.nan), row["group"]) for row in rows)
+    if "features" in rows[0] and bucket in FID_BUCKETS and (
+            min(len(rows), len(real)) >= FEWEST_FOR_FID):
+        ours, theirs = (FeatureStatistics(len(rows[0]["features"])) for _ in range(2))
+        for each, images in ((ours, rows), (theirs, real)):
             each.update(torch.from_numpy(np.stack([row["features"] for row in images])))
-        result["fid"] = statistics[0].frechet(statistics[1])
+        result["fid"] = ours.frechet(theirs)
     if bucket == "all":
         if "logits" in rows[0]:
             logits = torch.from_numpy(np.stack([row["logits"] for row in rows]))    # (N, 1008)
@@ -253,4 +283,27 @@ def report_rows(table, runs, lpips_net=None):
             rows += [{"run": run, "decoder": decoder, "blend": ours.get("blend"),
                       "size": ours.get("preset"), "lpips_net": lpips_net, **found}
                      for found in summaries.get((None if decoder in SHARED else run, decoder), ())]
+    return rows
+
+
+def differences(table):
+    """Compare decoders image by image, from the table of over_ranks: report.json's "differences".
+
+    A row is ours with mask minus `other`: vanilla, paste and, from the second run on, the first
+    run. Its errors are those of paired differences, in which what makes an image hard cancels.
+    """
+    by, rows = {}, []                                                       # {key: [row, ...]}
+    for row in table:
+        by.setdefault((row["run"], row["decoder"], row["protocol"]), []).append(row)
+    ours = [key for key in by if key[1] == "asym"]
+    for *key, protocol in ours:
+        for other in ([None, "vanilla"], [None, "paste"], [*ours[0][:2]]):
+            pairs = list(zip(by[*key, protocol], by.get((*other, protocol), ())))
+            if pairs and other != key:
+                rows.append(dict(zip(("run", "decoder", "other_run", "other", "protocol", "n"),
+                                     (*key, *other, protocol, len(pairs)))))
+                for name in DIFFERENCES:
+                    rows[-1][name], rows[-1][f"{name}_se"], _ = describe(
+                        (a.get(name, math.nan) - b.get(name, math.nan), a["group"])
+                        for a, b in pairs)
     return rows

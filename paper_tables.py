@@ -16,23 +16,25 @@ from pathlib import Path
 
 import torch
 
-# {measure: (head, how a number is written)}; pre_error in 1e-5, as the paper prints it.
+# {measure: (head, unit, how a number without standard error is written)}, unit as in the papers.
 COLUMNS = {
-    "pre_error": ("pre_error/1e-5", lambda v: short(1e5 * v)),
-    "psnr_known": ("PSNR known/dB", "{:.2f}".format),
-    "lpips": ("LPIPS", "{:.4f}".format),
-    "fid": ("FID", "{:.2f}".format),
-    "is_mean": ("IS", "{:.2f}".format),
-    "clip_score": ("CLIP score", "{:.2f}".format),
-    "seam": ("seam", "{:.4f}".format),
+    "pre_error": ("pre_error/1e-5", 1e-5, lambda v: short(v)),
+    "pre_error_median": ("median", 1e-5, lambda v: short(v)),
+    "psnr_known": ("PSNR known/dB", 1, "{:.2f}".format),
+    "seam": ("seam", 1, "{:.4f}".format),
+    "lpips": ("LPIPS", 1, "{:.4f}".format),
+    "fid": ("FID", 1, "{:.2f}".format),
+    "is_mean": ("IS", 1, "{:.2f}".format),
+    "clip_score": ("CLIP score", 1, "{:.2f}".format),
 }
 
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
 ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions, ours VQ-DDM's of "
                  "other data: compare our decoders with one another only.")
-ABOUT_ERROR = ("Pre_error: ours is for images in [-1,1], 4 times the error in [0,1]. The paper "
-               "states no range; that it is [-1,1] is inferred from its figures (PAPERS.md, D17).")
-_ERROR = "Pre_error/1e-5 in [-1,1]"
+ABOUT_ERROR = ("pre_error: for images in [0,1], in [-1,1], and in dB. The paper states no range: "
+               "its rows say what its figure\nis if it is for [0,1], or if it is for [-1,1]. It is "
+               "undecided which (PAPERS.md, D17).")
+_ERRORS = "pre_error", "pre_error_median", "psnr_known"
 _HARD = ("40-50", "fid"), ("40-50", "lpips"), ("all", "fid"), ("all", "lpips")
 _INPAINTED = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
 _EXAMPLE = ("all", "clip_score"), ("all", "pre_error")
@@ -77,13 +79,16 @@ PAPER_TABLES = {
 
 # What report.json's columns mean, and why they may be null.
 NOTES = {
+    "<measure>_se": "standard error of the mean over images, clustered by equal masks",
+    "differences": "decoder minus other on the same images, image by image",
     "pre_error": "mean squared error of known pixels, images in [0,1]; the error in [-1,1] is 4 "
                  "times as large",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
     "seam": "mean absolute error of the step across the mask's border, images in [0,1]; 0 for the "
             "original",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
-    "fid": "over all images and over the bin 40-50, as in Table 1; null for fewer than two images",
+    "fid": "over all images and over the bin 40-50, as in Table 1; null below 2,048 images, as "
+           "many as features, where it is mostly bias",
     "is_mean": "over all images in torch-fidelity's random order, in 10 splits, or one for each "
                "image if fewer",
     "is_std": "population standard deviation over the splits",
@@ -93,11 +98,13 @@ NOTES = {
 }
 
 
-def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None):
+def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None,
+                differences=()):
     """Collect the contents of report.json.
 
     rows: metrics.report_rows; n: images measured; masks: {"kind", "size", "seed"}; notes: {column:
-    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw_by_prior.
+    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw_by_prior;
+    differences: of metrics.
     """
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
@@ -108,9 +115,10 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
                                 check=False).stdout.strip()
     except OSError:                      # no git
         commit = ""
-    return {"version": 1, "command": shlex.join(["python", *sys.argv]), "commit": commit or None,
+    return {"version": 2, "command": shlex.join(["python", *sys.argv]), "commit": commit or None,
             "device": name, "seed": seed, "n": n, "range": "[0,1]", "masks": masks, "rows": rows,
-            "codebook": codebook, "prior": prior, "notes": NOTES | (notes or {})}
+            "differences": list(differences), "codebook": codebook, "prior": prior,
+            "notes": NOTES | (notes or {})}
 
 
 def table(report, missing=(), protocol="full"):
@@ -121,45 +129,61 @@ def table(report, missing=(), protocol="full"):
     rows = [row for row in _distinct(report, protocol) if row["bucket"] == "all"]
     rows.sort(key=lambda row: row["decoder"] == "paste")                        # paste comes last
     first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
-    columns = {"decoder": lambda row: row_name(report, row)}
+    parts = [{}, {}]                     # {head: function} of two tables, as one would be too wide
     for name in _shown(report, missing):
+        columns = parts[name not in _ERRORS]
         columns[COLUMNS[name][0]] = partial(cell, name=name)
-        if name == "pre_error":
-            columns["in [-1,1]"] = error_in_papers_unit
+        if name == "pre_error_median":
+            columns["in [-1,1]"] = partial(cell, name="pre_error", factor=4)
             if first is not None:
                 columns["gain"] = lambda row: _written(
                     row["pre_error"], lambda v: f"{short(first / v)}x" if v else "∞")
     if any(row["images_per_s"] is not None for row in rows):
-        columns["images/s"] = lambda row: _written(row["images_per_s"], short)
-    return markdown(columns, [[write(row) for write in columns.values()] for row in rows])
+        parts[1]["images/s"] = lambda row: _written(row["images_per_s"], short)
+    return "\n\n".join(markdown(["decoder", *part], [
+        [row_name(report, row), *(write(row) for write in part.values())] for row in rows])
+        for part in parts if part)
 
 
 def bucket_table(report, missing=()):
     """Write a row for each decoder and bucket of the masks' area; "" without buckets."""
-    names = [name for name in _shown(report, missing) if name != "is_mean"]
+    names = [name for name in _shown(report, missing) if name not in ("is_mean", *_ERRORS[1:])]
     rows = [[row_name(report, row), row["bucket"], f"{row['n']:,}", *(cell(row, k) for k in names)]
             for row in _distinct(report) if row["bucket"] != "all"]
     heads = ["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]
     return markdown(heads, rows) if rows else ""
 
 
+def difference_table(report):
+    """Write a row for each pair of decoders on the same images; "" without pairs."""
+    pairs = report["differences"]
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in pairs)]
+    ours = {(row["run"], row["decoder"]): row_name(report, row) for row in report["rows"]}
+    rows = [[ours[row["run"], row["decoder"]],
+             ours.get((row["other_run"], row["other"]), row["other"]), row["protocol"],
+             f"{row['n']:,}", *(cell(row, k, sign="+") for k in names)] for row in pairs]
+    heads = ["decoder", "minus", "latents", "n", *(COLUMNS[name][0] for name in names)]
+    return markdown(heads, rows) if rows else ""
+
+
 def paper_table(report, number):
     """Write table `number` of the paper: its columns, our rows, and its rows below them."""
     (title, columns, decoders, figures), rows = PAPER_TABLES[number], []
+    errors = ("all", "pre_error") in columns             # the last one, written in three ways
     found = {(row["run"], row["decoder"], row["bucket"]): row for row in _distinct(report)}
     for (run, decoder, bucket), row in found.items():
         if bucket == "all" and decoder in decoders:
-            cells = []
-            for place, name in columns:
-                own = found.get((run, decoder, place))
-                write = error_in_papers_unit if name == "pre_error" else partial(cell, name=name)
-                cells.append(write(own) if own else "n/a")
+            cells = [cell(found.get((run, decoder, place)), name) for place, name in columns]
+            if errors:
+                cells += [cell(row, "pre_error", 4), decibels(row["pre_error"])]
             rows.append([row_name(report, row), f"{row['n']:,}", *cells])
-    rows += [[f"paper: {method}", "", *values.split()] for method, values in figures.items()]
-    heads = [(f"{bucket} %: " if bucket != "all" else "")
-             + (_ERROR if name == "pre_error" else COLUMNS[name][0]) for bucket, name in columns]
+    for method, values in figures.items():
+        *cells, last = values.split()
+        rows.append([f"paper: {method}", "", *cells, *(readings(last) if errors else [last])])
+    heads = [(f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
+             for bucket, name in columns] + (["in [-1,1]", "dB"] if errors else [])
     about = [ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER]
-    if ("all", "pre_error") in columns:
+    if errors:
         about.append(ABOUT_ERROR)
     if number in ("4", "5"):
         about.append("The paper prints this table's Pre_error without e-5, taken here as meant.")
@@ -184,9 +208,12 @@ def report_text(report, about, missing, off, number=None):
     if masks["kind"]:
         if report["rows"][0]["decoder"] == "vanilla":
             lines.append("gain: vanilla's pre_error divided by the row's.")
-        lines += [f"pre_error: {NOTES['pre_error']}.", f"seam: {NOTES['seam']}.", ""]
+        lines += [f"pre_error: {NOTES['pre_error']}.", f"seam: {NOTES['seam']}."]
     if net:
-        lines += [f"LPIPS: by {net}, over the whole image.", ""]
+        lines.append(f"LPIPS: by {net}, over the whole image.")
+    lines += [f"±: {NOTES['<measure>_se']}; of IS: deviation over the splits.", ""]
+    if pairs := difference_table(report):
+        lines += ["Differences on the same images, image by image:", "", pairs, ""]
 
     # Add the paper's table and the one by mask area.
     if number in PAPER_TABLES:
@@ -205,8 +232,8 @@ def report_text(report, about, missing, off, number=None):
 
 def row_name(report, row):
     """Name a row, with the run where there are several."""
-    names = {"files": row["run"], "vanilla": "first stage's own decoder (vanilla)",
-             "paste": "vanilla, known pixels pasted (paste)"}
+    names = {"files": row["run"], "vanilla": "vanilla (first stage's own)",
+             "paste": "vanilla, known pixels pasted"}
     if row["decoder"] in names:
         return names[row["decoder"]]
     mask = "w/ mask" if row["decoder"] == "asym" else "w/o mask"
@@ -214,17 +241,36 @@ def row_name(report, row):
     return f"ours ({row['size'] or 'own size'}, {row['blend']}) {mask}{run}"
 
 
-def cell(row, name):
-    """Write one number of a row."""
-    if name == "psnr_known" and row["pre_error"] == 0:
-        return "∞"
-    text = _written(row[name], COLUMNS[name][1])
-    return f"{text} ± {row['is_std']:.2f}" if name == "is_mean" and row[name] is not None else text
+def cell(row, name, factor=1, sign=""):
+    """Write a mean of a row, times `factor`, and its error; FID with its number of images."""
+    _, unit, how = COLUMNS[name]
+    if not row or row[name] is None:
+        return "∞" if name == "psnr_known" and row["pre_error"] == 0 else "n/a"
+    value, error = row[name], row["is_std"] if name == "is_mean" else row.get(f"{name}_se")
+    text = with_error(factor * value / unit, error and factor * error / unit, how, sign)
+    return f"{text} (n={row['n']:,})" if name == "fid" else text
 
 
-def error_in_papers_unit(row):
-    """Write pre_error in 1e-5 for images in [-1,1], probably the paper's unit.  deviation D17"""
-    return _written(row["pre_error"], lambda v: short(4e5 * v))
+def with_error(value, error, how="{:,.1f}".format, sign=""):
+    """Write "value ± error" with two digits of the error; without error how(value)."""
+    if not error:
+        return how(value)
+    digits = 1 - math.floor(math.log10(float(f"{error:.1e}")))
+    value, error = (round(number, digits) + 0.0 for number in (value, error))
+    return f"{value:{sign},.{max(0, digits)}f} ± {error:,.{max(0, digits)}f}"
+
+
+def decibels(error):
+    return "n/a" if error is None else f"{-10 * math.log10(error):.1f}" if error else "∞"
+
+
+def readings(value):
+    """Write a Pre_error of the paper in [0,1], in [-1,1], in dB, by either unit.  deviation D17"""
+    if value == "-":
+        return 3 * [value]
+    error = float(value)
+    return [f"{value} or {error / 4:.4g}", f"{4 * error:.4g} or {value}",
+            f"{decibels(1e-5 * error)} or {decibels(1e-5 * error / 4)}"]
 
 
 def markdown(head, rows):
@@ -237,7 +283,8 @@ def markdown(head, rows):
 
 
 def short(value):
-    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" if value >= 1 else f"{value:.3g}"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:#.4g}" if size >= 1 else f"{value:.3g}"
 
 
 def _written(value, how):
@@ -329,8 +376,3 @@ def steps_table(steps, batch_size):
         f"{row['n']:,}", f"{row['maps']:,}", short(row["seconds"]), short(row["seconds"] * hours),
         *(with_error(row[name], row[f"{name}_se"]) for name in ("nats", "more"))][:shown]
         for row in steps])
-
-
-def with_error(value, error):
-    """Write a number of nats, with its standard error if it has one."""
-    return f"{value:,.1f}" + (f" ± {error:.1f}" if error is not None else "")

@@ -32,7 +32,7 @@ from convert import load_model
 from data import Signs
 from distributed import UserError
 from fid import FeatureStatistics, inception_score
-from masks import evaluation_mask
+from masks import box_mask, evaluation_mask
 from metrics import DECODERS, Networks
 from paper_tables import table
 from refit import install_codebook
@@ -71,6 +71,7 @@ def fid(x_hat, x):
 @pytest.fixture
 def fake_networks(monkeypatch):
     monkeypatch.setattr("metrics.open_networks", lambda *_, **__: Networks(inception=inception))
+    monkeypatch.setattr("metrics.FEWEST_FOR_FID", 3)             # else n/a
 
 
 @pytest.fixture
@@ -222,13 +223,45 @@ def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
     assert all(len(column) == 6 for column in drawn.values())
 
 
-def test_the_table_of_images_is_written_where_it_is_asked_for(run, tmp_path):
-    report = evaluate(run, n=5, per_image=tmp_path / "images.csv")
-    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
-    assert len(rows) == 5 * 4
-    own = [float(row["pre_error"]) for row in rows if row["decoder"] == "asym"]
-    assert sum(own) / 5 == pytest.approx(_rows(report)["asym"]["pre_error"])
-    assert {row["bucket"] for row in rows} == {row["bucket"] for row in report["rows"]} - {"all"}
+def test_the_table_of_images_has_all_from_which_the_means_and_their_errors_come(
+        two_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.evaluation_mask", lambda size, index, *_, **__:      # of two images
+                        box_mask(size, 0, 0, size, 5 + 3 * (index // 2)))
+    report = evaluate(*two_runs, n=8, batch_size=3, per_image=tmp_path / "images.csv")
+    with (tmp_path / "images.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len({row["group"] for row in table}) == 4
+    count = 0
+    for row in report["rows"]:
+        run = "" if row["decoder"] in metrics.SHARED else row["run"]
+        own = [each for each in table if row["bucket"] in ("all", each["bucket"])
+               and all(each[key] == row[key] for key in ("decoder", "protocol"))
+               and each["run"] == run]
+        assert row["n"] == len(own)
+        for name in ("pre_error", "seam"):
+            values = np.array([float(each[name]) for each in own])
+            e, masks = values - values.mean(), np.array([each["group"] for each in own])
+            sums = np.array([e[masks == mask].sum() for mask in set(masks)])
+            assert row[name] == pytest.approx(values.mean(), rel=1e-9)
+            if len(sums) > 1:
+                error = math.sqrt((sums ** 2).sum() * len(sums) / (len(sums) - 1)) / len(e)
+                assert row[f"{name}_se"] == pytest.approx(error, rel=1e-9, abs=1e-12)
+                count += 1
+            else:
+                assert row[f"{name}_se"] is None
+        assert row["pre_error_median"] == pytest.approx(
+            np.median([float(each["pre_error"]) for each in own]))
+        if row["bucket"] == "all":
+            seconds = sum(float(each["seconds"]) for each in own)
+            assert row["images_per_s"] == pytest.approx(8 / seconds)
+    assert count >= 16
+    assert all(int(10 * float(row["area"])) * 10 == int(row["bucket"].split("-")[0])
+               for row in table)
+    (last,) = [row for row in report["differences"] if row["other_run"]]
+    by = {(row["run"], row["decoder"], row["index"]): float(row["seam"]) for row in table}
+    seams = [by[str(two_runs[1]), "asym", str(i)] - by[str(two_runs[0]), "asym", str(i)]
+             for i in range(8)]
+    assert last["seam"] == pytest.approx(np.mean(seams), rel=1e-9)
 
 
 def test_photos_that_cannot_be_decoded_are_replaced_and_told(run, tmp_path, capsys):
@@ -468,6 +501,7 @@ def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatc
         def __call__(self, a, b=None):
             return a.flatten(1)[:, ::1000]
 
+    monkeypatch.setattr("metrics.FEWEST_FOR_FID", 5)
     for name, fake in (("LPIPS", Fake), ("InceptionV3", Fake), ("CLIPImageEncoder", FakeClip)):
         monkeypatch.setattr(f"metrics.{name}", fake)
     row = _rows(_call(monkeypatch, "--pred pred --real real --masks masks --refs refs --clip tower "

@@ -18,6 +18,8 @@ from metrics import (
     REAL,
     Networks,
     decode_all,
+    describe,
+    differences,
     first_stage_of,
     measure,
     open_networks,
@@ -233,7 +235,103 @@ def test_buckets_hold_the_images_of_their_area_and_add_up_to_all():
     assert whole["pre_error"] == pytest.approx(mean, rel=1e-9)
 
 
-def test_fid_of_a_bucket_that_the_paper_prints_is_of_its_images_and_the_same_originals():
+def slow_error(table, name):
+    """The mean and its cluster-robust standard error by their definition, over pairs of images."""
+    rows = [row for row in table if not math.isnan(row[name])]
+    mean = sum(row[name] for row in rows) / len(rows)
+    masks = {row["group"] for row in rows}
+    total = sum((a[name] - mean) * (b[name] - mean) for a in rows for b in rows
+                if a["group"] == b["group"])
+    return mean, math.sqrt(len(masks) / (len(masks) - 1) * total) / len(rows)
+
+
+def test_a_standard_error_is_the_usual_one_where_all_groups_are_distinct():
+    values = np.random.default_rng(0).normal(3, 1, 50)
+    expected = values.mean(), values.std(ddof=1) / 50 ** 0.5, np.median(values)
+    assert describe(zip(values, range(50))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_copies_of_an_image_do_not_make_its_mean_more_certain():
+    values = torch.randn(20).tolist()
+    once, thrice = (describe(zip(n * values, n * [*range(20)])) for n in (1, 3))
+    assert thrice == pytest.approx(once, rel=1e-9)
+    assert describe(zip(3 * values, range(60)))[1] < 0.6 * once[1]           # taken as independent
+
+
+def test_a_standard_error_is_the_deviation_of_means_of_redrawn_groups():
+    rng = np.random.default_rng(0)
+    groups = [1 + rng.normal() + 0.5 * rng.normal(size=rng.integers(1, 6)) for _ in range(300)]
+    pairs = [(value, name) for name, group in enumerate(groups) for value in group]
+    error = describe(pairs)[1]
+    sums, sizes = np.array([[group.sum(), len(group)] for group in groups]).T
+    drawn = rng.integers(0, 300, (4000, 300))                    # a bootstrap of whole groups
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    assert error == pytest.approx(means.std(), rel=0.05)
+    naive = describe((value, place) for place, (value, _) in enumerate(pairs))[1]
+    assert naive < 0.7 * error
+
+
+def test_a_standard_error_needs_two_groups_and_finite_values_and_leaves_out_nan():
+    assert describe(zip([1.0, 3.0], "aa")) == (2.0, None, 2.0)
+    assert describe(zip([1.0, math.nan, 3.0], "abc")) == (2.0, 1.0, 2.0)
+    assert describe([(math.nan, "a")]) == describe([]) == (None, None, None)
+    assert describe(zip([1.0, 2.0, math.inf], "abc")) == (None, None, 2.0)
+
+
+def test_rows_have_errors_clustered_by_equal_masks_and_medians():
+    batch = pictures(0, 9)
+    batch.mask[3:6] = batch.mask[2]                              # four images with one mask
+    table = measure(blurred(batch), batch, Networks(), *KEY)
+    row = summary(table, *KEY)
+    for name in ("pre_error", "psnr_known", "seam"):
+        assert [row[name], row[f"{name}_se"]] == pytest.approx(slow_error(table, name), rel=1e-9)
+    assert row["pre_error_median"] == pytest.approx(
+        np.median(pre_error(blurred(batch), batch.x, batch.mask)), rel=1e-12)
+    assert row["lpips"] is row["lpips_se"] is None
+    one = [row for row in table if row["group"] == table[2]["group"]]
+    assert summary(one, *KEY)["pre_error_se"] is None            # a single mask
+    exact = summary(measure(batch.x, batch, Networks(), *KEY), *KEY)
+    assert exact["psnr_known"] is exact["psnr_known_se"] is exact["psnr_known_median"] is None
+    assert exact["pre_error_se"] == 0
+
+
+def test_masks_are_told_apart_by_their_pixels():
+    batch = pictures(0, 3)
+    batch.mask[1], batch.mask[2] = batch.mask[0], 1 - batch.mask[0]
+    one, same, other = measure(batch.x, batch, Networks(), *KEY)
+    assert one["group"] == same["group"] != other["group"]
+    assert one["area"] + other["area"] == 1
+    assert one["area"] == batch.mask[0].mean()
+
+
+def test_differences_are_paired_image_by_image():
+    batch, table = pictures(0, 8), []
+    batch.mask = (torch.rand(batch.mask.shape) < 0.4).float()    # eight masks
+    made = {(None, "vanilla"): blurred(batch), (None, "paste"): batch.x * 0.5,
+            ("a", "asym"): batch.x * 0.8, ("a", "asym-nomask"): batch.x * 0.7,
+            ("b", "asym"): batch.x * 0.8 + 0.01}
+    for key, x_hat in made.items():
+        table += measure(x_hat, batch, Networks(), *key)
+    found = differences(over_ranks(table))
+    assert [(row["run"], row["other_run"], row["other"]) for row in found] == [
+        ("a", None, "vanilla"), ("a", None, "paste"), ("b", None, "vanilla"), ("b", None, "paste"),
+        ("b", "a", "asym")]
+    for row in found:
+        ours, other = made[row["run"], "asym"], made[row["other_run"], row["other"]]
+        for name, formula in (("pre_error", pre_error), ("seam", seam)):
+            pairs = formula(ours, batch.x, batch.mask) - formula(other, batch.x, batch.mask)
+            assert row[name] == pytest.approx(pairs.mean().item(), rel=1e-9)
+            assert row[f"{name}_se"] == pytest.approx(pairs.std().item() / 8 ** 0.5, rel=1e-9)
+        assert row["lpips"] is row["lpips_se"] is None
+        assert row["n"] == 8
+    alone = summary(table, "b", "asym")["pre_error_se"]
+    assert found[-1]["pre_error_se"] < 0.5 * alone               # the images' own part is gone
+    assert differences([row for row in table if row["decoder"] != "asym"]) == []
+
+
+def test_fid_of_a_bucket_that_the_paper_prints_is_of_its_images_and_the_same_originals(
+        monkeypatch):
+    monkeypatch.setattr(metrics, "FEWEST_FOR_FID", 2)
     every = pictures(0, 16)
     table = tabulated(pictures(0, 5), pictures(5, 16), inception=fake_inception)
     own = [area_bucket(mask) for mask in every.mask]
@@ -248,6 +346,18 @@ def test_fid_of_a_bucket_that_the_paper_prints_is_of_its_images_and_the_same_ori
     assert summary(table, *KEY, "20-30")["fid"] is None
     one = [row for row in table if row["index"] == 0]
     assert summary(one, *KEY)["fid"] is None                     # fewer than two
+
+
+def test_fid_is_not_given_below_as_many_images_as_features(monkeypatch):
+    assert metrics.FEWEST_FOR_FID == 2048
+    table = tabulated(pictures(0, 5), inception=fake_inception)
+    for fewest, found in ((6, False), (5, True)):
+        monkeypatch.setattr(metrics, "FEWEST_FOR_FID", fewest)
+        row = summary(table, *KEY)
+        assert (row["fid"] is not None) == found
+        assert row["is_mean"] is not None
+    fewer = [row for row in table if (row["decoder"], row["index"]) != (REAL, 0)]
+    assert summary(fewer, *KEY)["fid"] is None                   # too few originals
 
 
 def test_the_inception_score_is_of_all_images_in_their_order_whatever_the_batches():
@@ -283,13 +393,16 @@ def test_a_missing_an_infinite_and_an_undefined_value_are_none_and_the_others_co
     assert summary(tabulated(batch), *KEY)["seam"] is None       # nowhere defined
 
 
-def test_images_without_masks_have_one_bucket_and_no_known_pixels():
+def test_images_without_masks_have_one_bucket_and_no_known_pixels(monkeypatch):
+    monkeypatch.setattr(metrics, "FEWEST_FOR_FID", 3)
     table = tabulated(pictures(0, 3, masks=False), inception=fake_inception,
                       lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)))
     (row,) = report_rows(table, {"run": None})
     assert (row["bucket"], row["n"]) == ("all", 3)
     assert row["pre_error"] is row["psnr_known"] is row["seam"] is None
     assert row["lpips"] > 0
+    values = [row["lpips"] for row in table if row["decoder"] != REAL]
+    assert row["lpips_se"] == pytest.approx(np.std(values, ddof=1) / 3 ** 0.5, rel=1e-9)
     assert row["fid"] > 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import Batch
-from metrics import Networks, measure, report_rows
+from metrics import Networks, differences, measure, report_rows
 from paper_tables import make_report
 
 CPU, SIZE = torch.device("cpu"), 16
@@ -16,13 +16,16 @@ OFF = {"lpips": "--lpips none", "clip_score": "no --refs"}
 
 
 def example_table(keys, seconds=0.1):
-    """Four images, two of which have a mask of 25 % and two one of 44 %, as `measure` has them."""
-    x = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.5
-    mask = torch.zeros(4, 1, SIZE, SIZE)
-    mask[:2, :, :, :4] = mask[2:, :, :, :7] = 1
-    batch, rows = Batch([0, 1, 2, 3], x, mask), []
+    """Six images, three with masks of 25 %, three of 44 %, as `measure` has them.
+
+    The first two masks of each are equal.
+    """
+    x = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.5
+    mask = torch.zeros(6, 1, SIZE, SIZE)
+    mask[:2, :, :, :4] = mask[2, :, :, -4:] = mask[3:5, :, :, :7] = mask[5, :, :, -7:] = 1
+    batch, rows = Batch(list(range(6)), x, mask), []
     for place, (run, decoder) in enumerate(keys):
-        shift = 0 if decoder == "paste" else 0.02 * (place + 1)
+        shift = 0 if decoder == "paste" else 0.02 * (place + 1 + x[:, :, :1, :1])
         x_hat = torch.where(mask == 1, x * 0.5, x + shift)
         rows += measure(x_hat, batch, Networks(), run, decoder, seconds)
     return rows
@@ -30,8 +33,10 @@ def example_table(keys, seconds=0.1):
 
 def example_report(**changes):
     """Two runs on one first stage; changes: {measure: value} of every row."""
-    rows = [row | changes for row in report_rows(example_table(KEYS), RUNS)]
-    return make_report(rows, 4, CPU, {"kind": "thick", "size": SIZE, "seed": 0}, 0)
+    table = example_table(KEYS)
+    rows = [row | changes for row in report_rows(table, RUNS)]
+    return make_report(rows, 6, CPU, {"kind": "thick", "size": SIZE, "seed": 0}, 0,
+                       differences=differences(table))
 
 
 def assert_alike(a, b, rel, but=("images_per_s",)):
