@@ -4,8 +4,8 @@
                                                  ^
     t (B,) --sinusoids--> (B,C) --MLP--> time (B,time_width), to every block
 
-The paper's words describe DDPM's U-Net, but its Table 2 fits the one of multinomial diffusion
-(Hoogeboom et al. 2021). So that one is here.  deviation D37
+The paper's words describe DDPM's U-Net. But its Table 2 fits the one of multinomial diffusion
+(Hoogeboom et al. 2021), and the released code has it. So that one is here.  deviation D37
 """
 
 import math
