@@ -180,6 +180,8 @@ def test_two_processes_find_what_one_does(run, tmp_path):
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("one", "two"))
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert_alike(a, b, 1e-9)
+    for a, b in zip(one["differences"], two["differences"], strict=True):
+        assert_alike(a, b, 1e-9)
     assert one["codebook"] == two["codebook"]
     assert one["codebook"]["usage_val"] > 0
     for name in ("report.png", "samples.png", "completions.png", "inpainting.png"):
@@ -532,6 +534,18 @@ def test_sets_that_are_no_pairs_have_a_fid_and_an_inception_score(
     assert row["n"] == 4
     assert row["pre_error"] is row["lpips"] is None
     assert report["notes"]["lpips"] == "not computed: no pairs"
+
+
+def test_fid_of_few_pictures_says_why_it_is_left_out(folders, fake_networks, monkeypatch, capsys):
+    monkeypatch.setattr("metrics.FEWEST_FOR_FID", 2048)
+    report = _call(monkeypatch, "--pred pred --real real --unpaired")
+    assert report["rows"][0]["fid"] is None
+    assert report["rows"][0]["is_mean"] > 0
+    assert report["notes"]["fid"] == "n/a: below 2,048 images it is mostly bias"
+    assert "FID: n/a: below 2,048 images it is mostly bias" in capsys.readouterr().out
+    report = _call(monkeypatch, "--pred pred --real real --masks masks --table 1")
+    assert {row["fid"] for row in report["rows"]} == {None}
+    assert report["notes"]["fid"] in capsys.readouterr().out
 
 
 def test_samples_are_compared_with_a_data_sets_own_pictures(
