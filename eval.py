@@ -5,7 +5,7 @@
     python eval.py --pred DIR --real DIR --masks DIR --table 1      pictures of any program
     python eval.py --pred DIR --data signs --unpaired --table 6     samples that sample.py wrote
 
-    images --encode--> z --metrics.decode_all--> x_hat --metrics.measure--> a row for each image
+    images --encode--> z --decode_protocols--> x_hat --metrics.measure--> a row for each image
     the table of images --metrics.report_rows--> means, FID --paper_tables.py--> Markdown, JSON
 
 Writes report.md, report.json and, for runs, pictures beside them. [AVQ Tab. 2] [AVQ Tab. 3]
@@ -34,10 +34,11 @@ from inpaint import COMPLETIONS, RESAMPLE, completion_rows, inpainting_columns
 from losses import TRUNKS
 from pictures import image_grid, image_rows, show_masked
 from quantize import code_statistics, exact_float32
+from seeding import SHIFT, numpy_generator
 
 EXAMPLES, SAMPLES, REPORT_STEPS = 6, 16, 25      # images in report.png; samples, steps of each
 WORKERS = 2                                      # processes that read photos for --table ddm1
-CAPTIONS = {"asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
+CAPTIONS = {"paste": "vanilla, pasted", "asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
 
 def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
@@ -215,6 +216,33 @@ def encode(first_stage, x):
     return first_stage.quantize(first_stage.moments(x))[:2]
 
 
+def shift_hole(x, mask, index):
+    """Change the colours of the hole of x (B,3,H,W) in [-1,1], as a generator might.
+
+    Each channel has a gain of 0.9 to 1.1 and an offset of -0.1 to 0.1, drawn from the image's index
+    alone, and is clamped. Known pixels, where the mask (B,1,H,W) is 0, stay as they are.
+    """
+    drawn = np.stack([numpy_generator(SHIFT, i).uniform(-0.1, 0.1, (2, 3)) for i in index])
+    gain, offset = torch.from_numpy(drawn)[..., None, None].float().to(x.device).unbind(1)
+    return torch.where(mask == 1, (x * (1 + gain) + offset).clamp(-1, 1), x)        # (B, 3, H, W)
+
+
+def decode_protocols(models, z, batch):
+    """Decode the latents of each protocol: {(run, decoder, protocol): (x_hat, seconds)}.
+
+    "full": z (B,d,h,w), latents of the image. "shifted", only with a mask: latents of the image
+    after shift_hole, so that the hole does not match the known pixels, which decoders get from the
+    image itself. Ours without a mask is left out there: it has nothing to match.  [AVQ Fig. 4]
+    """
+    x, mask, outputs = batch.x, batch.mask, {}
+    for protocol in ("full", "shifted") if mask is not None else ("full",):
+        if protocol == "shifted":
+            z, _ = encode(metrics.first_stage_of(models.values()), shift_hole(x, mask, batch.index))
+        decoded = metrics.decode_all(models, z, x, mask, without_mask=protocol == "full")
+        outputs |= {(*key, protocol): output for key, output in decoded.items()}
+    return outputs
+
+
 def first_images(batches, models):
     """Decode the first images, of one size, by each decoder: {caption: [(3,H,W), ...]}."""
     columns = {}
@@ -223,11 +251,12 @@ def first_images(batches, models):
         shown = {"original": batch.x}
         if batch.mask is not None:
             shown["masked"] = show_masked(batch.x, batch.mask)
-        decoded = metrics.decode_all(models, z, batch.x, batch.mask)
-        for (run, decoder), (x_hat, _) in decoded.items():
-            if decoder != "paste":
+        decoded = decode_protocols(models, z, batch)
+        for (run, decoder, protocol), (x_hat, _) in decoded.items():
+            if (protocol, decoder) != ("shifted", "vanilla"):
                 name = f"\n{run}" if len(models) > 1 and run else ""
-                shown[CAPTIONS.get(decoder, decoder) + name] = x_hat
+                other = "hole shifted: " if protocol == "shifted" else ""
+                shown[other + CAPTIONS.get(decoder, decoder) + name] = x_hat
         if not columns or columns["original"][0].shape == batch.x.shape[1:]:
             for caption, images in shown.items():
                 columns.setdefault(caption, []).extend(images.cpu())
@@ -246,21 +275,21 @@ def tabulate(batches, n, batch_size, networks, models=None, files=None):
     table, counts = [], 0
     progress = run_folder.Progress("evaluation", 0, steps, min(batch_size, n))
     for done, batch in enumerate(batches, 1):
-        outputs = {(None, metrics.REAL): (batch.x, 0)}                  # (image, seconds) of each
+        outputs = {(None, metrics.REAL, "full"): (batch.x, 0)}          # (image, seconds) of each
         if models:
             first_stage = metrics.first_stage_of(models.values())
             z, indices = encode(first_stage, batch.x)                   # (B, d, h, w), (B, h, w)
             if indices is not None:
                 counts += indices.flatten().cpu().bincount(minlength=first_stage.config.K)
             if networks:
-                outputs |= metrics.decode_all(models, z, batch.x, batch.mask)
+                outputs |= decode_protocols(models, z, batch)
         elif files and batch.pred is None:
-            outputs = {(files, "files"): (batch.x, 0)}
+            outputs = {(files, "files", "full"): (batch.x, 0)}
         elif files:
-            outputs[files, "files"] = (batch.pred, 0)
+            outputs[files, "files", "full"] = (batch.pred, 0)
         if networks:
-            for (run, decoder), (x_hat, seconds) in outputs.items():
-                table += metrics.measure(x_hat, batch, networks, run, decoder, seconds)
+            for (run, decoder, protocol), (x_hat, seconds) in outputs.items():
+                table += metrics.measure(x_hat, batch, networks, run, decoder, seconds, protocol)
         progress.show(min(done, steps), {})
     progress.close()
     return metrics.over_ranks(table), sum(distributed.gather_objects(counts))

@@ -82,12 +82,13 @@ def first_stage_of(models):
     return next((stage for stage in stages if stage.decoder is not None), stages[0])
 
 
-def decode_all(models, z, x, mask=None):
+def decode_all(models, z, x, mask=None, without_mask=True):
     """Decode z by every decoder: {(run, decoder): (x_hat, seconds)}. [AVQ Tab. 2]
 
-    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): latents of the whole x (B,3,H,W). Decoders:
-    "vanilla", the first stage's own; "paste", vanilla with the known pixels copied over it; "asym",
-    ours, given x and mask; "asym-nomask", ours without them. "paste" and "asym" need a mask.
+    models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): latents of x (B,3,H,W), its hole changed or not.
+    Decoders: "vanilla", the first stage's own; "paste", vanilla with the known pixels copied over
+    it; "asym", ours, given x and mask; "asym-nomask", ours without them (if `without_mask`).
+    "paste" and "asym" need a mask.
     """
     def timed(decode, **condition):
         wait_for(z.device)
@@ -106,7 +107,8 @@ def decode_all(models, z, x, mask=None):
         if isinstance(model, AsymVQGAN):
             if mask is not None:
                 outputs[run, "asym"] = timed(model.decode, image=x, mask=mask)
-            outputs[run, "asym-nomask"] = timed(model.decode)
+            if without_mask:
+                outputs[run, "asym-nomask"] = timed(model.decode)
     return outputs
 
 
@@ -173,10 +175,10 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
     x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
-    decoding it took; protocol: "full", x_hat is decoded from the latents of the whole x. LPIPS is
-    over the whole image. A row lacks the measures whose network is None; NaN means that the image
-    has no value. For FID it holds "features" (2048,) and "logits" (1008,); rows of the originals
-    (decoder REAL) hold these only. UserError: x_hat is not finite.
+    decoding it took; protocol: that of eval.decode_protocols. LPIPS is over the whole image. A row
+    lacks the measures whose network is None; NaN means that the image has no value. For FID it
+    holds "features" (2048,) and "logits" (1008,); rows of the originals (decoder REAL) hold these
+    only. UserError: x_hat is not finite.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "

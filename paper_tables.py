@@ -29,6 +29,8 @@ COLUMNS = {
 }
 
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
+ABOUT_SHIFTED = ("The same with the latents of images whose hole has other colours, as a generated "
+                 "one has (shifted).\nMeasured against the images themselves:")
 ABOUT_SAMPLES = ("The paper's images are Stable Diffusion's for COCO's captions, ours VQ-DDM's of "
                  "other data: compare our decoders with one another only.")
 ABOUT_ERROR = ("pre_error: for images in [0,1], in [-1,1], and in dB. The paper states no range: "
@@ -203,6 +205,8 @@ def report_text(report, about, missing, off, number=None):
         about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "
                  f"most half the image, seed {masks['seed']}")
     lines = [f"{about}; {report['device']}.", "", table(report, missing), ""]
+    if any(row["protocol"] == "shifted" for row in report["rows"]):
+        lines += [ABOUT_SHIFTED, "", table(report, missing, "shifted"), ""]
 
     # Explain the columns, below the table.
     if masks["kind"]:

@@ -16,7 +16,7 @@ STAGE_IDS = {"vqgan": 0, "refit": 1, "decoder": 2, "prior": 3}
 MASK_SHAPE, MASK_FULL, MASK_EVALUATION = 101, 102, 103  # LaMa's; the 50 % schedule; the tables'
 SIGNS, ORDER, CROP = 201, 202, 203               # drawn scenes; an epoch's permutation; crops
 FEATURES = 301                                   # the features that ReFiT clusters
-SAMPLE, FIGURE, COMPLETION = 401, 402, 403       # sample.py; DDM Fig. 8; inpaint.py
+SAMPLE, FIGURE, COMPLETION, SHIFT = 401, 402, 403, 404  # sample.py; DDM Fig. 8; inpaint.py; eval.py
 
 
 def numpy_generator(stream, *key):

@@ -88,8 +88,9 @@ def two_runs(run, tmp_path):
     return [run, tmp_path / "concat"]
 
 
-def _rows(report, bucket="all"):
-    return {row["decoder"]: row for row in report["rows"] if row["bucket"] == bucket}
+def _rows(report, protocol="full"):
+    return {row["decoder"]: row for row in report["rows"]
+            if (row["bucket"], row["protocol"]) == ("all", protocol)}
 
 
 def test_the_figures_are_those_of_a_slow_loop_and_pasting_is_exact_but_for_a_seam(run):
@@ -104,6 +105,39 @@ def test_the_figures_are_those_of_a_slow_loop_and_pasting_is_exact_but_for_a_sea
     assert rows["asym"]["n"] == 5
     assert rows["paste"]["pre_error"] == 0
     assert rows["paste"]["seam"] > 0
+
+
+def test_the_colours_of_a_hole_change_by_its_index_alone_and_known_pixels_stay():
+    x = 2 * torch.rand(40, 3, 8, 8) - 1
+    mask = (torch.rand(40, 1, 8, 8) < 0.5).float()
+    shifted, hole = program.shift_hole(x, mask, range(100, 140)), mask.expand(x.shape) == 1
+    assert torch.equal(shifted[~hole], x[~hole])
+    for i in (0, 39):
+        (gain, *_), (offset, *_) = drawn = np.random.default_rng((404, 100 + i)).uniform(
+            -0.1, 0.1, (2, 3))
+        wanted = (x[i, 0] * (1 + gain) + offset).clamp(-1, 1)
+        torch.testing.assert_close(shifted[i, 0][hole[i, 0]], wanted[hole[i, 0]])
+        assert len({*drawn.flat}) == 6                           # one for each channel
+    assert torch.equal(program.shift_hole(x[5:6], mask[5:6], [105]), shifted[5:6])
+    assert shifted.abs().max() <= 1
+    assert 0.02 < (shifted - x)[hole].std() < (shifted - x)[hole].abs().max() <= 0.2
+
+
+def test_shifted_latents_are_of_another_hole_but_known_pixels_and_truth_are_the_images(run):
+    rows, model = _rows(evaluate(run, batch_size=2, n=3), "shifted"), load_model(run)
+    assert list(rows) == ["vanilla", "asym", "paste"]
+    x, masks = images("val", 3), [evaluation_mask(SIZE, index) for index in range(3)]
+    m = torch.tensor(np.stack(masks))[:, None].float()
+    with torch.no_grad():
+        z = model.encode(program.shift_hole(x, m, range(3)))
+        vanilla = model.first_stage.decode(z)
+        made = {"vanilla": vanilla, "asym": model.decode(z, image=x, mask=m),
+                "paste": torch.where(m == 1, vanilla, x)}
+    for decoder, x_hat in made.items():
+        assert rows[decoder]["pre_error"] == pytest.approx(
+            np.mean(_errors(x_hat, x, m[:, 0] == 1)), rel=1e-5)
+        seam = metrics.seam(x_hat, x, m).mean().item()
+        assert rows[decoder]["seam"] == pytest.approx(seam, rel=1e-5)
 
 
 def test_the_test_split_is_measured_where_it_is_asked_for_and_reported_apart(run, capsys):
@@ -153,9 +187,9 @@ def test_nothing_is_measured_in_tf32_or_with_gradients(run, monkeypatch):
     backends, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
     original = metrics.decode_all
 
-    def note(*args):
+    def note(*args, **options):
         seen.append((*(backend.fp32_precision for backend in backends), torch.is_grad_enabled()))
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr("metrics.decode_all", note)
     evaluate(run, n=1)
@@ -197,15 +231,19 @@ def test_the_files_keep_to_the_schema_and_the_table_says_shared_rows_once(two_ru
 
     report = json.loads((out / "report.json").read_text(), parse_constant=refuse)
     assert report == returned
-    every = [(row["run"], row["decoder"]) for row in report["rows"] if row["bucket"] == "all"]
-    assert every == [(str(name), decoder) for name in two_runs for decoder in DECODERS[:4]]
+    every = [(row["run"], row["decoder"], row["protocol"]) for row in report["rows"]
+             if row["bucket"] == "all"]
+    assert every == [(str(name), decoder, protocol) for name in two_runs
+                     for decoder in DECODERS[:4] for protocol in ("full", "shifted")
+                     if (decoder, protocol) != ("asym-nomask", "shifted")]
     assert {row["blend"] for row in report["rows"]} == {None, "add", "concat"}
     assert all(row["lpips"] is None and row["fid"] is None for row in report["rows"])
     assert report["notes"]["lpips"].startswith("not computed: the run has --perceptual none")
     printed = capsys.readouterr().out
-    assert table(report) in printed
-    assert table(report) in (out / "report.md").read_text()
-    assert Image.open(out / "report.png").width > 7 * 256
+    for protocol in ("full", "shifted"):
+        assert table(report, protocol=protocol) in printed
+        assert table(report, protocol=protocol) in (out / "report.md").read_text()
+    assert Image.open(out / "report.png").width > 11 * 256
 
 
 def test_a_run_with_a_first_stage_only_has_two_rows_and_unfinished_it_says_so(tmp_path, capsys):
@@ -220,7 +258,9 @@ def test_the_pictures_are_the_first_six_by_each_decoder(run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(program, "image_grid", lambda columns, path: drawn.update(columns))
     evaluate(run, n=8, batch_size=5)
-    assert list(drawn) == ["original", "masked", "vanilla", "ours w/ mask", "ours w/o mask"]
+    assert list(drawn) == [
+        "original", "masked", "vanilla", "vanilla, pasted", "ours w/ mask", "ours w/o mask",
+        "hole shifted: vanilla, pasted", "hole shifted: ours w/ mask"]
     assert torch.equal(torch.stack(drawn["original"]), images("val", 6))
     assert all(len(column) == 6 for column in drawn.values())
 
@@ -259,11 +299,12 @@ def test_the_table_of_images_has_all_from_which_the_means_and_their_errors_come(
     assert count >= 16
     assert all(int(10 * float(row["area"])) * 10 == int(row["bucket"].split("-")[0])
                for row in table)
-    (last,) = [row for row in report["differences"] if row["other_run"]]
-    by = {(row["run"], row["decoder"], row["index"]): float(row["seam"]) for row in table}
-    seams = [by[str(two_runs[1]), "asym", str(i)] - by[str(two_runs[0]), "asym", str(i)]
-             for i in range(8)]
-    assert last["seam"] == pytest.approx(np.mean(seams), rel=1e-9)
+    pairs = {row["protocol"]: row for row in report["differences"] if row["other_run"]}
+    for protocol in ("full", "shifted"):
+        by = {(row["run"], row["index"]): float(row["seam"]) for row in table
+              if (row["decoder"], row["protocol"]) == ("asym", protocol)}
+        seams = [by[str(two_runs[1]), str(i)] - by[str(two_runs[0]), str(i)] for i in range(8)]
+        assert pairs[protocol]["seam"] == pytest.approx(np.mean(seams), rel=1e-9)
 
 
 def test_photos_that_cannot_be_decoded_are_replaced_and_told(run, tmp_path, capsys):
@@ -481,6 +522,7 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
     row, errors = _rows(report)["files"], _errors(_read("pred"), _read("real"), _read("masks"))
     assert row["pre_error"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert (row["run"], row["n"], row["images_per_s"], row["split"]) == ("pred", 5, None, None)
+    assert {row["protocol"] for row in report["rows"]} == {"full"}
     assert report["masks"] == {"kind": "files", "size": None, "seed": None}
     assert sum(row["n"] for row in report["rows"] if row["bucket"] != "all") == 5
     assert "| paper: StableDiffusion " in capsys.readouterr().out
@@ -569,7 +611,11 @@ def test_runs_decode_photos_and_masks_of_ones_own(folders, run, monkeypatch):
         x_hat = model.decode(model.encode(x), image=x, mask=torch.tensor(mask)[:, None].float())
     expected = np.mean(_errors(x_hat, x, mask))
     assert _rows(report)["asym"]["pre_error"] == pytest.approx(expected, rel=1e-4)
+    assert _rows(report, "shifted")["asym"]["pre_error"] != _rows(report)["asym"]["pre_error"]
     assert report["codebook"] is None
+    unmasked = _call(monkeypatch, f"{run} --real real --no-fid --out out", "out")
+    assert {(row["decoder"], row["protocol"]) for row in unmasked["rows"]} == {
+        ("vanilla", "full"), ("asym-nomask", "full")}
     assert Path("out", "report.png").exists()
     for path in (*Path("real").iterdir(), *Path("masks").iterdir()):
         Image.open(path).crop((0, 0, 31, 30)).save(path)
