@@ -1,10 +1,11 @@
 """Draw the pictures of README.md and RESULTS.md from runs.
 
-    python benchmarks/figures.py known RUN assets/known.png [--rows 1 6] [--holes 4 5]
+    python benchmarks/figures.py known assets/known.png --rows RUN 1 6 --holes RUN 4 5
     python benchmarks/figures.py curves HEALTHY_RUN ILL_RUN assets/curves.png
 
-`known` takes rows, counted from 1, of RUN/report.png and of RUN/inpainting.png. `curves` draws the
-logs of two decoder stages side by side; NOTES are written for the two runs that RESULTS.md names.
+`known` takes rows, counted from 1, of a run's report.png (--rows, --shifted) and inpainting.png
+(--holes); each flag may be given for several runs. `curves` draws the logs of two decoder stages
+side by side; NOTES are written for the two runs that RESULTS.md names.
 """
 
 import argparse
@@ -20,10 +21,17 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pictures
 
-SIDE = 192                               # px of an image in `known`, about
-COLUMNS = ["original", "masked", "first stage's own decoder", "ours, with mask", "ours, without"]
-HOLES = ["original", "masked", "codes by VQ-DDM, first stage's own decoder", "the same codes, ours",
-         ""]
+SIDE = 128                               # px of an image in `known`
+# {flag: (picture, the columns to take, their captions)}
+GROUPS = {
+    "rows": ("report.png", range(6), [
+        "original", "masked", "first stage's own decoder", "the same, photo pasted over it",
+        "ours, with mask", "ours, without"]),
+    "shifted": ("report.png", (0, 1, 6, 7), [
+        "original", "masked", "hole in other colours, photo pasted", "the same latents, ours"]),
+    "holes": ("inpainting.png", range(4), [
+        "original", "masked", "codes by VQ-DDM, own decoder", "the same codes, ours"]),
+}
 PANELS = ["pixel", "pre_error", "disc", "lambda", "grad_norm"]
 # {number: [(column, where: a share of the run, corner of the text in the panel, text), ...]}
 NOTES = {
@@ -40,25 +48,37 @@ NOTES = {
 }
 
 
-def tiles(path, rows, size):
-    """Cut `rows` (counted from 1) of image_grid's picture: [[(3,size,size) in [-1,1], ...], ...]"""
-    picture, gap = np.asarray(Image.open(path)), pictures.GAP
+def tiles(run, name, rows, columns):
+    """Cut images out of a picture by image_grid: a list of (3,SIDE,SIDE) in [-1,1] for each row.
+
+    rows are counted from 1, columns from 0. Raises ValueError for images that do not divide SIDE.
+    """
+    size = json.loads((run / "report.json").read_text())["masks"]["size"]
+    if SIDE % size:
+        raise ValueError(f"{run} has images of {size} px; they must divide {SIDE} px")
+    picture, gap = np.asarray(Image.open(run / name)), pictures.GAP
     zoom = max(1, round(256 / size))
     side = zoom * size + gap                                    # of a tile, with the gap after it
     top = (picture.shape[0] - gap) % side + gap                 # the captions end here
-    found = []
+    lines = []
     for row in rows:
-        y = top + (row - 1) * side
-        line = [picture[y:y + side - gap:zoom, x:x + side - gap:zoom]
-                for x in range(gap, picture.shape[1], side)]
-        found.append([torch.from_numpy(tile.copy()).permute(2, 0, 1) / 127.5 - 1 for tile in line])
-    return found
+        y, line = top + (row - 1) * side, []
+        for x in (gap + column * side for column in columns):
+            tile = picture[y:y + side - gap:zoom, x:x + side - gap:zoom]            # (size,size,3)
+            tile = tile.repeat(SIDE // size, 0).repeat(SIDE // size, 1)
+            line.append(torch.from_numpy(tile).permute(2, 0, 1) / 127.5 - 1)
+        lines.append(line)
+    return lines
 
 
-def known(run, path, rows, holes, size):
-    """Draw rows of a run's two pictures, one group below the other."""
-    lines = [COLUMNS, *tiles(run / "report.png", rows, size),
-             HOLES, *tiles(run / "inpainting.png", holes, size)]
+def known(path, **chosen):
+    """Draw rows of runs' pictures, a group for each flag of `chosen`: [[RUN, row, ...], ...]."""
+    lines = []
+    for flag, (name, columns, captions) in GROUPS.items():
+        if chosen[flag]:
+            lines.append(captions + [""] * (6 - len(captions)))
+        for run, *rows in chosen[flag]:
+            lines += tiles(Path(run), name, map(int, rows), columns)
     pictures._draw(lines, path, SIDE)
 
 
@@ -102,11 +122,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     figures = parser.add_subparsers(dest="figure", required=True)
     add = figures.add_parser("known").add_argument
-    add("run", type=Path)
     add("path", type=Path)
-    add("--rows", type=int, nargs="+", default=[1, 6], help="of report.png")
-    add("--holes", type=int, nargs="+", default=[4, 5], help="of inpainting.png")
-    add("--size", type=int, default=64, help="px of the run's images")
+    for flag, (name, *_) in GROUPS.items():
+        add(f"--{flag}", nargs="+", action="append", default=[], metavar=("RUN", "ROW"),
+            help=f"rows of RUN/{name}")
     add = figures.add_parser("curves").add_argument
     for name in ("healthy", "ill", "path"):
         add(name, type=Path)

@@ -173,14 +173,30 @@ def test_a_part_of_the_gpu_benchmark_that_takes_too_long_still_has_its_row(monke
 
 
 def test_the_figures_are_drawn_from_the_files_of_a_run(monkeypatch, tmp_path):
-    images = [torch.full((3, 64, 64), level) for level in (-1.0, 0.0, 1.0)]
-    for name, across in (("report", 5), ("inpainting", 4)):
-        image_grid({f"{n}": images for n in range(across)}, tmp_path / f"{name}.png")
-    run("figures", ["known", str(tmp_path), str(tmp_path / "known.png"), "--rows", "3", "1",
-                    "--holes", "2"], monkeypatch)
+    for size in (64, 128):
+        for name, across in (("report", 8), ("inpainting", 4)):
+            # Image `row` of column `n` is of the colour 10 n + row, its upper left quarter white.
+            columns = {f"{n}": [torch.full((3, size, size), (10 * n + row) / 127.5 - 1)
+                                for row in range(3)] for n in range(across)}
+            for images in columns.values():
+                for image in images:
+                    image[:, :size // 2, :size // 2] = 1
+            image_grid(columns, tmp_path / f"{size}" / f"{name}.png")
+        report = {"masks": {"size": size}}
+        (tmp_path / f"{size}" / "report.json").write_text(json.dumps(report))
+    small, large = (str(tmp_path / f"{size}") for size in (64, 128))
+    run("figures", ["known", str(tmp_path / "known.png"), "--rows", small, "3", "1", "--rows",
+                    large, "2", "--shifted", small, "1", "--holes", large, "2"], monkeypatch)
     picture = np.asarray(Image.open(tmp_path / "known.png"))
-    assert picture.shape[1] == 5 * 198 + 6
-    assert [picture[y, 100].tolist() for y in (100, 300, 550)] == [[255] * 3, [0] * 3, [128] * 3]
+    assert picture.shape[1] == 6 * 134 + 6
+    found = [[int(value) for value in row[70:806:134]] for row in picture[..., 0]
+             if (row[6:70] == 255).all() and row[70] < 255 and len({*row[70:134]}) == 1]
+    lines = [row for k, row in enumerate(found) if not k or row != found[k - 1]]
+    assert lines == [[2, 12, 22, 32, 42, 52], [0, 10, 20, 30, 40, 50], [1, 11, 21, 31, 41, 51],
+                     [0, 10, 60, 70, 255, 255], [1, 11, 21, 31, 255, 255]]
+    (tmp_path / "64" / "report.json").write_text('{"masks": {"size": 96}}')
+    with pytest.raises(ValueError, match="images of 96 px"):
+        run("figures", ["known", str(tmp_path / "x.png"), "--rows", small, "1"], monkeypatch)
 
     (tmp_path / "decoder").mkdir()
     terms = {"pixel": 0.2, "disc": 1.0, "lambda": 0.5, "grad_norm": 3.0, "val_pre_error": 0.01}
