@@ -392,8 +392,8 @@ def parse(argv=None):
     add("--out", metavar="DIR", help="run folder (runs/DATA-PRESET[-concat][-overfitN])")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda or mps; auto takes CUDA, else MPS, else the CPU (auto)")
-    choice(run, "--precision", ["fp32", "bf16"], ": of what trains but the discriminator; what is "
-           "frozen, losses and validation: fp32 (fp32)", "fp32")
+    choice(run, "--precision", ["fp32", "bf16"],
+           ": in training; losses, discriminator, frozen parts: fp32 (fp32)", "fp32")
     add("--micro-batch", type=count, metavar="N",
         help="images that a process takes at once (all of its own; on a CPU 8 of 128 px)")
     add("--compile", action="store_true", help="run the networks through torch.compile (off)")
