@@ -55,6 +55,7 @@ def arguments(argv):
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/refit"),
                         help="folder of the pictures and of what --run trains (runs/refit)")
     parser.add_argument("-n", type=int, default=500, help="held-out pictures")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="which (val)")
     parser.add_argument("--steps", type=int, help="of fine-tuning or of drawing (the programs')")
     parser.add_argument("--samples", type=int, help="features to cluster, P (train.py's)")
     parser.add_argument("--lpips", default="none", help="vgg, alex or squeeze, beside L1 (none)")
@@ -161,7 +162,7 @@ def codebooks(args):
     first, config = loaded.model, loaded.config
     with torch.enable_grad():
         models = train_codebooks(args, first, config)
-    dataset, shown = open_dataset(config["data"], config["root"], "val", config["size"]), {}
+    dataset, shown = open_dataset(config["data"], config["root"], args.split, config["size"]), {}
     counts = {name: torch.zeros(model.config.K, dtype=int) for name, model in models.items()}
     error, L1 = {name: [] for name in models}, {name: [] for name in models}
     for batch in held_out_batches(dataset, args.n, BATCH, CPU, masks=False):
@@ -201,7 +202,7 @@ def priors(args):
     opened = {name: load_prior(name) for name in args.priors}
     config = opened[args.priors[0]].config
     networks = open_networks(CPU, args.weights, args.lpips, args.lpips != "none", fid=False)
-    dataset = open_dataset(config["data"], config["root"], "val", config["size"])
+    dataset = open_dataset(config["data"], config["root"], args.split, config["size"])
     found, shown = {}, None                      # {(prior, codes): [(B, measures) of each batch]}
     for batch in held_out_batches(dataset, args.n, BATCH, CPU):
         x, mask = batch.x, batch.mask
