@@ -404,12 +404,6 @@ def held_out_bound(diffusion, model, indices, first, training=False):
     return diffusion.vlb(model, indices, generators, strata)["vlb"]                 # (B)
 
 
-def mean_and_error(values):
-    """Compute the mean of values (n,) and its standard error, None for a single value."""
-    n = len(values)
-    return values.mean().item(), (values.std() / n**0.5).item() if n > 1 else None
-
-
 def frequency_nats(codes, held_out, K):
     """Compute the nats of maps held_out (m,h,w) by the codes' frequencies in maps (n,h,w).
 
@@ -428,11 +422,8 @@ def frequency_nats(codes, held_out, K):
     N_k, where = counts.sum(0), counts.nonzero()
     unigram, n_ck = (N_k + 1) / (n * cells + K), counts[where]
     others = N_k[where[1]] / (n * cells - 1 + K)         # u_k without one of the N_k
-
-    def likelihood(a):
-        return (n_ck * np.log((n_ck - 1 + a * others) / (n - 1 + a))).sum()
-
-    a = max((4.0**power for power in range(11)), key=likelihood)
+    a = max((4.0**power for power in range(11)), key=lambda a: (
+        n_ck * np.log((n_ck - 1 + a * others) / (n - 1 + a))).sum())
     histogram = (counts + a * unigram) / (n + a)                                    # (h·w, K)
     z = held_out.reshape(-1, cells).astype(np.int64)                                # (m, h·w)
     return {"unigram": torch.from_numpy(-np.log(unigram[z]).sum(1)),

@@ -21,8 +21,9 @@ from PIL import Image
 from asym_decoder import AsymVQGAN
 from convert import DEFAULT_STEPS, chosen_steps, load, load_prior, run_of
 from data import pixels, views
-from diffusion import frequency_nats, held_out_bound, mean_and_error
+from diffusion import frequency_nats, held_out_bound
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for
+from metrics import describe
 from paper_tables import steps_table
 from pictures import image_rows
 from quantize import exact_float32
@@ -73,9 +74,10 @@ def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
         pictures.append(torch.cat(images))                                          # (n, 3, H, W)
         bounds.append(torch.cat(nats))                                              # (n)
         rows.append({"n": number, "maps": n, "seconds": seconds / n * min(batch_size, n)})
+    most = bounds[steps.index(max(steps))]
     for row, nats in zip(rows, bounds):
-        row["nats"], row["nats_se"] = mean_and_error(nats)
-        row["more"], row["more_se"] = mean_and_error(nats - bounds[steps.index(max(steps))])
+        for name, values in (("nats", nats), ("more", nats - most)):
+            row[name], row[f"{name}_se"], _ = describe(zip(values.tolist(), range(n)))
     return rows, pictures
 
 
@@ -104,7 +106,7 @@ def measure_bound(prior, codes, dataset, n=BOUND_MAPS, batch_size=16):
     found |= zip(("vlb", "train_vlb"), torch.cat(nats).split(n))
     facts = {"maps": n, "uniform_nats": maps[0].numel() * math.log(K)}
     for name, values in found.items():
-        facts[f"{name}_nats"], facts[f"{name}_se"] = mean_and_error(values)
+        facts[f"{name}_nats"], facts[f"{name}_se"], _ = describe(zip(values.tolist(), range(n)))
     return facts
 
 

@@ -36,9 +36,9 @@ import train
 import train_autoencoder
 from convert import chosen_steps, load_first_stage, load_prior
 from data import held_out_batches, open_dataset
-from diffusion import known_cells, mean_and_error
+from diffusion import known_cells
 from inpaint import RESAMPLE, complete, fill_with_mean
-from metrics import open_networks
+from metrics import describe, open_networks
 from paper_tables import markdown
 from pictures import image_grid, show_masked
 from quantize import code_statistics, exact_float32
@@ -189,7 +189,7 @@ def codebooks(args):
 
 def plus_minus(values):
     """Write the mean of values (n,) over pictures and its standard error."""
-    mean, error = mean_and_error(values)
+    mean, error, _ = describe(zip(values.tolist(), range(len(values))))
     return f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 

@@ -27,7 +27,6 @@ from diffusion import (
     frequency_nats,
     held_out_bound,
     known_cells,
-    mean_and_error,
 )
 from seeding import uniforms
 
@@ -413,13 +412,6 @@ def test_a_reports_bound_asks_all_t_or_64_strata_and_a_curves_4(T, training, cal
     held_out_bound(MultinomialDiffusion(4, T), model, torch.zeros(1, 2, 2, dtype=int), 0, training)
     assert len(asked) == calls
     assert (sorted(asked) == list(range(1, T + 1))) == (calls == T)
-
-
-def test_means_have_the_standard_error_that_repeating_them_shows():
-    values = torch.randn(2000, 50, dtype=torch.float64)
-    means, errors = zip(*map(mean_and_error, values))
-    assert sum(errors) / 2000 == pytest.approx(torch.tensor(means).std().item(), rel=0.05)
-    assert mean_and_error(torch.tensor([3.0])) == (3.0, None)
 
 
 def test_frequencies_cost_what_counting_by_hand_gives():
