@@ -30,7 +30,7 @@ from quantize import exact_float32
 from run_folder import Progress, make_folder
 from seeding import SAMPLE, keyed_generators
 
-BOUND_MAPS = 256         # most maps of each kind for measure_bound
+BOUND_MAPS = 128         # most maps of each kind for measure_bound
 
 
 def sample_codes(prior, positions, steps, seed=0):
