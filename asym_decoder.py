@@ -111,6 +111,50 @@ class AsymDecoder(Decoder):
             raise ValueError("the first stage's decoder has other sizes than this trunk")
         self.load_state_dict(self.state_dict() | decoder.state_dict())
 
+    def pass_trunk(self):
+        """Let each `fuse` of "concat" begin with h, so that a full mask decodes as the trunk does.
+
+        The weights of the features stay random. Those of the mask begin at 0.
+        """
+        for fuse in self.fuse if self.blend == "concat" else ():
+            width = len(fuse.weight)
+            nn.init.dirac_(fuse.weight[:, :width])       # [h, f_E, m] -> h
+            nn.init.zeros_(fuse.weight[:, 2 * width:])
+            nn.init.zeros_(fuse.bias)
+
+    @torch.no_grad()
+    def pin_statistics(self, latents, size=3.0):
+        """Make the deviations of the last GroupNorm's groups nearly equal in all images.
+
+        latents: (N,z,h,w), after post_quant_conv. Their deviations differ, and known pixels pass
+        through this norm, so its statistics change their colours from image to image. Two constants
+        of ±D in each group of width c change a variance s² to s² + 2D²/c + 2D (m_1 - m_2)/c, where
+        m_1, m_2 are their channels' means. If D is large, what differs matters little. D is `size`
+        times the mean deviation. The norm's weight and bias compensate, so that an image with mean
+        deviations is decoded as before without a mask.  deviation D56
+        """
+        norm, means, variances = self.norm_out, [], []
+        for z in latents:
+            groups = self.blended(z[None])[0].double().unflatten(0, (norm.num_groups, -1))
+            means.append(groups.mean((2, 3)))                               # (G, c)
+            variances.append(groups.var((1, 2, 3), correction=0) + norm.eps)    # (G)
+        means, variances = torch.stack(means), torch.stack(variances)       # (N, G, c), (N, G)
+        width = means.shape[2]
+        before = variances.sqrt().mean(0)                                   # (G)
+        D = size * before
+        added = 2 * D * (D + means[..., 0] - means[..., 1]) / width         # (N, G)
+        scale = (variances + added).sqrt().mean(0) / before                 # (G)
+        constants = torch.zeros_like(means[0])                              # (G, c)
+        constants[:, 0], constants[:, 1] = D, -D
+        shift = (constants / (scale * before)[:, None]).flatten()           # (ch), of normed values
+        # Add the constants to the biases of all that is blended, and compensate.
+        layers = ([self.fuse[0]] if self.blend == "concat" else
+                  [self.up[0].last_convolution(), self.encoder.layers[0]])
+        for layer in layers:
+            layer.bias += constants.flatten()
+        norm.weight *= scale.repeat_interleave(width)
+        norm.bias -= norm.weight * shift
+
     def trunk_parameters(self):
         """List the parameters that the vanilla decoder has as well."""
         return [p for name, p in self.named_parameters() if not _in_branch(name)]
@@ -120,7 +164,11 @@ class AsymDecoder(Decoder):
         return [p for name, p in self.named_parameters() if _in_branch(name)]
 
     def last_features(self, z, image=None, mask=None):
-        """Compute what enters the last layer, (B,ch,H,W), with the known pixels blended in.
+        """Compute what enters the last layer, (B,ch,H,W), with the known pixels blended in."""
+        return F.silu(self.norm_out(self.blended(z, image, mask)))          # (B, ch, H, W)
+
+    def blended(self, z, image=None, mask=None):
+        """Compute what enters the last GroupNorm, (B,ch,H,W), with the known pixels blended in.
 
         z: (B,z,h,w), after post_quant_conv; image: (B,3,H,W); mask: (B,1,H,W) in {0,1}. The input
         is not checked. Comments name the rows of Tables 7 and 8, which have four levels, 0 to 3.
@@ -138,8 +186,7 @@ class AsymDecoder(Decoder):
             h = self._blend(i + 1, h, conditions)                           # (B, C, h, w)
             h = self.run_level(i, h)                                        # (B, C', 2h, 2w)
         # Row Main Out: Concat, Conv2d (1, 1), GroupNorm; its Conv2d (3, 3) is conv_out.
-        h = self._blend(0, h, conditions)                                   # (B, ch, H, W)
-        return F.silu(self.norm_out(h))
+        return self._blend(0, h, conditions)                                # (B, ch, H, W)
 
     def forward(self, z, image=None, mask=None):
         """Decode to x_hat (B,3,H,W); arguments as for last_features."""

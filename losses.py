@@ -16,12 +16,14 @@ from weight_files import read_weights
 DELTA = 1e-4             # of Eq. 9: keeps lambda finite where the GAN's gradient vanishes
 
 
-def pixel_loss(x_hat, x):
-    """Average the absolute error over all pixels and channels: a 0-d tensor. [AVQ App. A]
+def pixel_loss(x_hat, x, kind="l1"):
+    """Average the error over all pixels and channels: a 0-d tensor. [AVQ App. A]
 
-    Eq. 2 has the squared error, the released code a sum over each image.  deviation D4
+    kind: "l1", the absolute error as in the released code, which sums it over each image; "l2", the
+    squared error of [AVQ Eq. 2].  deviation D4
     """
-    return (x_hat - x).abs().mean()
+    _check(kind, "pixel", ("l1", "l2"))
+    return (x_hat - x).abs().mean() if kind == "l1" else (x_hat - x).square().mean()
 
 
 class LPIPS(nn.Module):

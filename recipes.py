@@ -23,6 +23,9 @@ class Recipe:
     min_lr:        float = 0.0         # the cosine's end; 0: constant after the warm-up
     trunk_factor:  float = 1.0         # learning-rate factor of a trunk that start_trunk copied
     start_trunk:   bool  = False       # start the trunk from the first stage's decoder
+    start:         str   = "plain"     # the decoder's, or "pinned";  deviation D56
+    known_factor:  float = 20.0        # learning-rate factor of feature 0 in a pinned start
+    pixel:         str   = "l1"        # pixel loss, or "l2", Eq. 2's squared error;  deviation D4
     gan:           str   = "hinge"     # or "log", Eq. 7
     lambda_rule:   str   = "paper"     # of the adaptive weight: Eq. 9, "taming" or "ldm"
     disc_start:    float = 0.29        # first step of the GAN; below 1 a fraction;  deviation D11
@@ -65,7 +68,8 @@ RECIPES = {
         # ours: the paper gives none for this size
         "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
         "tiny": Recipe(batch_size=8, lr=6e-3, steps=1600, warmup=50, min_lr=1e-5,
-                       start_trunk=True, trunk_factor=0.3, disc_start=0.8, ndf=32, disc_layers=2),
+                       start_trunk=True, trunk_factor=0.3, start="pinned", disc_start=0.8, ndf=32,
+                       disc_layers=2),
     },
     "prior": {
         # DDM Sec. 4.1 and its appendix

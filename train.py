@@ -338,7 +338,8 @@ def parse(argv=None):
             rows.append(f"  {stage + ' ' + name:15} batch-size {r.batch_size}, lr {r.lr:.3g}, "
                         f"{length}{gan if stage != 'prior' else ''}")
     parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py [flags]", allow_abbrev=False, epilog="\n".join(rows),
+        prog="train.py", usage="train.py [flags]", allow_abbrev=False, add_help=False,
+        epilog="\n".join(rows),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=24, width=100),
         description="Train a first stage (vqgan), rebuild its codebook (refit), train the "
@@ -378,6 +379,8 @@ def parse(argv=None):
     add("--epochs", type=number(float), metavar="N", help="the same in passes over the data")
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes")
     add("--lr", type=number(float), help="peak learning rate (the recipe's scales with the batch)")
+    choice(how, "--start", ["pinned", "plain"], ": of the decoder; plain is AVQ's (tiny: pinned)")
+    choice(how, "--pixel", ["l1", "l2"], ": pixel loss; l2 is the squared error of AVQ Eq. 2")
     choice(how, "--gan", ["hinge", "log"], ": GAN loss; log is AVQ Eq. 7")
     choice(how, "--lambda", ["paper", "taming", "ldm"],
            ": weight of the GAN loss; paper is AVQ Eq. 9", dest="lambda_rule")
@@ -403,6 +406,7 @@ def parse(argv=None):
     add("--save-every", type=count, metavar="STEPS",
         help="steps between checkpoints, each with validation (tiny: 200, else 1000)")
     add("--max-hours", type=number(float), metavar="H", help="save and stop after H hours (never)")
+    add("-h", "--help", action="help", help="show this help and exit")
     return parser.parse_args(argv)
 
 
@@ -453,7 +457,8 @@ def resolve(args):
     for stage, name in recipe_names.items():
         r = RECIPES[stage][name]
         batch_size = args.batch_size or r.batch_size
-        given = {key: getattr(args, key) for key in ("gan", "lambda_rule", "disc_start")
+        given = {key: getattr(args, key)
+                 for key in ("start", "pixel", "gan", "lambda_rule", "disc_start")
                  if getattr(args, key) is not None}
         if args.steps or args.epochs:
             given |= {"steps": args.steps or 0, "epochs": args.epochs or 0}

@@ -36,6 +36,7 @@ from seeding import STAGE_IDS, image_generators, stage_seed
 from vqgan import VQGAN, VQGANConfig
 
 VALIDATION_IMAGES = 64
+PINNED_IMAGES = 64             # that a pinned start takes its deviations from
 
 
 class Autoencoder:
@@ -107,7 +108,7 @@ class Autoencoder:
         # Reconstruct, and compare with the original.
         with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
-        pixel = pixel_loss(x_hat, batch.x)
+        pixel = pixel_loss(x_hat, batch.x, r.pixel)
         rec = pixel
         terms = {"pixel": pixel}
         if self.perceptual is not None:
@@ -262,7 +263,8 @@ class DecoderStage(Autoencoder):
 
     The encoder sees the full image, and only the condition branch sees the masked one. If the
     recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns
-    at `trunk_factor` times the rate. The branch always starts at random.  deviation D10
+    at `trunk_factor` times the rate. The branch starts at random. A pinned start is AsymDecoder's
+    pass_trunk and pin_statistics, and rates of its own.  deviations D10 D56
     """
 
     masks = True
@@ -275,9 +277,22 @@ class DecoderStage(Autoencoder):
         if recipe.start_trunk and decoder.trunk_fits(first_stage.decoder):
             decoder.load_trunk(first_stage.decoder)
             trunk_factor = recipe.trunk_factor
-        groups = [(decoder.trunk_parameters(), trunk_factor), (decoder.branch_parameters(), 1.0)]
-        super().__init__(run, "decoder", recipe, AsymVQGAN(first_stage, decoder), groups,
-                         loaded.parent, {"vqgan": where})
+        # Known pixels pass only feature 0 and the last norm and convolution. The trunk's features
+        # are about ten times as large as feature 0 at its start, and a step of Adam moves a weight
+        # by at most its rate, so a pinned start has larger rates for them.  deviation D56
+        pinned = recipe.start == "pinned"
+        last = [*decoder.norm_out.parameters(), *decoder.conv_out.parameters()]
+        first = list(decoder.encoder.layers[0].parameters())
+        known = {id(p) for p in last + first}
+        trunk, branch = ([p for p in parameters if id(p) not in known] for parameters in
+                         (decoder.trunk_parameters(), decoder.branch_parameters()))
+        groups = [(trunk, trunk_factor), (last, 1.0 if pinned else trunk_factor),
+                  (first, recipe.known_factor if pinned else 1.0), (branch, 1.0)]
+        model = AsymVQGAN(first_stage, decoder).to(run.device)
+        if pinned and state is None:
+            decoder.pass_trunk()
+            on_rank0(partial(pin_statistics, run, model))      # wrap sends its weights to all ranks
+        super().__init__(run, "decoder", recipe, model, groups, loaded.parent, {"vqgan": where})
 
     def reconstruct(self, batch):
         h = self.ddp_model(batch.x, batch.mask, self.generators(batch))     # (B, ch, H, W)
@@ -297,6 +312,14 @@ class DecoderStage(Autoencoder):
                 "vanilla": self.model.first_stage.decode(z),
                 "ours, with mask": self.model.decode(z, image=batch.x, mask=batch.mask),
                 "ours, without": self.model.decode(z)}
+
+
+@torch.no_grad()
+def pin_statistics(run, model):
+    """Pin the last GroupNorm's statistics by the first training images, whole ones."""
+    images = next(views(run.train_set, [range(min(PINNED_IMAGES, len(run.train_set)))]))
+    z = torch.cat([model.encode(pixels(image[None], run.device)) for image in images])
+    model.decoder.pin_statistics(model.first_stage.post_quant_conv(z))      # (N, z, h, w)
 
 
 def trained_first_stage(run, name):

@@ -264,6 +264,65 @@ def test_another_size_does_not_take_the_first_stages_decoder(ch, num_res_blocks)
         decoder.load_trunk(VQGAN(CONFIG).decoder)
 
 
+# ---------------------------------------------------------------- a start with pinned statistics
+
+
+def deviations(decoder, z):
+    """The deviation of each group of the last GroupNorm's input, one row for an image."""
+    h = decoder.blended(z).unflatten(1, (decoder.norm_out.num_groups, -1)).flatten(2)
+    return h.var(2, correction=0).sqrt()                                    # (N, G)
+
+
+def pinned(blend, z, size=3.0):
+    """A vanilla decoder, and an asymmetric one that starts from it, pinned at z."""
+    vanilla, decoder = VQGAN(CONFIG).decoder.requires_grad_(False), model(blend).decoder
+    decoder.requires_grad_(False).load_trunk(vanilla)
+    decoder.pass_trunk()
+    decoder.pin_statistics(z, size)
+    return vanilla, decoder
+
+
+@BLENDS
+def test_a_trunk_that_is_passed_on_decodes_as_the_first_stage_does_without_a_mask(blend):
+    vanilla, decoder, z = VQGAN(CONFIG).decoder, model(blend).decoder, latents()
+    decoder.load_trunk(vanilla)
+    decoder.pass_trunk()
+    torch.testing.assert_close(decoder(z), vanilla(z))
+    x, known = images(), decoder(z, images(), masks())
+    assert not torch.allclose(known, decoder(z, x, masks()))                # the image still counts
+
+
+@BLENDS
+def test_an_image_with_the_mean_deviations_is_decoded_as_before_the_pinning(blend):
+    z = latents(1)                                          # of one image its own are the mean
+    vanilla, decoder = pinned(blend, z)
+    assert (decoder(z) - vanilla(z)).abs().max() < 1e-5
+    assert (decoder(latents(1)) - vanilla(latents(1))).abs().max() > 1e-3
+
+
+@BLENDS
+def test_pinned_statistics_differ_less_between_images_the_larger_the_constants(blend):
+    z = latents(6) * torch.linspace(0.2, 3, 6)[:, None, None, None]
+    spreads = []
+    for size in (1e-6, 3.0, 10.0):
+        torch.manual_seed(0)
+        found = deviations(pinned(blend, z, size)[1], z)
+        spreads.append((found.std(0) / found.mean(0)).max().item())
+    assert spreads[0] > 2 * spreads[1] > 4 * spreads[2]
+
+
+def test_known_pixels_and_hole_get_the_same_constants():
+    z, decoder = latents(), model().decoder
+    before = [layer.bias.clone() for layer in (decoder.encoder.layers[0],
+                                               decoder.up[0].block[-1].conv2)]
+    decoder.pin_statistics(z)
+    after = [decoder.encoder.layers[0].bias, decoder.up[0].block[-1].conv2.bias]
+    branch, trunk = ((b - a).unflatten(0, (4, 2)) for a, b in zip(before, after))
+    torch.testing.assert_close(branch, trunk)
+    assert (branch[:, 0] > 0).all()
+    torch.testing.assert_close(branch[:, 0], -branch[:, 1])                 # the means stay
+
+
 @pytest.mark.parametrize(("blend", "latent"), [("add", "kl"), ("concat", "vq")])
 def test_training_moves_all_of_the_decoder_and_not_a_bit_of_the_first_stage(blend, latent):
     asym = model(blend, dataclasses.replace(CONFIG, latent=latent)).train()

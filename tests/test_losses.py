@@ -51,11 +51,15 @@ def write_files(folder, net, state, trunk_extra=(), dtype=torch.float32):
 # ---------------------------------------------------------------- pixel loss and LPIPS
 
 
-def test_pixel_loss_is_the_mean_absolute_difference():
+def test_pixel_loss_is_the_mean_absolute_difference_or_the_squared_one():
     a, b = torch.randn(2, 2, 3, 4, 5)
-    slow = sum(abs(float(p) - float(q)) for p, q in zip(a.flatten(), b.flatten())) / a.numel()
-    assert pixel_loss(a, b).item() == pytest.approx(slow, rel=1e-6)
+    errors = [abs(float(p) - float(q)) for p, q in zip(a.flatten(), b.flatten())]
+    assert pixel_loss(a, b).item() == pytest.approx(sum(errors) / a.numel(), rel=1e-6)
+    squared = sum(error**2 for error in errors) / a.numel()
+    assert pixel_loss(a, b, "l2").item() == pytest.approx(squared, rel=1e-6)
     assert pixel_loss(a, b).dim() == 0
+    with pytest.raises(ValueError, match="l1, l2"):
+        pixel_loss(a, b, "l3")
 
 
 def naive_squeezenet(state, h):

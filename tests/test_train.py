@@ -865,6 +865,7 @@ def test_paths_are_absolute_whatever_named_them(tmp_path, monkeypatch):
 
 
 def test_every_flag_is_a_setting_or_a_way_of_running():
-    elsewhere = {"steps", "epochs", "batch_size", "lr", "gan", "lambda_rule", "disc_start",
-                 "preset", "blend", "codes", "refit_samples", "unet", "timesteps", "ema"}
+    elsewhere = {"steps", "epochs", "batch_size", "lr", "start", "pixel", "gan", "lambda_rule",
+                 "disc_start", "preset", "blend", "codes", "refit_samples", "unet", "timesteps",
+                 "ema"}
     assert set(vars(parse([]))) - program.MAY_CHANGE - elsewhere <= settings().keys()

@@ -12,7 +12,7 @@ from train_process import SMALL
 from training_step import latent_diffusion_step, textbook_step
 
 import train_autoencoder
-from data import Batch, Signs
+from data import Batch, Signs, pixels, views
 from distributed import UserError
 from losses import discriminator_loss
 from recipes import RECIPES
@@ -405,15 +405,35 @@ def test_weights_are_saved_under_the_authors_names_and_loaded_strictly():
 
 
 def test_a_base_trunk_starts_from_the_first_stage_and_a_large_one_at_random():
-    base = decoder()
+    base = decoder(recipe=replace(SMALL_RECIPE, start="plain"))
     for name, value in base.model.first_stage.decoder.state_dict().items():
         assert torch.equal(base.model.decoder.state_dict()[name], value), name
     factors = [group["factor"] for group in base.optimizers["generator"].param_groups]
-    assert factors == [SMALL_RECIPE.trunk_factor, 1]
+    assert factors == [SMALL_RECIPE.trunk_factor] * 2 + [1, 1]
     large = decoder(recipe=replace(SMALL_RECIPE, start_trunk=False))
     assert not torch.equal(large.model.decoder.conv_in.weight,
                            large.model.first_stage.decoder.conv_in.weight)
     assert large.optimizers["generator"].param_groups[0]["factor"] == 1
+
+
+def test_a_pinned_start_pins_new_decoders_and_lets_what_known_pixels_pass_learn_faster():
+    plain, pinned = (decoder(recipe=replace(SMALL_RECIPE, start=start, known_factor=5.0))
+                     for start in ("plain", "pinned"))
+    groups = pinned.optimizers["generator"].param_groups
+    rates = {id(p): group["factor"] for group in groups for p in group["params"]}
+    names = dict(pinned.model.decoder.named_parameters())
+    assert len(rates) == len(names)
+    for name, p in names.items():
+        first, last = "encoder.layers.0." in name, name.startswith(("norm_out", "conv_out"))
+        trunk = not (last or name.startswith("encoder."))
+        assert rates[id(p)] == (5 if first else SMALL_RECIPE.trunk_factor if trunk else 1), name
+    images = next(views(pinned.run.train_set, [range(len(pinned.run.train_set))]))
+    expected = plain.model.decoder
+    expected.pin_statistics(plain.model.first_stage.post_quant_conv(
+        plain.model.encode(pixels(images, torch.device("cpu")))))
+    for name, value in expected.state_dict().items():
+        if not name.startswith("encoder."):                  # a branch starts at random
+            torch.testing.assert_close(names[name].data, value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_finished_refit_goes_before_the_given_first_stage_and_that_before_the_runs(tmp_path):
