@@ -117,13 +117,13 @@ def training_mask(size, seed, index, kind="thick", p_full=0.5):
 
 
 def evaluation_mask(size, index, kind="thick", seed=0):
-    """Draw image `index`'s mask for every table, not empty, at most half: uint8 (size,size).
+    """Draw image `index`'s mask for every table, not empty, less than half: uint8 (size,size).
 
-    A mask that is empty or larger is drawn again, from the next number of attempt.  deviation D29
+    Another mask is drawn again, from the next number of attempt.  deviation D29
     """
     for attempt in count():
         mask = random_mask(kind, size, (seed, index), attempt, MASK_EVALUATION)     # (size,size)
-        if 0 < mask.mean() <= 0.5:
+        if 0 < mask.mean() < 0.5:
             return mask
 
 
