@@ -203,7 +203,8 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
     if name == "refit":
         return train_autoencoder.Refit(run, RECIPES["refit"]["vq"], codes)
     if name == "decoder":
-        return train_autoencoder.DecoderStage(run, RECIPES["decoder"][preset], None)
+        recipe = replace(RECIPES["decoder"][preset], start="plain")          # needs no images
+        return train_autoencoder.DecoderStage(run, recipe, None)
     stage = train_prior.PriorStage(run, RECIPES["prior"]["paper117"], None)
     with torch.no_grad():                # a last layer of zeros would pass no gradient on
         stage.model.logits.weight.copy_(0.1 * torch.randn(stage.model.logits.weight.shape))

@@ -59,7 +59,8 @@ def build(name, precision, channels_last, device):
                 "decoder": {"preset": "tiny", "blend": "add"}}
     run = Run(settings, None, device, workers=0, train_set=None, val_set=None)
     run.channels_last = channels_last
-    return STAGES[name](run, replace(RECIPES[name]["tiny"], lr=LR), None)
+    recipe = replace(RECIPES[name]["tiny"], lr=LR, start="plain")    # which needs no images
+    return STAGES[name](run, recipe, None)
 
 
 def half_full(size, batch_size):

@@ -51,7 +51,7 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["figures", "gpu"]              # the documents' pictures; tested below
+    others = ["figures", "gpu", "known_pixels"]              # no times; tested below
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -86,6 +86,30 @@ def table_of(capsys):
     *_, text = capsys.readouterr().out.split("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     return {row[0]: row[1:] for row in rows}
+
+
+def test_the_error_of_a_path_set_by_hand_falls_with_the_fourth_power_of_its_constants(
+        monkeypatch, capsys):
+    run("known_pixels", ["--constants", "-n", "4", "--size", "32"], monkeypatch)
+    errors = [float(cells[0].split()[0]) for name, cells in table_of(capsys).items()
+              if name[0].isdigit()]
+    assert 13 < errors[-2] / errors[-1] < 17                 # from D = 4 to 8: 2^4
+    assert errors[0] < 200                                   # 1e-5: the path shows the picture
+
+
+def test_changes_of_the_decoders_start_are_trained_and_told_apart(monkeypatch, tmp_path, capsys):
+    write_first_stage(tmp_path / "first", finished=True)
+    monkeypatch.setattr(sys, "argv", ["known_pixels.py"])    # which it changes
+    names = ["plain (the paper's code)", "rates only", "pinned: both"]
+    argv = ["--run", tmp_path / "first", "-o", tmp_path / "out", "-n", "3", "--steps", "1",
+            "--variants", *names]
+    run("known_pixels", list(map(str, argv)), monkeypatch)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()
+            if line.startswith(("| plain", "| rates", "| pinned"))]
+    assert [row[1].strip() for row in rows] == names
+    spreads = [float(row[6]) for row in rows]
+    assert spreads[2] < min(spreads[:2])
+    assert (tmp_path / "out" / "pinned.png").exists()
 
 
 def test_refits_halves_are_told_apart_on_the_same_pictures(monkeypatch, tmp_path, capsys):
