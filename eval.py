@@ -73,7 +73,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         n_others = len(others) if real else min(len(images), len(others))
         about = (f"{len(images):,} pictures in {pred} against {n_others:,} of "
                  f"{real or others.describe()}")
-        networks.off |= dict.fromkeys(("lpips", "clip_score"), "no pairs")
+        networks.empty |= dict.fromkeys(("lpips", "clip_score"), "not computed: no pairs")
     elif real:
         images = MatchedFolders(real, pred, masks, refs, invert_mask=invert_mask, limit=n)
         about = images.describe()
@@ -92,7 +92,6 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired)
 
     # Choose the report's folder.
-    home = None
     if pred:
         place = f"{pred.rstrip('/')}-report"
     else:
@@ -113,11 +112,11 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means, pairs = distributed.on_rank0(lambda: (
             metrics.report_rows(rows, sizes, networks.lpips_net), metrics.differences(rows)))
-        if networks.inception and (min(n, n_others) if unpaired else n) < metrics.FEWEST_FOR_FID:
-            networks.missing["fid"] = f"below {metrics.FEWEST_FOR_FID:,} images it is mostly bias"
-        means = [row | {"split": split} for row in means]
+        means, notes = [row | {"split": split} for row in means], networks.empty
+        if networks.inception and means[0]["fid"] is None:
+            notes["fid"] = f"n/a: below {metrics.FEWEST_FOR_FID:,} images it is mostly bias"
         # Count the codes in use.
-        codebooks, notes = [], networks.reasons()
+        codebooks = []
         if models and not vq:
             notes["codebook"] = "not computed: a KL latent has no codes"
         elif table == "ddm1":
@@ -149,7 +148,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
                                 codebooks[-1] if codebooks else None, prior, pairs)
     if distributed.rank() > 0:
         return report
-    texts = [tables.report_text(report, about, networks.missing, networks.off, table)]
+    texts = [tables.report_text(report, about, table)]
     if codebooks:
         texts += [f"Codes in use ({notes['codebook']}):", tables.codebook_table(codebooks)]
     if table in tables.DDM_TABLES:
@@ -188,11 +187,10 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
 def open_runs(paths, device):
     """Open {path: convert.Loaded}. Raises UserError for runs that one table cannot compare."""
     runs = {}
-    for path in paths:
-        if str(path) in runs:
-            raise UserError(f"{path} is given twice")
-        runs[str(path)] = load(path, device)
-    for name, run in list(runs.items())[1:]:
+    for name in map(str, paths):
+        if name in runs:
+            raise UserError(f"{name} is given twice")
+        run = runs[name] = load(name, device)
         first, one = next(iter(runs.items()))
         if run.latent_hash != one.latent_hash:
             raise UserError(f"{name} and {first} have different first-stage weights; evaluate "

@@ -252,23 +252,20 @@ class FeatureStatistics:
         if len(features):
             rows = features.detach().cpu().double()                            # (B, D)
             mean = rows.mean(0)                                                # (D,)
-            rows = rows - mean
-            self._scatter.addmm_(rows.T, rows)
-            self._join(len(rows), mean)
+            self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
 
     def merge(self, other):
         """Add all that `other` has seen. Raises ValueError for another D."""
         if other.dim != self.dim:
             raise ValueError(f"features of {other.dim} dimensions cannot join {self.dim}")
         if other.n:
-            self._scatter += other._scatter
-            self._join(other.n, other._mean)
+            self._join(other.n, other._mean, other._scatter)
 
-    def _join(self, n, mean):
-        """Add the scatter between two groups, each centred on its own mean (Chan et al. 1979)."""
+    def _join(self, n, mean, scatter):
+        """Add a group's scatter about its mean, and that between the means (Chan et al. 1979)."""
         total = self.n + n
         delta = mean - self._mean                                              # (D,)
-        self._scatter.addr_(delta, delta, alpha=self.n * n / total)
+        self._scatter.add_(scatter).addr_(delta, delta, alpha=self.n * n / total)
         self._mean += delta * (n / total)
         self.n = total
 

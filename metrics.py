@@ -42,9 +42,8 @@ def pre_error(x_hat, x, mask):
     """Compute the mean squared error of known pixels, (B,) float64. [AVQ Tab. 2]  deviation D17
 
     x_hat, x (B,3,H,W) in [-1,1]; mask (B,1,H,W) in {0,1}, 1 = generated. The paper has no formula.
-    Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]. The error in [-1,1] is 4
-    times the error in [0,1].
-    An image without a known pixel gives NaN.
+    Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it would be 4
+    times as large. An image without a known pixel gives NaN.
     """
     known = 1 - mask.cpu().double()                                         # (B, 1, H, W)
     squared = known * (_unit(x_hat) - _unit(x)) ** 2                        # (B, 3, H, W)
@@ -114,18 +113,12 @@ def decode_all(models, z, x, mask=None, without_mask=True):
 
 @dataclass
 class Networks:
-    """Hold the networks that columns need. Where one is None, `missing` or `off` has the reason."""
+    """Hold the networks that columns need. Where one is None, `empty` has the reason."""
     lpips:     LPIPS | None = None
     inception: InceptionV3 | None = None
     clip:      CLIPImageEncoder | None = None
     lpips_net: str | None = None
-    missing:   dict = field(default_factory=dict)    # {column: why it cannot be computed}
-    off:       dict = field(default_factory=dict)    # {column: why it is not wanted}
-
-    def reasons(self):
-        """Give the notes of report.json on empty columns."""
-        return ({name: f"n/a: {reason}" for name, reason in self.missing.items()}
-                | {name: f"not computed: {reason}" for name, reason in self.off.items()})
+    empty:     dict = field(default_factory=dict)    # {column: "n/a: why", "not computed: why"}
 
 
 def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip=None, refs=False):
@@ -136,7 +129,7 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     """
     networks = Networks()
 
-    def opened(build, *columns):
+    def opened(build, *columns, needed=False):
         network = reason = None
         for turn in ([0], range(1, world_size())):   # rank 0 downloads, the others find the file
             if rank() in turn:
@@ -145,29 +138,29 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
                 except UserError as error:
                     reason = str(error)
             reason = next(filter(None, gather_objects(reason)), None)
+            if reason and needed:
+                raise UserError(reason)
             if reason:
-                networks.missing |= dict.fromkeys(columns, reason)
+                networks.empty |= dict.fromkeys(columns, f"n/a: {reason}")
                 return None
         return network.to(device)
     if lpips != "none":
-        networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips")
+        networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips", needed=asked)
         networks.lpips_net = lpips if networks.lpips else None
-        if asked and networks.lpips is None:
-            raise UserError(networks.missing["lpips"])
     else:
-        networks.off["lpips"] = ("--lpips none" if asked else
-                                 "the run has --perceptual none; choose one with --lpips")
+        networks.empty["lpips"] = "not computed: " + (
+            "--lpips none" if asked else "the run has --perceptual none; choose one with --lpips")
     if fid:                                          # channels_last: 1.4 times as fast on a CPU
         networks.inception = opened(
             lambda: InceptionV3(weights).to(memory_format=torch.channels_last), *SETS)
     else:
-        networks.off |= dict.fromkeys(SETS, "--no-fid")
+        networks.empty |= dict.fromkeys(SETS, "not computed: --no-fid")
     if not refs:
-        networks.off["clip_score"] = "it needs reference images (--refs)"
+        networks.empty["clip_score"] = "not computed: it needs reference images (--refs)"
     elif clip:
         networks.clip = CLIPImageEncoder(clip).to(device)
     else:
-        networks.missing["clip_score"] = "no image tower was given (--clip)"
+        networks.empty["clip_score"] = "n/a: no image tower was given (--clip)"
     return networks
 
 

@@ -123,16 +123,13 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
             "notes": NOTES | (notes or {})}
 
 
-def table(report, missing=(), protocol="full"):
-    """Write the rows over all masks of one protocol.
-
-    missing: columns to show as n/a; else a column without any number is left out.
-    """
+def table(report, protocol="full"):
+    """Write the rows over all masks of one protocol."""
     rows = [row for row in _distinct(report, protocol) if row["bucket"] == "all"]
     rows.sort(key=lambda row: row["decoder"] == "paste")                        # paste comes last
     first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
     parts = [{}, {}]                     # {head: function} of two tables, as one would be too wide
-    for name in _shown(report, missing):
+    for name in _shown(report):
         columns = parts[name not in _ERRORS]
         columns[COLUMNS[name][0]] = partial(cell, name=name)
         if name == "pre_error_median":
@@ -147,9 +144,9 @@ def table(report, missing=(), protocol="full"):
         for part in parts if part)
 
 
-def bucket_table(report, missing=()):
+def bucket_table(report):
     """Write a row for each decoder and bucket of the masks' area; "" without buckets."""
-    names = [name for name in _shown(report, missing) if name not in ("is_mean", *_ERRORS[1:])]
+    names = [name for name in _shown(report) if name not in ("is_mean", *_ERRORS[1:])]
     rows = [[row_name(report, row), row["bucket"], f"{row['n']:,}", *(cell(row, k) for k in names)]
             for row in _distinct(report) if row["bucket"] != "all"]
     heads = ["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]
@@ -195,18 +192,15 @@ def paper_table(report, number):
                         "\n".join(about)])
 
 
-def report_text(report, about, missing, off, number=None):
-    """Write what was measured (`about`), the tables, their units, and why columns are empty.
-
-    number: a table of AVQ to add; missing, off: those of metrics.Networks.
-    """
+def report_text(report, about, number=None):
+    """Write what was measured (`about`), the tables, AVQ's `number`, and why columns are empty."""
     masks, net = report["masks"], report["rows"][0]["lpips_net"]
     if masks["size"]:
         about = (f"{report['n']:,} of {about}, {masks['size']} px; {masks['kind']} masks of at "
                  f"most half the image, seed {masks['seed']}")
-    lines = [f"{about}; {report['device']}.", "", table(report, missing), ""]
+    lines = [f"{about}; {report['device']}.", "", table(report), ""]
     if any(row["protocol"] == "shifted" for row in report["rows"]):
-        lines += [ABOUT_SHIFTED, "", table(report, missing, "shifted"), ""]
+        lines += [ABOUT_SHIFTED, "", table(report, "shifted"), ""]
 
     # Explain the columns, below the table.
     if masks["kind"]:
@@ -222,14 +216,14 @@ def report_text(report, about, missing, off, number=None):
     # Add the paper's table and the one by mask area.
     if number in PAPER_TABLES:
         lines += [paper_table(report, number), ""]
-    if buckets := bucket_table(report, missing):
+    if buckets := bucket_table(report):
         lines += ["By the share of the image that is to be generated:", "", buckets, ""]
 
     # Say why columns are empty, in one line for all that lack the same file.
     empty = {}
-    for word, reasons in (("n/a", missing), ("not computed", off)):
-        for name in filter(COLUMNS.get, reasons):
-            empty.setdefault(f"{word}: {reasons[name]}", []).append(COLUMNS[name][0])
+    for name, (head, *_) in COLUMNS.items():
+        if (why := report["notes"].get(name, "")).startswith(("n/a: ", "not computed: ")):
+            empty.setdefault(why, []).append(head)
     lines += [f"{', '.join(heads)}: {why}" for why, heads in empty.items()]
     return "\n".join([*lines, report["notes"].get("run", "")]).rstrip()
 
@@ -302,9 +296,10 @@ def _distinct(report, protocol="full"):
             if row["decoder"] not in ("vanilla", "paste") or row["run"] == rows[0]["run"]]
 
 
-def _shown(report, missing):
-    return [name for name in COLUMNS
-            if name in missing or any(row[name] is not None for row in report["rows"])]
+def _shown(report):
+    """List the columns that have a number, or should have had one."""
+    return [name for name in COLUMNS if report["notes"].get(name, "").startswith("n/a: ")
+            or any(row[name] is not None for row in report["rows"])]
 
 
 # {--table: (head and rows as DDM prints them, what to know)}

@@ -448,10 +448,10 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
     assert networks.lpips is networks.inception is networks.clip is networks.lpips_net is None
     for column, file in (("lpips", "vgg16-397923af.pth"),
                          ("fid", "pt_inception-2015-12-05-6726825d.pth")):
-        assert networks.missing[column].startswith(f"{file} is not in {tmp_path}")
-        assert f"{file} and put it there" in networks.missing[column]
-    assert networks.missing["fid"] == networks.missing["is_mean"]
-    assert networks.missing["clip_score"] == "no image tower was given (--clip)"
+        assert networks.empty[column].startswith(f"n/a: {file} is not in {tmp_path}")
+        assert f"{file} and put it there" in networks.empty[column]
+    assert networks.empty["fid"] == networks.empty["is_mean"]
+    assert networks.empty["clip_score"] == "n/a: no image tower was given (--clip)"
     with pytest.raises(UserError, match=r"vgg16-397923af.pth is not in"):
         open_networks(CPU, tmp_path, "vgg", asked=True)
 
@@ -462,13 +462,13 @@ def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(mon
     monkeypatch.setattr(metrics, "InceptionV3", lambda weights: pytest.fail("looked for"))
     networks = open_networks(CPU, lpips="none")
     assert networks.inception is None
-    assert networks.reasons()["fid"] == "n/a: it is not to be had"
+    assert networks.empty["fid"] == "n/a: it is not to be had"
 
 
 def test_what_was_not_asked_for_says_so(tmp_path):
-    reasons = open_networks(CPU, tmp_path, "none", asked=True, fid=False).reasons()
+    reasons = open_networks(CPU, tmp_path, "none", asked=True, fid=False).empty
     assert reasons["lpips"] == "not computed: --lpips none"
     assert reasons["fid"] == "not computed: --no-fid"
     assert reasons["clip_score"].startswith("not computed: ")
-    off = open_networks(CPU, tmp_path, "none", fid=False).off
-    assert off["lpips"].startswith("the run has --perceptual none")
+    reasons = open_networks(CPU, tmp_path, "none", fid=False).empty
+    assert reasons["lpips"].startswith("not computed: the run has --perceptual none")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_reports import CPU, MISSING, OFF, example_report, example_table
+from tiny_reports import CPU, EMPTY, example_report, example_table
 
 from metrics import report_rows
 from paper_tables import (
@@ -80,14 +80,16 @@ def test_a_mean_has_as_many_digits_as_two_digits_of_its_standard_error(value, er
 
 
 def test_a_column_that_was_asked_for_in_vain_says_na_and_others_are_left_out():
-    text = table(example_report(), MISSING).split("\n\n")[1]
+    report = example_report()
+    report["notes"] |= EMPTY
+    text = table(report).split("\n\n")[1]
     heads = _cells(text, 0)
     assert "FID" in heads
     assert "IS" in heads
     assert "LPIPS" not in heads
     assert "CLIP score" not in heads
     assert _cells(text, 2)[heads.index("FID")] == "n/a"
-    text = report_text(example_report(), "6 of these", MISSING, OFF)
+    text = report_text(report, "6 of these")
     assert "FID, IS: n/a: x.pth is not in y" in text             # one line for one file
     assert "LPIPS: not computed: --lpips none" in text
 
@@ -118,7 +120,7 @@ def test_differences_name_both_decoders_and_show_their_signs():
                      [concat, "vanilla", "full", "6"], [concat, "paste", "full", "6"],
                      [concat, add, "full", "6"]]
     assert _cells(text, 6)[4].startswith("+")
-    assert text in report_text(report, "6 of these", {}, {})
+    assert text in report_text(report, "6 of these")
     assert difference_table(report | {"differences": []}) == ""
 
 
@@ -213,7 +215,7 @@ def test_pictures_of_another_program_bear_their_folders_name_and_have_no_gain():
     assert {(row["run"], row["decoder"], row["size"]) for row in rows} == {
         ("sd-results", "files", None)}
     report = make_report(rows, 6, CPU, {"kind": "files", "size": None, "seed": None})
-    text = report_text(report, "6 pictures of sd-results", {}, {})
+    text = report_text(report, "6 pictures of sd-results")
     assert text.startswith("6 pictures of sd-results; cpu")
     assert "| sd-results" in text
     assert "gain" not in text
@@ -231,13 +233,13 @@ def test_tables_about_samples_say_whose_they_are():
 
 def test_pre_error_and_seam_are_explained_below_the_table_where_there_are_masks():
     report = example_report()
-    text = report_text(report, "6 of these", {}, {})
+    text = report_text(report, "6 of these")
     assert text.index("pasted") < text.index("gain: ") < text.index("pre_error: mean squared")
     assert "±: standard error of the mean over images, clustered by equal masks; of IS" in text
     assert "seam: mean absolute error of the step across the mask's border" in text
     report["masks"] = {"kind": None, "size": None, "seed": None}
     report["rows"][0]["lpips_net"] = "alex"
-    text = report_text(report, "6 of these", {}, {})
+    text = report_text(report, "6 of these")
     assert "pre_error: mean" not in text
     assert "seam: " not in text
     assert "LPIPS: by alex, over the whole image." in text

@@ -11,8 +11,8 @@ CPU, SIZE = torch.device("cpu"), 16
 RUNS = {"add": {"preset": "base", "blend": "add"}, "concat": {"preset": "base", "blend": "concat"}}
 KEYS = [(None, "vanilla"), (None, "paste"), *((run, decoder) for run in RUNS
                                               for decoder in ("asym", "asym-nomask"))]
-MISSING = {"fid": "x.pth is not in y", "is_mean": "x.pth is not in y"}
-OFF = {"lpips": "--lpips none", "clip_score": "no --refs"}
+EMPTY = {"fid": "n/a: x.pth is not in y", "is_mean": "n/a: x.pth is not in y",
+         "lpips": "not computed: --lpips none", "clip_score": "not computed: no --refs"}
 
 
 def example_table(keys, seconds=0.1):
