@@ -111,7 +111,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
             rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means, pairs = distributed.on_rank0(lambda: (
-            metrics.report_rows(rows, sizes, networks.lpips_net), metrics.differences(rows)))
+            metrics.report_rows(rows, sizes, networks.lpips and net), metrics.differences(rows)))
         means, notes = [row | {"split": split} for row in means], networks.empty
         if networks.inception and means[0]["fid"] is None:
             notes["fid"] = f"n/a: below {metrics.FEWEST_FOR_FID:,} images it is mostly bias"
@@ -249,8 +249,7 @@ def first_images(batches, models):
         shown = {"original": batch.x}
         if batch.mask is not None:
             shown["masked"] = show_masked(batch.x, batch.mask)
-        decoded = decode_protocols(models, z, batch)
-        for (run, decoder, protocol), (x_hat, _) in decoded.items():
+        for (run, decoder, protocol), (x_hat, _) in decode_protocols(models, z, batch).items():
             if (protocol, decoder) != ("shifted", "vanilla"):
                 name = f"\n{run}" if len(models) > 1 and run else ""
                 other = "hole shifted: " if protocol == "shifted" else ""

@@ -252,7 +252,8 @@ class FeatureStatistics:
         if len(features):
             rows = features.detach().cpu().double()                            # (B, D)
             mean = rows.mean(0)                                                # (D,)
-            self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
+            rows = rows - mean
+            self._join(len(rows), mean, rows.T @ rows)
 
     def merge(self, other):
         """Add all that `other` has seen. Raises ValueError for another D."""

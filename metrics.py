@@ -117,7 +117,6 @@ class Networks:
     lpips:     LPIPS | None = None
     inception: InceptionV3 | None = None
     clip:      CLIPImageEncoder | None = None
-    lpips_net: str | None = None
     empty:     dict = field(default_factory=dict)    # {column: "n/a: why", "not computed: why"}
 
 
@@ -146,7 +145,6 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
         return network.to(device)
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips", needed=asked)
-        networks.lpips_net = lpips if networks.lpips else None
     else:
         networks.empty["lpips"] = "not computed: " + (
             "--lpips none" if asked else "the run has --perceptual none; choose one with --lpips")

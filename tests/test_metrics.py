@@ -445,7 +445,7 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     networks = open_networks(CPU, tmp_path, "vgg", refs=True)
-    assert networks.lpips is networks.inception is networks.clip is networks.lpips_net is None
+    assert networks.lpips is networks.inception is networks.clip is None
     for column, file in (("lpips", "vgg16-397923af.pth"),
                          ("fid", "pt_inception-2015-12-05-6726825d.pth")):
         assert networks.empty[column].startswith(f"n/a: {file} is not in {tmp_path}")
