@@ -7,8 +7,7 @@
 Level i takes feature i+1 and the output feature 0, as in the tables. Eq. 3 counts from 1.
 `blend="add"` is the paper's final choice (Sec. 4.1), with plain convolutions in the branch.
 `blend="concat"` is what Tables 7 and 8 print, with partial convolutions. The trunk is a
-vqgan.Decoder and can start from the first stage's. The branch is `encoder.layers.N`, the authors'
-name.
+vqgan.Decoder and can start from the first stage's. The authors name the branch `encoder.layers.N`.
 
 Why not paste the known pixels over the vanilla decoder's image? That leaves a step at the border,
 which metrics.seam measures, because the decoder's colours differ from the photo's (AVQ Sec. 4.1,
@@ -78,7 +77,7 @@ class AsymDecoder(Decoder):
     A full mask equals no mask. "add" gives h·1 + f_E·0 = h. "concat" joins a mask of 1 and features
     0, which partial convolutions give without known pixels.
     If the trunk starts from the first stage's decoder, "add" computes the same as that decoder
-    under a full mask. "concat" does not, because `fuse` is random before every level of the trunk.
+    under a full mask. "concat", whose `fuse` layers start at random, does so after pass_trunk.
     """
 
     def __init__(self, config, ch, num_res_blocks, blend="add"):
@@ -100,42 +99,41 @@ class AsymDecoder(Decoder):
         factor, num_res_blocks = ASYM_PRESETS[preset]
         return cls(config, round(factor * config.ch), num_res_blocks, blend)
 
-    def trunk_fits(self, decoder):
-        """Tell whether the first stage's `decoder` has the trunk's sizes, so that it can load."""
-        ours = {name: p.shape for name, p in self.named_parameters() if not _in_branch(name)}
-        return ours == {name: p.shape for name, p in decoder.named_parameters()}
-
     def load_trunk(self, decoder):
-        """Copy the first stage's `decoder` into the trunk. Raises ValueError if sizes differ."""
-        if not self.trunk_fits(decoder):
-            raise ValueError("the first stage's decoder has other sizes than this trunk")
-        self.load_state_dict(self.state_dict() | decoder.state_dict())
+        """Copy the first stage's `decoder` into the trunk if the sizes agree; tell if they do."""
+        ours = {name: p.shape for name, p in self.named_parameters() if not _in_branch(name)}
+        fits = ours == {name: p.shape for name, p in decoder.named_parameters()}
+        if fits:
+            self.load_state_dict(self.state_dict() | decoder.state_dict())
+        return fits
 
     def pass_trunk(self):
-        """Let each `fuse` of "concat" begin with h, so that a full mask decodes as the trunk does.
-
-        The weights of the features stay random. Those of the mask begin at 0.
-        """
+        """Start each `fuse` of "concat" as h + W f_E, W random: under a full mask f_E is 0."""
         for fuse in self.fuse if self.blend == "concat" else ():
             width = len(fuse.weight)
-            nn.init.dirac_(fuse.weight[:, :width])       # [h, f_E, m] -> h
-            nn.init.zeros_(fuse.weight[:, 2 * width:])
+            nn.init.dirac_(fuse.weight[:, :width])       # of [h, f_E, m]: h
+            nn.init.zeros_(fuse.weight[:, 2 * width:])   # m
             nn.init.zeros_(fuse.bias)
 
     @torch.no_grad()
     def pin_statistics(self, latents, size=3.0):
-        """Make the deviations of the last GroupNorm's groups nearly equal in all images.
+        """Make what the last GroupNorm divides by nearly equal in all images.  deviation D56
 
-        latents: (N,z,h,w), after post_quant_conv. Their deviations differ, and known pixels pass
-        through this norm, so its statistics change their colours from image to image. Two constants
-        of ±D in each group of width c change a variance s² to s² + 2D²/c + 2D (m_1 - m_2)/c, where
-        m_1, m_2 are their channels' means. If D is large, what differs matters little. D is `size`
-        times the mean deviation. The norm's weight and bias compensate, so that an image with mean
-        deviations is decoded as before without a mask.  deviation D56
+        It divides each group of c channels by the standard deviation s that the group has in this
+        image. Known pixels pass through it, so their colours would depend on the rest of the image.
+        Adding D to a group's first channel and -D to its second keeps the group's mean, and its
+        variance becomes
+
+            s² + 2D²/c + 2D (m_1 - m_2)/c,    m_1, m_2: the means of these two channels
+
+        The larger D, the less the terms that differ between images matter beside 2D²/c. D is `size`
+        times the mean of s over `latents` (N,z,h,w), after post_quant_conv. The norm's weight and
+        bias then undo the change: exactly for an image with the mean deviations, without a mask.
         """
         norm, means, variances = self.norm_out, [], []
         for z in latents:
-            groups = self.blended(z[None])[0].double().unflatten(0, (norm.num_groups, -1))
+            h = self.blended(z[None])[0].cpu().double()                     # (ch, H, W)
+            groups = h.unflatten(0, (norm.num_groups, -1))                  # (G, c, H, W)
             means.append(groups.mean((2, 3)))                               # (G, c)
             variances.append(groups.var((1, 2, 3), correction=0) + norm.eps)    # (G)
         means, variances = torch.stack(means), torch.stack(variances)       # (N, G, c), (N, G)
@@ -151,9 +149,9 @@ class AsymDecoder(Decoder):
         layers = ([self.fuse[0]] if self.blend == "concat" else
                   [self.up[0].last_convolution(), self.encoder.layers[0]])
         for layer in layers:
-            layer.bias += constants.flatten()
-        norm.weight *= scale.repeat_interleave(width)
-        norm.bias -= norm.weight * shift
+            layer.bias.copy_(layer.bias.cpu() + constants.flatten())
+        norm.weight.copy_(norm.weight.cpu() * scale.repeat_interleave(width))
+        norm.bias.copy_(norm.bias.cpu() - norm.weight.cpu() * shift)
 
     def trunk_parameters(self):
         """List the parameters that the vanilla decoder has as well."""

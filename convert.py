@@ -105,8 +105,7 @@ def _read(path, stages):
 
 def _check_stage(path, stage, stages):
     if stage not in stages:
-        raise UserError(f"{path} is a {stage}, not a {' or '.join(stages)}; give such a file, or a "
-                        "run folder that has one")
+        raise UserError(f"{path} is a {stage}, not a {' or '.join(stages)}; give a file of one")
 
 
 def _tuples(fields):
@@ -228,7 +227,7 @@ class Prior:
     step:        int
     finished:    bool                   # whether it was trained to its end
     parent:      str                    # weights_hash of the first stage
-    facts:       dict                   # "score": held-out bound in nats per map, "K", "grid"
+    facts:       dict                   # the checkpoint's "extra": "K", "grid", "codes", ...
 
     @property
     def device(self):
@@ -282,8 +281,7 @@ def _check_new(path):
     """Raise UserError if `path` exists and is not an empty folder."""
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already and is not overwritten; choose another name, or "
-                        "remove it first")
+        raise UserError(f"{path} exists already: remove it, or choose another name")
 
 
 def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):

@@ -78,8 +78,7 @@ class ImageFiles:
     layout "imagenet": root/train/..., val/... and test/..., flat or by class. Without photos in
     test/, val is the first half of val/ by the numbers in the names, test the second (val_2500 to
     val_4999 of Tiny ImageNet's 5,000). layout "folder": the same where train/ and val/ exist, but
-    val is never halved; else all files, every 20th held out as val, none as test. A single photo
-    serves as train and val.
+    val is never halved; else all files, every 20th as val, none as test. One photo is in both.
     """
 
     def __init__(self, root, split, size, layout="folder", limit=None):
@@ -98,8 +97,7 @@ class ImageFiles:
         if not names:
             wanted = ("train/<class>/* and val/*" if layout == "imagenet" else
                       "train/, val/ and test/" if split == "test" else " ".join(EXTENSIONS))
-            raise UserError(f"--root {root}: no photos for {split} there; give a folder that has "
-                            f"{wanted}")
+            raise UserError(f"--root {root}: no photos for {split} there; give one with {wanted}")
         if not is_split and len(names) > 1:
             names = [name for i, name in enumerate(names) if (i % 20 == 0) == (split == "val")]
         # An array is one block that workers share; a million strings would be copied by each.
@@ -141,9 +139,7 @@ class ImageFiles:
 
 def default_root(name):
     """Give the folder of a data set without --root: a path, or None."""
-    if name == "imagenet":
-        return os.environ.get("IMAGENET") or "data/imagenet"
-    return None
+    return (os.environ.get("IMAGENET") or "data/imagenet") if name == "imagenet" else None
 
 
 def open_dataset(name, root, split, size, limit=None):
@@ -350,14 +346,12 @@ def _view(dataset, index, rng=None):
 
 
 def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0, pin=False):
-    """Load the batches of steps first..last-1 for one rank of `world`.
+    """Load the batches of steps first..last-1 for one rank of `world`, which divides `batch_size`.
 
     In step s, rank r has the B/W positions from s·B + r·B/W on. Yields dicts of stacked tensors and
-    of lists of other values. Raises ValueError unless `world` divides `batch_size`.
+    of lists of other values.
     """
-    local, rest = divmod(batch_size, world)
-    if rest:
-        raise ValueError(f"a global batch of {batch_size} does not divide over {world} processes")
+    local = batch_size // world
     starts = (step * batch_size + rank * local for step in range(first, last))
     return _load(items.__getitem__, (range(i, i + local) for i in starts), workers, pin)
 

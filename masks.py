@@ -61,8 +61,7 @@ def _generator(stream, seed, index):
 
 
 def _draw_strokes(draw, rng, strokes, side):
-    # LaMa says "1-5 times" and draws 1 to 6, because its generator adds one to the upper end.
-    # deviation D18
+    # LaMa says "1-5 times" but draws 1 to 6: its generator adds one to the end.  deviation D18
     for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
         x, y = rng.integers(side, size=2).tolist()
         segments = rng.integers(1, 6), 3
@@ -106,10 +105,9 @@ def box_mask(size, top, left, height, width):
 
 
 def training_mask(size, seed, index, kind="thick", p_full=0.5):
-    """Draw the full mask with probability `p_full`, else a random one. [AVQ Sec. 3.2]
+    """Draw the full mask with probability `p_full`, else a random one: uint8. [AVQ Sec. 3.2]
 
-    Returns uint8 (size,size). The paper alternates. A coin for each sample does not depend on the
-    batch.  deviation D8
+    The paper alternates. A coin for each sample does not depend on the batch.  deviation D8
     """
     if _generator(MASK_FULL, seed, index).random() < p_full:
         return np.ones((size, size), np.uint8)                                      # (size,size)

@@ -105,8 +105,7 @@ def tidy(state, config=None):
     """Drop unused weights from a public state dict with taming's names: (weights, notes).
 
     A KL latent may lack the 1x1 convolutions around it where `config`, diffusers' config.json, says
-    so or is None. Identities are added then. Else raises ValueError, and KeyError if it is no
-    autoencoder.
+    so or is None: identities are added. Else raises ValueError; KeyError for no autoencoder.
     """
     kept, notes = dict(state), []
     for part, reason in UNUSED.items():

@@ -83,8 +83,7 @@ def open_run(out, settings, may_change=frozenset()):
                                 "Repeat the old ones to continue it, or choose another --out")
         elif not config.exists() and any(path.name not in (".lock", "config.json.part")
                                          for path in out.iterdir()):
-            raise UserError(f"--out {out}: the folder is not empty and not a run of train.py; "
-                            "choose another --out")
+            raise UserError(f"--out {out} is not empty and not a run of train.py; choose another")
         write_text(config, json.dumps(settings, indent=2) + "\n")
         launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
         with open(out / "command.txt", "a") as file:
@@ -188,16 +187,13 @@ def save(path, state):
 def load(path):
     """Read the checkpoint `path`, a dictionary with tensors on the CPU.
 
-    Raises UserError for a file that is missing, truncated, damaged, of another format, or that
-    would execute code.
+    Raises UserError for a file that is missing, damaged, of another format or would execute code.
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, because it has more than tensors and plain containers "
                         "and could execute code; use a checkpoint of train.py") from None

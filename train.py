@@ -21,24 +21,12 @@ from pathlib import Path
 
 import torch
 
+import distributed
 import run_folder
 from asym_decoder import ASYM_PRESETS, AsymDecoder
 from convert import load_first_stage
 from data import DATASETS, default_root, open_dataset, training_batches
-from distributed import (
-    UserError,
-    any_rank,
-    close,
-    exit_on_user_error,
-    gather_objects,
-    mean_over_ranks,
-    no_sync,
-    on_rank0,
-    print0,
-    rank,
-    setup,
-    world_size,
-)
+from distributed import UserError, exit_on_user_error, on_rank0, print0, rank, setup, world_size
 from eval import evaluate
 from pictures import curves, image_grid
 from recipes import RECIPES, Recipe, first_gan_step, run_length, set_learning_rates
@@ -82,7 +70,7 @@ def main():
             deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
             for name in names:
                 train_stage(run, name, args, signals, deadline)
-        close()                      # so that no process waits while rank 0 evaluates
+        distributed.close()          # so that no process waits while rank 0 evaluates
         if (args.out / "decoder" / "last.pt").exists() and not args.overfit and rank() == 0:
             report_unless_there(run)
     return 0
@@ -102,8 +90,7 @@ def report_unless_there(run):
 def train_stage(run, name, args, signals, deadline):
     """Train one stage to its end, from its last checkpoint or else from its start.
 
-    signals: see run_folder.stop_signals; deadline: a time.monotonic(). After either the stage is
-    saved and the program exits.
+    signals: of run_folder.stop_signals; deadline: a time.monotonic(). After either, save and exit.
     """
     folder, settings = run.out / name, run.settings
     recipe = Recipe(**settings["recipes"][name])
@@ -112,7 +99,7 @@ def train_stage(run, name, args, signals, deadline):
 
     # Build the networks, which always start from the same weights.
     state = run_folder.latest(folder)
-    found = gather_objects(state["step"] if state else None)
+    found = distributed.gather_objects(state["step"] if state else None)
     if len(set(found)) > 1:
         raise UserError(f"{folder}: the processes find different checkpoints there (steps {found});"
                         " --out must be on a file system that all machines share")
@@ -196,7 +183,7 @@ def train_stage(run, name, args, signals, deadline):
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
             due = done == steps or done % save_every == 0
-            leave = any_rank(signals or time.monotonic() > deadline)
+            leave = distributed.any_rank(signals or time.monotonic() > deadline)
             if due or leave:         # leaving is urgent: launchers wait for seconds only
                 on_rank0(partial(keep, record, validate=due))
             else:
@@ -207,15 +194,14 @@ def train_stage(run, name, args, signals, deadline):
     # Say how the stage ended.
     if leave:
         print0(f"{name}: saved at step {done}; the same command continues from here")
-        close()
+        distributed.close()
         sys.exit(128 + signals[0] if signals else 0)
     if settings["overfit"] and name != "refit" and rank() == 0:      # a refit starts trained
         what = {"vqgan": "L1", "decoder": "L1 without a mask plus L1 with one,",
                 "prior": "bound, nats a map,"}[name]
         print0(f"{name}: {what} on {settings['overfit']} images: {first_score:.4f} at the start, "
                f"{score:.4f} at the end; a healthy run ends below half of the start")
-    print0(f"{name}: {done} steps done; {folder / 'last.pt'}, {folder / 'curves.png'}, "
-           f"{folder / 'samples'}")
+    print0(f"{name}: {done} steps done; {folder} has last.pt, curves.png and samples/")
 
 
 def gradients(stage, batch, gan_on, micro_batch):
@@ -235,7 +221,7 @@ def gradients(stage, batch, gan_on, micro_batch):
                 last = start + micro_batch >= local
                 with ExitStack() as contexts:
                     for network in stage.parallel:
-                        contexts.enter_context(no_sync(network, last))
+                        contexts.enter_context(distributed.no_sync(network, last))
                     share = len(part["position"]) / local
                     terms.append(stage.step(stage.batch(part), gan_on, share))
             break
@@ -257,7 +243,8 @@ def gradients(stage, batch, gan_on, micro_batch):
     names = sorted(terms[0])
     values = torch.stack([torch.stack([term[name].float() for term in terms]).mean()
                           for name in names] + [norm.float()])
-    return dict(zip([*names, "grad_norm"], mean_over_ranks(values).tolist())), micro_batch
+    means = distributed.mean_over_ranks(values).tolist()
+    return dict(zip([*names, "grad_norm"], means)), micro_batch
 
 
 def undo(stage, before):

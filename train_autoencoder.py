@@ -14,20 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import losses
 import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
 from convert import load, load_first_stage
 from data import Batch, TrainingItems, held_out_batches, pixels, views
 from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size, wrap
-from losses import (
-    LPIPS,
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    frozen,
-    generator_gan_loss,
-    pixel_loss,
-)
 from metrics import pre_error
 from quantize import code_statistics, nearest_code
 from recipes import adam
@@ -57,8 +49,8 @@ class Autoencoder:
         # Put both networks on the device.
         self.model = model.to(device).train()
         self.model.decoder.checkpointing = run.settings["checkpointing"]
-        self.discriminator = PatchDiscriminator(ndf=recipe.ndf,
-                                                n_layers=recipe.disc_layers).to(device)
+        discriminator = losses.PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers)
+        self.discriminator = discriminator.to(device)
         if device.type == "cuda":                        # PyTorch has none for CPU  deviation D19
             self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
         if run.channels_last:      # before DDP, which copies the memory layout into its buckets
@@ -73,7 +65,7 @@ class Autoencoder:
             "discriminator": adam([(self.discriminator.parameters(), recipe.disc_factor)],
                                   recipe, device)}
         weights = run.settings["weights"]
-        self.perceptual = LPIPS(net, weights).to(device) if net != "none" else None
+        self.perceptual = losses.LPIPS(net, weights).to(device) if net != "none" else None
 
     def items(self, steps):
         """List the training images by position in the run, with crop and mask."""
@@ -108,14 +100,10 @@ class Autoencoder:
         # Reconstruct, and compare with the original.
         with self.run.autocast():
             x_hat, latent_loss = self.reconstruct(batch)                    # (B, 3, H, W)
-        pixel = pixel_loss(x_hat, batch.x, r.pixel)
-        rec = pixel
-        terms = {"pixel": pixel}
+        terms = {"pixel": losses.pixel_loss(x_hat, batch.x, r.pixel)}
         if self.perceptual is not None:
-            perceptual = self.perceptual(x_hat, batch.x).mean()
-            rec = pixel + perceptual                       # [AVQ Eq. 6]; Eq. 2's lambda is 1
-            terms["perceptual"] = perceptual
-        loss = rec
+            terms["perceptual"] = self.perceptual(x_hat, batch.x).mean()
+        loss = rec = sum(terms.values())                   # [AVQ Eq. 6]; Eq. 2's lambda is 1
         if latent_loss is not None:
             # VQ: 1 · (codebook term + beta · commitment term), [AVQ Eq. 2] but for D4 and D22.
             # KL: 1e-6 · Eq. 10, [AVQ Eq. 11] but for its weight of 1. LDM's 1e-6 stands beside a
@@ -125,20 +113,20 @@ class Autoencoder:
             terms["latent"] = latent_loss
         # Train the generator.
         if gan_on:
-            with frozen(self.discriminator):
-                gan = generator_gan_loss(self.discriminator(x_hat), r.gan)  # [AVQ Eq. 7]
+            with losses.frozen(self.discriminator):
+                logits = self.discriminator(x_hat)                          # (B, 1, h, w)
+                gan = losses.generator_gan_loss(logits, r.gan)              # [AVQ Eq. 7]
             # [AVQ Eq. 9] divides the pixel loss's gradient, the other rules that of rec.
-            divided = pixel if r.lambda_rule == "paper" else rec
-            lam = adaptive_weight(divided, gan, self.model.decoder.conv_out.weight, r.lambda_rule,
-                                  elements)
+            divided = terms["pixel"] if r.lambda_rule == "paper" else rec
+            last = self.model.decoder.conv_out.weight
+            lam = losses.adaptive_weight(divided, gan, last, r.lambda_rule, elements)
             loss = loss + lam * gan                                         # [AVQ Eq. 8]
             terms |= {"gan": gan, "lambda": lam}
         (loss * scale).backward()
-        # Train the discriminator. Real and generated images pass separately, because BatchNorm
-        # would mix their statistics.
+        # Train the discriminator, on each kind of images alone: BatchNorm would mix statistics.
         if gan_on:
             real, fake = self.ddp_discriminator(batch.x), self.ddp_discriminator(x_hat.detach())
-            disc = discriminator_loss(real, fake, r.gan)                    # [AVQ Eq. 7]
+            disc = losses.discriminator_loss(real, fake, r.gan)             # [AVQ Eq. 7]
             (disc * scale).backward()
             terms |= {"disc": disc, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return {name: value.detach() for name, value in terms.items()}
@@ -180,7 +168,7 @@ class Autoencoder:
     def measures(self, batch):
         """Measure {"val_...": mean over the batch}; return it with x_hat, for LPIPS."""
         x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
-        return {"val_pixel": pixel_loss(x_hat, batch.x)}, x_hat
+        return {"val_pixel": losses.pixel_loss(x_hat, batch.x)}, x_hat
 
     @torch.no_grad()
     def pictures(self, batches, count):
@@ -274,12 +262,12 @@ class DecoderStage(Autoencoder):
         size, first_stage = run.settings["decoder"], loaded.model
         decoder = AsymDecoder.from_preset(first_stage.config, size["preset"], size["blend"])
         trunk_factor = 1.0
-        if recipe.start_trunk and decoder.trunk_fits(first_stage.decoder):
-            decoder.load_trunk(first_stage.decoder)
+        if recipe.start_trunk and decoder.load_trunk(first_stage.decoder):
             trunk_factor = recipe.trunk_factor
-        # Known pixels pass only feature 0 and the last norm and convolution. The trunk's features
-        # are about ten times as large as feature 0 at its start, and a step of Adam moves a weight
-        # by at most its rate, so a pinned start has larger rates for them.  deviation D56
+        # At known pixels the last blend puts feature 0 in place of the trunk's features, so these
+        # pixels pass only the branch's first layer, the last norm and conv_out. The trunk's
+        # features are about ten times as large as feature 0 at its start, and Adam moves a weight
+        # by about its rate in a step, so a pinned start has larger rates here.  deviation D56
         pinned = recipe.start == "pinned"
         last = [*decoder.norm_out.parameters(), *decoder.conv_out.parameters()]
         first = list(decoder.encoder.layers[0].parameters())
@@ -302,8 +290,8 @@ class DecoderStage(Autoencoder):
         z = self.model.encode(batch.x)                                      # (B, d, h, w)
         x_hat = self.model.decode(z)                                        # (B, 3, H, W)
         with_mask = self.model.decode(z, image=batch.x, mask=batch.mask)    # (B, 3, H, W)
-        return {"val_pixel": pixel_loss(x_hat, batch.x),
-                "val_pixel_masked": pixel_loss(with_mask, batch.x),
+        return {"val_pixel": losses.pixel_loss(x_hat, batch.x),
+                "val_pixel_masked": losses.pixel_loss(with_mask, batch.x),
                 "val_pre_error": pre_error(with_mask, batch.x, batch.mask).mean()}, x_hat
 
     def columns(self, batch):

@@ -285,9 +285,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Continue from `state_dict()`. Raises ValueError for the average of another model."""
-        if state["weights"].keys() != self.weights.keys():
-            raise ValueError("the average in the checkpoint is of a model with other parameters")
+        """Continue from `state_dict()`."""
         for name, average in self.weights.items():
             average.copy_(state["weights"][name])
         self.updates = state["updates"]

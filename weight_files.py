@@ -57,9 +57,8 @@ def read_pickle(path):
         with path.open("rb") as file:
             if file.read(2) != b"PK":
                 raise UserError(
-                    f"{path}: no safetensors and no checkpoint of PyTorch 1.6 or later; make one "
-                    f"of an older file: torch.save(torch.load('{path.name}', weights_only=True), "
-                    "'new.pt')")
+                    f"{path}: no safetensors and no checkpoint of PyTorch 1.6 or later; convert "
+                    f"it: torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
                 raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
@@ -261,9 +260,8 @@ _checked = set()          # paths of files whose hash was compared
 def find_weights(name, folder=None):
     """Find the published file `name` in `folder`, or download it there: its Path.
 
-    name: of PUBLISHED_FILES. folder: default torch hub's cache. Only local rank 0 of each machine
-    downloads, and the others wait. A file with another hash is used, with a printed line. Raises
-    UserError if the download fails.
+    name: of PUBLISHED_FILES. folder: default torch hub's cache. Local rank 0 of each machine
+    downloads. A file with another hash is used, with a printed line. Raises UserError.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     path, (address, sha256) = folder / name, PUBLISHED_FILES[name]

@@ -656,11 +656,6 @@ def test_the_share_of_full_masks_and_the_kind_of_the_others_are_as_asked_for(p_f
         assert np.array_equal(items[position]["mask"][0], mask)
 
 
-def test_a_batch_that_does_not_divide_over_the_processes_is_an_error():
-    with pytest.raises(ValueError, match="5 does not divide over 2"):
-        collect(0, 1, 5, world=2)
-
-
 def test_batches_have_the_promised_types():
     (batch,) = collect(0, 1, 10)
     for key, channels in (("image", 3), ("mask", 1)):

@@ -695,7 +695,7 @@ NONE_KNOWN = torch.zeros(1, 2, 2, dtype=torch.bool)
     (lambda: inpainting(NONE_KNOWN[None]), r"known must be bool \(1, 2, 2\)"),
     (lambda: inpainting(NONE_KNOWN, resample=0), "resample = 0: each step is taken at least once"),
     (lambda: inpainting(NONE_KNOWN, generator=generators(2)), "2 generators for 1 images"),
-    (lambda: known_cells(torch.zeros(1, 1, 30, 32), 8), r"\(30, 32\) px has no grid of 8 px"),
+    (lambda: known_cells(torch.zeros(1, 1, 30, 32), 8), r"\(30, 32\) px: .*multiples of f = 8"),
 ])
 def test_a_mistaken_call_is_refused_with_what_is_needed(call, reason):
     with pytest.raises(ValueError, match=reason):
@@ -831,5 +831,3 @@ def test_a_restored_history_goes_on_with_the_same_draws(tmp_path):
             each.update()
         assert torch.equal(draws[0][0], draws[1][0])
         assert torch.equal(draws[0][1], draws[1][1])
-    with pytest.raises(ValueError, match="a history of 20 times cannot serve T = 5"):
-        Timesteps(5).load_state_dict(steps.state_dict())

@@ -209,7 +209,7 @@ def test_the_generators_step_gives_the_discriminators_parameters_no_gradient(nam
         assert gradients(stage.model)
         return discriminator_loss(*arguments)
 
-    monkeypatch.setattr(train_autoencoder, "discriminator_loss", after_the_generators_step)
+    monkeypatch.setattr("losses.discriminator_loss", after_the_generators_step)
     stage.step(batch(), gan_on=True)
     assert seen == [{}]
     assert gradients(stage.discriminator)
