@@ -164,8 +164,7 @@ def install_codebook(model, codebook):
         raise ValueError("a KL latent has no codebook to rebuild")
     if d != config.embed_dim:
         raise ValueError(f"codes of width {d} for a model with embed_dim={config.embed_dim}")
-    old = model.quantize.embedding.weight
-    codes = codebook.detach().to(old, copy=True)
+    codes = codebook.detach().to(model.quantize.embedding.weight, copy=True)
     model.quantize.embedding = nn.Embedding.from_pretrained(codes)
     model.quantize.K, model.config = K, replace(config, K=K)
     model.requires_grad_(False)

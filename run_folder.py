@@ -247,10 +247,7 @@ def load_optimizer(optimizer, state):
 
 
 def weights_hash(state_dict):
-    """Hash the sorted names, types, shapes and bytes of a state dict's tensors: sha256, hex.
-
-    The hash is the same on every device and for every memory layout.
-    """
+    """Hash a state dict's names, types, shapes and bytes: sha256, on any device, in any layout."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()

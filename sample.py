@@ -59,8 +59,7 @@ def draw_samples(prior, model, steps, n, seed=0, batch_size=16):
 def measure_steps(prior, model, steps, n, seed=0, batch_size=16):
     """Measure samples 0..n-1, drawn in each number of `steps`. [DDM Fig. 5]
 
-    Returns (rows, [images (n,3,H,W) of each row]). The figure has FID where a row has the prior's
-    own bound in nats.  deviation D51
+    Returns (rows, [images (n,3,H,W) of each row]). The figure has FID for nats.  deviation D51
     row: {"n": steps, "maps": n, "seconds": for the codes of one batch, "nats": the bound per map,
     "more": what it lies above that of the same samples in the most steps; "..._se": standard error}
     """

@@ -264,10 +264,7 @@ def stop_unless_finite(name, step, terms):
 
 
 def micro_batch_size(asked, kept, settings, name, device):
-    """Choose how many images a process takes at once.
-
-    asked: --micro-batch or None; kept: the checkpoint's number or None.
-    """
+    """Choose how many images a process takes at once; kept: the checkpoint's number or None."""
     local, rest = divmod(settings["recipes"][name]["batch_size"], world_size())
     if rest:
         raise UserError(f"{name}: --batch-size {local * world_size() + rest} does not divide over "

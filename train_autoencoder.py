@@ -202,7 +202,7 @@ class Autoencoder:
 class FirstStage(Autoencoder):
     """Train encoder, latent and decoder together. [AVQ Sec. 3.1]
 
-    state: the stage's checkpoint or None; only Refit reads it, for the codes.
+    state: the stage's checkpoint, or None at its start. Only the two stages below read it.
     """
 
     def __init__(self, run, recipe, state):

@@ -208,9 +208,8 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     """Encode the first n images: (n,h,w) uint16, or int32 for K > 65,536.  deviation D47
 
     encode: image uint8 (b,3,H,W), a fixed view, -> indices (b,h,w), by the first stage of `config`
-    whose sha256 is `parent`. folder: where the memory-mapped file is kept. It is written under
-    another name and renamed when it is complete. Every process must call this, because they share
-    the images, in the same batches whatever the number of processes.
+    whose sha256 is `parent`. folder: of the memory-mapped file, which has another name until it is
+    complete. All processes must call this. They share the images, in batches of ENCODED always.
     """
     key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
     path = Path(folder) / f"{dataset.split}-{key}.npy"

@@ -122,10 +122,7 @@ def read_tensors(path):
 
 
 def read_shards(index):
-    """Read {name: tensor} from the files beside the Path `index`, a *.index.json.
-
-    Raises UserError for a shard that is missing, damaged or elsewhere.
-    """
+    """Read {name: tensor} from the shards beside `index`, a Path of JSON. Raises UserError."""
     try:
         places, shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"], {}
         for shard in sorted(set(places.values())):
