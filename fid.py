@@ -1,8 +1,7 @@
 """Compute the Frechet inception distance (FID) and the inception score, network included.
 
     images (B,3,H,W) ──InceptionV3──► features (B,2048), logits (B,1008)
-    features, in any batches ──FeatureStatistics──► n, mu (D,), sigma (D,D) ──┐
-    the same of the other images ─────────────────────────────────────────────┴─frechet──► FID
+    features (N,D) of either set ──moments──► mu (D,), sigma (D,D) ──frechet_distance──► FID
     logits (N,1008) ──inception_score──► mean, std over splits
 
 Scores are comparable only between programs that run the same network: here TensorFlow's Inception
@@ -233,60 +232,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(means + sigma1.trace() + sigma2.trace() - 2 * root), 0.0)
 
 
-class FeatureStatistics:
-    """Accumulate number, mean and covariance of feature vectors of D = `dim`, batch by batch.
+def moments(features):
+    """Compute mean (D,) and unbiased covariance (D,D) of features (N,D), numpy float64.
 
-    Any batches and any order of `merge` agree up to rounding, also where the mean is large.
+    Raises ValueError for other shapes and for fewer than 2 features.
     """
-
-    def __init__(self, dim):
-        self.dim, self.n = dim, 0
-        self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)   # sum (x - mean)(x - mean)^T
-
-    def update(self, features):
-        """Add `features` (B,D) of any float type and device. Raises ValueError for other shapes."""
-        features = torch.as_tensor(features)
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features {tuple(features.shape)}: expected (B, {self.dim})")
-        if len(features):
-            rows = features.detach().cpu().double()                            # (B, D)
-            mean = rows.mean(0)                                                # (D,)
-            rows = rows - mean
-            self._join(len(rows), mean, rows.T @ rows)
-
-    def merge(self, other):
-        """Add all that `other` has seen. Raises ValueError for another D."""
-        if other.dim != self.dim:
-            raise ValueError(f"features of {other.dim} dimensions cannot join {self.dim}")
-        if other.n:
-            self._join(other.n, other._mean, other._scatter)
-
-    def _join(self, n, mean, scatter):
-        """Add a group's scatter about its mean, and that between the means (Chan et al. 1979)."""
-        total = self.n + n
-        delta = mean - self._mean                                              # (D,)
-        self._scatter.add_(scatter).addr_(delta, delta, alpha=self.n * n / total)
-        self._mean += delta * (n / total)
-        self.n = total
-
-    @property
-    def mu(self):
-        """Give the mean (D,), numpy float64. Raises ValueError without any vector."""
-        if self.n == 0:
-            raise ValueError("no features yet: they have no mean")
-        return self._mean.numpy().copy()
-
-    @property
-    def sigma(self):
-        """Give the unbiased covariance (D,D), numpy float64. ValueError: fewer than 2 vectors."""
-        if self.n < 2:
-            raise ValueError(f"{self.n} feature vectors have no covariance: at least 2 are needed")
-        return self._scatter.numpy() / (self.n - 1)
-
-    def frechet(self, other):
-        """Compute `frechet_distance` to `other`."""
-        return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
+    rows = np.asarray(features, np.float64)                                    # (N, D)
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"features {rows.shape}: expected (N, D), N at least 2")
+    mu = rows.mean(0)                                                          # (D,)
+    rows = rows - mu
+    return mu, rows.T @ rows / (len(rows) - 1)
 
 
 def inception_score(logits, splits=10):

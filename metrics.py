@@ -19,7 +19,7 @@ import torch
 from asym_decoder import AsymVQGAN
 from clip_score import CLIPImageEncoder, clip_score
 from distributed import UserError, gather_objects, rank, wait_for, world_size
-from fid import FeatureStatistics, InceptionV3, inception_score
+from fid import InceptionV3, frechet_distance, inception_score, moments
 from losses import LPIPS
 from masks import area_bucket
 
@@ -246,10 +246,8 @@ def summary(table, run, decoder, bucket="all", protocol="full"):
             (row.get(name, math.nan), row["group"]) for row in rows)
     if "features" in rows[0] and bucket in FID_BUCKETS and (
             min(len(rows), len(real)) >= FEWEST_FOR_FID):
-        ours, theirs = (FeatureStatistics(len(rows[0]["features"])) for _ in range(2))
-        for each, images in ((ours, rows), (theirs, real)):
-            each.update(torch.from_numpy(np.stack([row["features"] for row in images])))
-        result["fid"] = ours.frechet(theirs)
+        ours, theirs = (moments([row["features"] for row in images]) for images in (rows, real))
+        result["fid"] = frechet_distance(*ours, *theirs)
     if bucket == "all":
         if "logits" in rows[0]:
             logits = torch.from_numpy(np.stack([row["logits"] for row in rows]))    # (N, 1008)

@@ -23,7 +23,7 @@ import scipy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fid import FeatureStatistics, frechet_distance
+from fid import frechet_distance, moments
 
 
 def arguments(argv):
@@ -57,10 +57,7 @@ def draw(n, dim):
 
 def routes(features):
     """Give {name: a function that computes the distance by this route}."""
-    one, two = (FeatureStatistics(f.shape[1]) for f in features)
-    one.update(torch.from_numpy(features[0]))
-    two.update(torch.from_numpy(features[1]))
-    given = one.mu, one.sigma, two.mu, two.sigma
+    given = *moments(features[0]), *moments(features[1])
     return {"frechet_distance, eigh": lambda: frechet_distance(*given),
             "scipy.linalg.sqrtm": lambda: by_matrix_root(*given)}
 

@@ -31,7 +31,7 @@ import run_folder
 from convert import load_model
 from data import Signs
 from distributed import UserError
-from fid import FeatureStatistics, inception_score
+from fid import frechet_distance, inception_score, moments
 from masks import box_mask, evaluation_mask
 from metrics import DECODERS, Networks
 from paper_tables import table
@@ -62,10 +62,7 @@ def inception(x):
 
 
 def fid(x_hat, x):
-    statistics = FeatureStatistics(WIDTH), FeatureStatistics(WIDTH)
-    for each, seen in zip(statistics, (x_hat, x)):
-        each.update(inception(seen)[0])
-    return statistics[0].frechet(statistics[1])
+    return frechet_distance(*moments(inception(x_hat)[0]), *moments(inception(x)[0]))
 
 
 @pytest.fixture
