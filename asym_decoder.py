@@ -119,10 +119,9 @@ class AsymDecoder(Decoder):
     def pin_statistics(self, latents, size=3.0):
         """Make what the last GroupNorm divides by nearly equal in all images.  deviation D56
 
-        It divides each group of c channels by the standard deviation s that the group has in this
-        image. Known pixels pass through it, so their colours would depend on the rest of the image.
-        Adding D to a group's first channel and -D to its second keeps the group's mean, and its
-        variance becomes
+        It divides each group of c channels by its standard deviation s in this image. Known pixels
+        pass through it, so their colours would depend on the rest of the image. Adding D to a
+        group's first channel and -D to its second keeps the mean, and the variance becomes
 
             s² + 2D²/c + 2D (m_1 - m_2)/c,    m_1, m_2: the means of these two channels
 
@@ -137,8 +136,7 @@ class AsymDecoder(Decoder):
             means.append(groups.mean((2, 3)))                               # (G, c)
             variances.append(groups.var((1, 2, 3), correction=0) + norm.eps)    # (G)
         means, variances = torch.stack(means), torch.stack(variances)       # (N, G, c), (N, G)
-        width = means.shape[2]
-        before = variances.sqrt().mean(0)                                   # (G)
+        width, before = means.shape[2], variances.sqrt().mean(0)            # c, (G)
         D = size * before
         added = 2 * D * (D + means[..., 0] - means[..., 1]) / width         # (N, G)
         scale = (variances + added).sqrt().mean(0) / before                 # (G)
@@ -146,9 +144,9 @@ class AsymDecoder(Decoder):
         constants[:, 0], constants[:, 1] = D, -D
         shift = (constants / (scale * before)[:, None]).flatten()           # (ch), of normed values
         # Add the constants to the biases of all that is blended, and compensate.
-        layers = ([self.fuse[0]] if self.blend == "concat" else
-                  [self.up[0].last_convolution(), self.encoder.layers[0]])
-        for layer in layers:
+        level = self.up[0]
+        last = level.attn[-1].proj_out if len(level.attn) else level.block[-1].conv2
+        for layer in [self.fuse[0]] if self.blend == "concat" else [last, self.encoder.layers[0]]:
             layer.bias.copy_(layer.bias.cpu() + constants.flatten())
         norm.weight.copy_(norm.weight.cpu() * scale.repeat_interleave(width))
         norm.bias.copy_(norm.bias.cpu() - norm.weight.cpu() * shift)

@@ -62,9 +62,6 @@ def seam(x_hat, x, mask):
     pixel known and one not, images in [0,1]. It is 0 for the original. The steps have signs, so
     that blur, a lost step, and misfit, an added one, both count and cannot cancel. An image without
     such a pair gives NaN.
-
-    Pasting the known pixels over a vanilla picture makes pre_error 0 and leaves such an edge. A
-    decoder that sees the known pixels can avoid it, which the paper calls harmonisation.
     """
     mask, error = mask.cpu().double(), _unit(x_hat) - _unit(x)              # (B, 1|3, H, W)
     total = pairs = 0

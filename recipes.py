@@ -67,9 +67,8 @@ RECIPES = {
         "large": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
         # ours: the paper gives none for this size
         "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
-        "tiny": Recipe(batch_size=8, lr=6e-3, steps=1600, warmup=50, min_lr=1e-5,
-                       start_trunk=True, trunk_factor=0.3, start="pinned", disc_start=0.8, ndf=32,
-                       disc_layers=2),
+        "tiny": Recipe(batch_size=8, lr=6e-3, steps=1600, warmup=50, min_lr=1e-5, disc_layers=2,
+                       start_trunk=True, trunk_factor=0.3, start="pinned", disc_start=0.8, ndf=32),
     },
     "prior": {
         # DDM Sec. 4.1 and its appendix

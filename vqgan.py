@@ -130,10 +130,6 @@ class Level(nn.Module):
                                   for _ in range(num_blocks if attention else 0))
         self.downsample = self.upsample = None       # Encoder and Decoder set one of them, or none
 
-    def last_convolution(self):
-        """Give the convolution whose output is added last, where the resolution stays."""
-        return self.attn[-1].proj_out if len(self.attn) else self.block[-1].conv2
-
     def forward(self, h):
         for j, block in enumerate(self.block):
             h = block(h)                                                    # (B, out, H, W)
