@@ -13,7 +13,8 @@ of all threads together, so that a busy machine adds little to them.
 **Codebooks.** Those of RUN's first stage: as it is, rebuilt only, fine-tuned only, both, and with
 half as many codes. train.py's stage refit trains each in a folder of FOLDER; finished ones are not
 trained again. "Fine-tuned only" is the same stage with the old codebook in the place of the rebuilt
-one. refit.png has held-out pictures before and after. [DDM Fig. 3] [DDM Fig. 4]
+one. The quantisation error is the mean over cells of |z_e - z_q|²; L1 is of images in [-1,1].
+refit.png has held-out pictures before and after. [DDM Fig. 3] [DDM Fig. 4]
 
 **Priors.** Their codebooks differ, so nats are not comparable, but pictures are: the hole of each
 held-out picture, filled by each prior and decoded by its own first stage. The codes of the whole
@@ -182,7 +183,7 @@ def codebooks(args):
                      f"{code_statistics(counts[name])['perplexity']:.1f}",
                      *map(plus_minus, (torch.cat(error[name]), own, own - base))])
     print(f"\n{len(base):,} held-out pictures of {dataset.describe()}, {config['size']} px\n")
-    print(markdown(["codebook", "K", "codes in use", "perplexity", "mean |z_e - z_q|²", "L1",
+    print(markdown(["codebook", "K", "codes in use", "perplexity", "quantisation error", "L1",
                     "L1 - as it is, paired"], rows))
     image_grid({name: list(images) for name, images in shown.items()}, args.out / "refit.png")
 
