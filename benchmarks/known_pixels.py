@@ -10,9 +10,10 @@ which differs between images. What differs falls as 1/D², so the squared error 
 
 **Variants.** Each change of the pinned start alone and together, on the first stage of RUN, by
 train.py's stage decoder in a folder of FOLDER; finished ones are not trained again. Columns, over
-held-out images: errors of known pixels with a mask and with all known, in 1e-5, images in [0,1]; L1
-without a mask; L1 in the hole with one, images in [-1,1]; the spread of the last GroupNorm's
-deviations: standard deviation over images divided by the mean, of the group where it is largest.
+held-out images: errors of known pixels with a mask and with all known, in 1e-5, images in [0,1];
+the share of the first within 1 px of the hole; L1 without a mask, and in the hole with one, images
+in [-1,1]; the spread of the last GroupNorm's deviations: standard deviation over images divided by
+the mean, of the group where it is largest.
 """
 
 import argparse
@@ -134,7 +135,10 @@ def measure(model, dataset, n):
         with_mask, without = model.decode(z, image=x, mask=mask), model.decode(z)
         known = model.decode(z, image=x, mask=torch.zeros_like(mask))
         errors = [(y.clamp(-1, 1) - x).abs() for y in (without, with_mask)]
+        squared, near = errors[1].square() * (1 - mask), F.max_pool2d(mask, 3, 1, 1)
         for name, column in {"with mask": 1e5 * pre_error(with_mask, x, mask),
+                             "of it at the hole, %": 100 * (squared * near).sum((1, 2, 3))
+                             / squared.sum((1, 2, 3)),
                              "all known": 1e5 * pre_error(known, x, torch.zeros_like(mask)),
                              "L1 without mask": errors[0].mean((1, 2, 3)),
                              "L1 in the hole": (errors[1] * mask).sum((1, 2, 3))

@@ -107,7 +107,7 @@ def test_changes_of_the_decoders_start_are_trained_and_told_apart(monkeypatch, t
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()
             if line.startswith(("| plain", "| rates", "| pinned"))]
     assert [row[1].strip() for row in rows] == names
-    spreads = [float(row[6]) for row in rows]
+    spreads = [float(row[7]) for row in rows]
     assert spreads[2] < min(spreads[:2])
     assert (tmp_path / "out" / "pinned.png").exists()
 
