@@ -22,10 +22,11 @@ from pconv import PartialConv2d
 from vqgan import Decoder, check_image
 
 # Relative to the first stage: width factor, ResBlocks per level (the decoder adds one).
-# A new size needs this row only; it trains by base's recipe unless recipes.py has one for it.
+# A size without a recipe in recipes.py trains by tiny's on a tiny first stage, else by base's.
 # [AVQ Tab. 9] [AVQ App. D]  deviation D20
 ASYM_PRESETS = {
     "tiny":   (1.0, 1),
+    "tiny2":  (2.0, 1),    # wide, on an unchanged first stage
     "base":   (1.0, 2),    # Table 7:  60,276,227 parameters on the kl-f8 plan (add)
     "large":  (1.5, 3),    # Table 8: 160,136,835
     "large2": (2.0, 5),    # Table 9's "Large x2": 371,966,467

@@ -422,8 +422,9 @@ def resolve(args):
                         f"{error}") from None
     # Choose the sizes of ReFiT and prior, where the latent has codes.
     tiny, refit, prior = plan_name == "tiny", None, None
-    recipe_names = {"vqgan": "tiny" if tiny else plan.latent,
-                    "decoder": preset if preset in RECIPES["decoder"] else "base"}
+    recipe_names = {
+        "vqgan": "tiny" if tiny else plan.latent,
+        "decoder": preset if preset in RECIPES["decoder"] else "tiny" if tiny else "base"}
     if plan.latent == "vq":
         K = args.codes or (min(plan.K, 128) if tiny else plan.K)    # half as many as in DDM Tab. 1
         refit = {"K": K, "samples": args.refit_samples or (5000 if tiny else max(20_000, 16 * K))}

@@ -96,7 +96,7 @@ def test_the_layers_are_those_of_table_7(blend):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="tiny, base, large, large2"):
+    with pytest.raises(ValueError, match="tiny, tiny2, base, large, large2"):
         AsymDecoder.from_preset(CONFIG, "huge")
     with pytest.raises(ValueError, match='"add" or "concat"'):
         AsymDecoder(CONFIG, 8, 1, blend="multiply")

@@ -454,18 +454,18 @@ def test_where_one_image_does_not_fit_the_run_ends_in_one_line(tmp_path):
 
 
 def add_a_decoder_size():
-    program.ASYM_PRESETS["narrow"] = (0.5, 1)
+    program.ASYM_PRESETS["wider"] = (1.5, 1)
 
 
 def test_a_row_of_asym_presets_is_all_that_a_new_decoder_size_needs(whole, tmp_path):
     status, text = train(tmp_path / "run", "--stage", "decoder", "--vqgan", str(whole[0]),
-                         "--preset", "narrow", "--steps", "1", prepare=add_a_decoder_size)
+                         "--preset", "wider", "--steps", "1", prepare=add_a_decoder_size)
     assert status == 0, text
     state = run_folder.load(tmp_path / "run" / "decoder" / "last.pt")
-    assert (state["step"], state["config"]["recipe_names"]["decoder"]) == (1, "base")
-    assert state["model"]["decoder.conv_out.weight"].shape == (3, 4, 3, 3)    # half of 8 channels
+    assert (state["step"], state["config"]["recipe_names"]["decoder"]) == (1, "tiny")
+    assert state["model"]["decoder.conv_out.weight"].shape == (3, 12, 3, 3)   # of 8 channels
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
-    assert "narrow" in {row["size"] for row in rows}
+    assert "wider" in {row["size"] for row in rows}
 
 
 def test_several_processes_end_in_one_line_that_names_the_flag(tmp_path):
@@ -671,6 +671,12 @@ def test_the_recipes_lr_scales_with_the_batch_and_a_given_one_is_absolute():
     assert settings(*base)["recipes"]["decoder"]["lr"] == pytest.approx(1.8e-4)
     assert settings(*base)["recipes"]["vqgan"]["lr"] == pytest.approx(4.5e-6 * 40)
     assert settings(*base, "--lr", "0.5")["recipes"]["decoder"]["lr"] == 0.5
+
+
+def test_tiny2_trains_by_the_recipe_of_tiny():
+    found = settings("--preset", "tiny2")
+    assert found["recipes"]["decoder"] == asdict(RECIPES["decoder"]["tiny"])
+    assert (found["decoder"]["ch"], found["decoder"]["num_res_blocks"]) == (32, 1)
 
 
 def test_a_decoder_size_without_a_recipe_trains_by_that_of_base(monkeypatch):
