@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_reports import example_report
 from tiny_runs import SIZE, write_first_stage, write_prior
 
 import data
@@ -51,7 +52,7 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["figures", "gpu", "known_pixels"]              # no times; tested below
+    others = ["figures", "gpu", "known_pixels", "seeds"]     # no times; tested below
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -228,3 +229,32 @@ def test_the_figures_are_drawn_from_the_files_of_a_run(monkeypatch, tmp_path):
     (tmp_path / "decoder" / "log.jsonl").write_text("\n".join(lines))
     run("figures", ["curves", *[str(tmp_path)] * 2, str(tmp_path / "curves.png")], monkeypatch)
     assert Image.open(tmp_path / "curves.png").size[0] == 900
+
+
+def test_seeds_have_their_mean_their_range_and_their_gains(tmp_path, monkeypatch, capsys):
+    for name, errors in (("a", (4e-3, 1e-4)), ("b", (2e-3, 2e-4))):
+        report = example_report()
+        for row in report["rows"]:
+            row |= {"split": "test", "pre_error": errors[row["decoder"].startswith("asym")]}
+        report["prior"] = {"vlb_nats": 700.0 if name == "a" else 800.0}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    run("seeds", [str(tmp_path / name) for name in "ab"], monkeypatch)
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in capsys.readouterr().out.splitlines()}
+    # Each report has two runs, add and concat, on one first stage.
+    assert rows["pre_error, first stage's own"] == ["300.0", "200.0 to 400.0", "400.0, 200.0"]
+    assert rows["ours, with mask"] == ["15.00", "10.00 to 20.00", "10.00, 10.00, 20.00, 20.00"]
+    assert rows["gain"] == ["25.00", "10.00 to 40.00", "40.00, 40.00, 10.00, 10.00"]
+    assert rows["bound of a map, nats"] == ["750.0", "700.0 to 800.0", "700.0, 800.0"]
+    assert len(rows["seam, full: ours minus pasted"][2].split(",")) == 4
+
+
+def test_seeds_of_different_pictures_are_refused(tmp_path, monkeypatch, capsys):
+    for name, n in (("a", 6), ("b", 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(example_report() | {"n": n}))
+    with pytest.raises(SystemExit) as ended:
+        run("seeds", [str(tmp_path / name) for name in "ab"], monkeypatch)
+    assert ended.value.code == 2
+    assert "not of the same pictures" in capsys.readouterr().err
