@@ -6,14 +6,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 RUFF   := 0.17.5
+BUILD  := jupytext==1.19.6 nbclient==0.11.0 ipykernel==7.4.0 matplotlib-inline==0.2.2
+DIR    := slides
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint notebooks figures
 
 help:
 	@echo "make demo             all four stages on drawn signs, then the report (runs/signs-tiny)"
 	@echo "make demo STEPS=50    a short run of 50 steps per stage (runs/signs-tiny-50steps)"
 	@echo "make test             the tests; ARGS='-m slow', ARGS=tests/test_masks.py, ..."
 	@echo "make lint             ruff $(RUFF)"
+	@echo "make notebooks        notebooks/*.ipynb from their sources, run (ARGS='2 5': only these)"
+	@echo "make figures DIR=slides   every figure of the notebooks at 200 dpi, with captions"
 	@echo "Each installs what it needs into $(VENV) first. Without make: see README.md."
 
 demo: $(STAMP)
@@ -30,6 +34,14 @@ test: $(STAMP)
 lint: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet ruff==$(RUFF)
 	$(BIN)/ruff check .
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(BUILD)
+	$(BIN)/python notebooks/build.py $(ARGS)
+
+figures: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(BUILD)
+	$(BIN)/python notebooks/build.py --figures $(abspath $(DIR)) $(ARGS)
 
 $(STAMP): requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install -r requirements.txt
