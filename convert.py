@@ -38,6 +38,7 @@ TRAINS = {"vqgan": "first_stage.", "decoder": "decoder.",
 ROW = re.compile(r".*(\.(block|attn)\.\d+|mid\.\w+|sample|(layers|fuse)\.\d+|conv_in|conv_out|"
                  r"norm_out|quant_conv|embedding)")
 DEFAULT_STEPS = 100                     # reverse steps that draw a map of codes
+SMALL_RUN = str(Path(__file__).parent / "notebooks" / "run")    # the demo's, in every clone
 
 
 @dataclass
@@ -201,7 +202,7 @@ def _network(source, weights, config, size, first_stage=None):
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _misfit(source, error) from None
-    return model
+    return model.float()                     # of notebooks/run and others in half precision
 
 
 def _misfit(source, error):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from convert import DEFAULT_STEPS, chosen_steps, load, load_prior
+from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
 from distributed import UserError, exit_on_user_error, print0, setup
@@ -242,7 +242,8 @@ def main():
     add = parser.add_argument
     add("photo", metavar="PHOTO", help="a photo of any size")
     add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
-    add("--run", required=True, metavar="RUN", help="a run folder, or a file that convert.py reads")
+    add("--run", default=SMALL_RUN, metavar="RUN",
+        help="a run folder, or a file that convert.py reads (default: notebooks/run, the demo's)")
     add("-o", "--out", metavar="FILE.png", help="(default: PHOTO's name with -inpainted.png)")
     add("--samples", type=int, default=1, metavar="N", help="to FILE-1.png, ... (default: 1)")
     add("--steps", type=int, metavar="N",

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from asym_decoder import AsymVQGAN
-from convert import DEFAULT_STEPS, chosen_steps, load, load_prior, run_of
+from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior, run_of
 from data import pixels, views
 from diffusion import frequency_nats, held_out_bound
 from distributed import UserError, exit_on_user_error, print0, setup, wait_for
@@ -136,7 +136,8 @@ def main():
         "Draw samples by the prior of RUN and decode them. With a PNG as -o, print what drawing in "
         "each number of --steps costs."))
     add = parser.add_argument
-    add("--run", metavar="RUN", required=True, help="a run folder with a prior, or a prior's file")
+    add("--run", metavar="RUN", default=SMALL_RUN,
+        help="a run folder with a prior, or a prior's file (default: notebooks/run, the demo's)")
     add("-n", type=int, default=16, metavar="N", help="number of samples (default: 16)")
     add("-o", dest="output", default="samples.png", metavar="FILE.png|FOLDER/",
         help="one picture of all, or a folder with one PNG each (default: samples.png)")

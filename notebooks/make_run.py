@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_folder
 from convert import load_first_stage
 
-LINES = 300                                              # of a log, at most
+LINES = 200                                              # of a log, at most
 
 
 def half(weights):
@@ -40,12 +40,14 @@ def main(source, target):
         run_folder.save(target / stage / "last.pt", state)
         if stage in ("vqgan", "refit"):                  # rounded weights have another hash
             parent = load_first_stage(target / stage / "last.pt").parent
-        # Keep validations and every so many steps of the log.
+        # Keep validations and every so many steps of the log, with five digits.
         lines = (source / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        every = max(1, -(-len(lines) // LINES))
-        kept = [line for number, line in enumerate(lines)
-                if number % every == 0 or any(key.startswith("val_") for key in json.loads(line))]
-        (target / stage / "log.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+        records, every = [json.loads(line) for line in lines], max(1, -(-len(lines) // LINES))
+        kept = [{key: float(f"{value:.5g}") if isinstance(value, float) else value
+                 for key, value in record.items()} for number, record in enumerate(records)
+                if number % every == 0 or any(key.startswith("val_") for key in record)]
+        (target / stage / "log.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     for path in sorted(target.rglob("*.*")):
         print(f"{path}: {path.stat().st_size // 1000} kB")
 

@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import sample
+from convert import load_model, load_prior
+from data import held_out_batches, open_dataset
+from metrics import pre_error
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -159,3 +165,39 @@ def test_formulas_have_no_sign_that_breaks_on_github(source):
         if kind == "markdown":
             assert "align}" not in text
             assert not re.search(r"\$[^$\n]*~[^$\n]*\$", text)
+
+
+# ---------------------------------------------------------------- the small run
+
+
+@torch.no_grad()
+def test_the_small_run_has_the_figures_of_its_readme():
+    model, test = load_model(FOLDER / "run"), open_dataset("signs", None, "test", 64)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    own, ours, codes = [], [], []
+    for batch in held_out_batches(test, 64, 16, torch.device("cpu")):
+        z = model.encode(batch.x)
+        codes.append(model.first_stage.indices(batch.x).unique())
+        own.append(pre_error(model.first_stage.decode(z), batch.x, batch.mask))
+        ours.append(pre_error(model.decode(z, image=batch.x, mask=batch.mask), batch.x, batch.mask))
+    text = (FOLDER / "run" / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    for values, written in ((own, r"error of ([\d.]+) at"), (ours, r"with a mask ([\d.]+\d)\.")):
+        found = 1e5 * torch.cat(values).mean().item()
+        assert found == pytest.approx(float(re.search(written, text)[1]), rel=0.01)
+    assert f"use {torch.cat(codes).unique().numel()} codes of 128" in text
+
+
+def test_the_small_run_has_a_finished_prior_and_samples_are_drawn_from_it_by_default(
+        tmp_path, monkeypatch, capsys):
+    assert load_prior(FOLDER / "run").finished
+    monkeypatch.setattr(sys, "argv", ["sample.py", "-n", "1", "--steps", "1", "-o",
+                                      str(tmp_path / "s.png")])
+    sample.main()
+    assert (tmp_path / "s.png").exists()
+
+
+def test_the_small_run_is_small_and_has_no_paths():
+    files = [path for path in (FOLDER / "run").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 7_000_000
+    for path in files:
+        assert not re.search(rb"/(home|root|Users|tmp|work)/", path.read_bytes())
