@@ -99,10 +99,10 @@ boxes = [box_mask(64, 0, 0, 40, 64), 1 - box_mask(64, 32, 32, 32, 32),
 some, holes = x[[4, 1, 2, 9]], torch.from_numpy(np.stack(boxes)).float()[:, None]
 filled, given, known, codes, z = to_latents(some, holes, key=1)
 maps = [colour[each].permute(0, 3, 1, 2) for each in (given, codes)]
-rows = {"photo": some, "with its hole": some * (1 - holes), "1  hole in one colour": filled,
+rows = {"photo": some, "with its hole": some * (1 - holes), "1  one colour": filled,
         "2, 3  known codes": torch.where(known[:, None], maps[0], 1.0), "4  all codes": maps[1],
-        "5, 6  the first stage's\nown decoder": first.decode(z),
-        "5, 6  ours, with\nthe known pixels": model.decode(z, image=some, mask=holes)}
+        "5, 6  first stage's\nown decoder": first.decode(z),
+        "5, 6  ours, with\nknown pixels": model.decode(z, image=some, mask=holes)}
 plt.figure(figsize=(7.4, 10)).add_subplot(xlabel="share of the photo that is hidden",
     title=f"drawn codes: {(~known).flatten(1).sum(1).tolist()} of 256", yticks=range(34, 476, 68),
     yticklabels=rows, xticks=range(34, 272, 68), xticklabels=[f"{m.mean():.1%}" for m in holes])
@@ -368,6 +368,7 @@ print(f"you said {guess}, B changes it by a factor of {factor:.2f}")
 #
 # **Claim.** Cutting adds about $(1/255)^2/3$, the mean square of what is cut off. That is nothing
 # for the first stage's decoder. The smallest error in AVQ's tables is of that size.
+# (The rest is a bias. Our pictures are a little too dark, and cutting darkens them further.)
 
 # %%
 def letters():
