@@ -411,7 +411,8 @@ assert abs(samples.mean() / test.mean() - 1) < 0.05
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 4))
 axes[0].imshow(mosaic(rows)), axes[0].axis("off"), axes[0].set_title("right of each, the nearest")
 axes[1].hist([samples, test, copies], 20, histtype="step", lw=2, color=["C0", "C5", "C2"])
-axes[1].legend(["copies", "test pictures", "samples"]), axes[1].set(xlabel="nearest, |a - b|")
+axes[1].legend(["copies", "test pictures", "samples"], loc="upper center")
+axes[1].set(xlabel="distance |a - b|", title=f"to the nearest: {samples.mean():.0f} on average")
 
 # %% [markdown]
 # ## Take home
