@@ -11,11 +11,13 @@ whose first line is `# figure: NAME. WHAT TO SEE` draws a figure.
 
 import argparse
 import base64
+import io
 import re
 from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 STYLE = 'plt.style.use("course.mplstyle")'               # a line of every source's first cells
@@ -34,11 +36,21 @@ def run(notebook, seconds=600):
     return notebook
 
 
+def smaller(png):
+    """Reduce a PNG, in base64, to 256 colours."""
+    file, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png)))
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def build(source):
     """Write the student's notebook beside its source."""
     notebook = run(jupytext.reads(student(source.read_text(encoding="utf-8")), fmt="py:percent"))
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number:02}", {}  # no random names, no times
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python",
                                         "name": "python3"}, "language_info": {"name": "python"}}
     target = source.with_suffix(".ipynb")
