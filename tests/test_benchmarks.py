@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_reports import example_report
-from tiny_runs import SIZE, write_first_stage, write_prior
+from tiny_runs import SIZE, write_first_stage, write_prior, write_run
 
 import data
 import train_autoencoder
-from convert import load_first_stage
+from convert import load_first_stage, load_model
+from metrics import seam
 from pictures import image_grid
 from refit import install_codebook
 
@@ -52,7 +53,7 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["figures", "gpu", "known_pixels", "seeds"]     # no times; tested below
+    others = ["figures", "gpu", "known_pixels", "paste", "seeds"]   # no times; tested below
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -258,3 +259,23 @@ def test_seeds_of_different_pictures_are_refused(tmp_path, monkeypatch, capsys):
         run("seeds", [str(tmp_path / name) for name in "ab"], monkeypatch)
     assert ended.value.code == 2
     assert "not of the same pictures" in capsys.readouterr().err
+
+
+def test_pasting_is_measured_over_both_decoders(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    run("paste", ["--run", str(tmp_path / "run"), "-n", "3"], monkeypatch)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(lines) == 6
+    model = load_model(tmp_path / "run")
+    (batch,) = data.held_out_batches(data.Signs("val", SIZE), 3, 3, torch.device("cpu"))
+    with torch.no_grad():
+        z = model.encode(batch.x)
+        pasted = torch.where(batch.mask == 1, model.decode(z), batch.x)
+        ours = model.decode(z, image=batch.x, mask=batch.mask)
+    difference = (seam(ours, batch.x, batch.mask) - seam(pasted, batch.x, batch.mask)).mean()
+    (row,) = [line for line in lines if line[:2] == ["ours without mask, pasted", "full"]]
+    assert float(row[3].split(" ± ")[0]) == pytest.approx(difference.item(), abs=1e-3)
+    hole = (batch.mask * (pasted.clamp(-1, 1) - batch.x).abs()).sum((1, 2, 3))
+    hole = (hole / (3 * batch.mask.sum((1, 2, 3)))).mean()
+    assert float(row[4].split(" ± ")[0]) == pytest.approx(hole.item(), abs=1e-2)
