@@ -164,7 +164,7 @@ def test_every_deviation_names_tests_that_exist():
 
 def test_the_rows_of_each_table_have_as_many_cells_as_its_head():
     assert {letter: {len(row) for row in table(letter)} for letter in "abcdef"} == {
-        "a": {4}, "b": {3}, "c": {5}, "d": {3}, "e": {3}, "f": {2}}
+        "a": {4}, "b": {4}, "c": {5}, "d": {3}, "e": {3}, "f": {2}}
 
 
 def test_the_files_that_the_table_of_symbols_points_to_exist():
@@ -203,3 +203,13 @@ def test_every_link_to_a_heading_finds_it(path):
 
 def test_the_readme_is_one_page_of_at_most_170_lines():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_the_map_says_which_notebooks_show_a_tag():
+    sources = {path.name[0]: path.read_text(encoding="utf-8")
+               for path in sorted((ROOT / "notebooks").glob("[0-9]_*.py"))}
+    assert sources
+    for tags, _, _, seen in table("b"):
+        found = [number for number, text in sources.items()
+                 if set(TAG.findall(text)) & set(TAG.findall(tags))]
+        assert seen == ", ".join(found), tags
