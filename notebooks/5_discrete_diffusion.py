@@ -351,12 +351,12 @@ for t in torch.arange(1, 101)[:, None].expand(100, 16):
 counted = [counted[name].mean().item() / 256 for name in ("unigram", "histogram")]
 bits = [7, *(n / torch.tensor(2.0).log().item() for n in (*counted, sum(L)))]
 print(f"you said {guess}, it is {bits[3]:.2f} bits; counted {bits[1]:.2f}, by cell {bits[2]:.2f}")
-assert (bits[3] < 0.8 * min(bits[:3])) & (diffusion.prior_kl() < 1e-9)
 left, right = plt.subplots(1, 2, figsize=(10, 2.8))[1]
 left.bar(range(1, 101), L, width=1)
 left.set(xlabel="t", ylabel="$L_{t-1}$ in nats a code", title=f"Sum: {sum(L):.2f} nats")
 right.barh(["equal", "counted", "by cell", "prior"], bits, color=["C5", "C5", "C5", "C0"])
 right.set(xlabel="bits a code", title=f"The prior: {1 - bits[3] / bits[2]:.0%} less than counting")
+assert (bits[3] < 0.8 * min(bits[:3])) & (diffusion.prior_kl() < 1e-9)
 
 # %% [markdown]
 # ## The way back
