@@ -382,7 +382,7 @@ assert own_L1 - floor < 0.06 * own_L1
 #
 # **ReFiT** is the cure. Keep the trained encoder. Make the centres of its outputs the new codebook:
 # seeds by AFK-MC², a quick k-means++, then Lloyd's algorithm. Then fine-tune the decoder alone.
-# [DDM Sec. 3.2] [DDM Table 1]
+# [DDM Sec. 3.2] [DDM Tab. 1]
 
 # %%
 # figure: refit. Grey: latents. Dots: codes in use. Crosses: codes that no cell takes, a heap where
