@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from distributed import UserError, print0
@@ -192,7 +193,8 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
 
     min_side: a JPEG may be decoded 2, 4 or 8 times smaller, its short side at least this long.
     to_srgb: convert colours to sRGB by the file's ICC profile, which the output will not have.
-    Raises UserError for a file that cannot be decoded, and beyond 178 million pixels.
+    The output's info["turn"] is the EXIF orientation, info["remarks"] lists warnings of what is
+    lost. Raises UserError for a file that cannot be decoded, and beyond 178 million pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -201,9 +203,11 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
             with Image.open(path) as image:
                 if min_side:             # draft() keeps each side at least as long as it is told
                     image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
-                image.load()
                 profile = image.info.get("icc_profile") if to_srgb else None
+                turn, lost = 1, ["16 bits a colour are"] * (";16" in f"{image.mode} {image.tile}")
+                image.load()
                 with suppress(Exception):        # a damaged EXIF block
+                    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
                     ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith(("I", "F")):
                     image = _to_8_bits(image)
@@ -212,8 +216,13 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
                         image = _to_srgb(image, profile)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
+                    if image.getextrema()[3][0] < 255:
+                        lost.append(f"transparency, here on {ground}, is")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-                return image.convert("RGB")
+                image = image.convert("RGB")
+                lost = [f"{path}: {what} not kept" for what in lost]
+                image.info |= {"turn": turn, "remarks": lost}
+                return image
     except Exception as error:           # Pillow's readers raise nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be decoded ({reason})") from None
@@ -277,16 +286,37 @@ def read_mask(path, invert=False):
 
 
 def read_pair(photo, mask, invert=False):
-    """Read a photo, uint8 (H,W,3), and its mask, resized to it: bool (H,W), True = generate."""
-    image = np.array(load_image(photo))                                             # (H, W, 3)
-    hole, remarks = read_mask(mask, invert)                                         # (h, w)
-    (H, W), (h, w) = image.shape[:2], hole.shape
-    if (h, w) != (H, W):
-        remarks.append(f"{mask}: {w} x {h} px, resized to the photo's {W} x {H}")
-        hole = np.array(Image.fromarray(hole).resize((W, H), Image.Resampling.NEAREST))
-    for remark in remarks:
+    """Read a photo, uint8 (H,W,3), and its mask, fitted to it: bool (H,W), True = generate."""
+    image = load_image(photo)
+    hole, remarks = fit_mask(mask, image, photo, invert)
+    for remark in image.info["remarks"] + remarks:
         print0(f"warning: {remark}")
-    return image, hole                                                              # (H, W)
+    return np.array(image), hole                                         # (H, W, 3), (H, W)
+
+
+def fit_mask(mask, image, photo, invert=False):
+    """Read a mask in the size of `image`, the `photo` as load_image gives it: as read_mask.
+
+    A mask of the photo's stored size gets the photo's EXIF turn. A pixel is to be generated where
+    any pixel of the mask that overlaps it is. Raises UserError for another aspect ratio.
+    """
+    hole, remarks = read_mask(mask, invert)                                         # (h, w)
+    (h, w), (W, H), turn = hole.shape, image.size, image.info["turn"]
+    stored = (H, W) if turn > 4 else (W, H)                      # 5 to 8 exchange rows and columns
+    if turn > 1 and (w, h) == stored == (W, H):
+        remarks.append(f"{photo} is turned by its EXIF tag, {mask} is not: it would fit both ways")
+    elif (w, h) == stored != (W, H):
+        remarks.append(f"{mask}: {w} x {h} px as the photo is stored; turned by its EXIF tag too")
+        upright = Image.fromarray(hole)
+        upright.getexif()[ExifTags.Base.Orientation] = turn
+        hole = np.array(ImageOps.exif_transpose(upright))                           # (H, W)
+    elif (w, h) != (W, H):
+        if abs(w * H - h * W) >= max(w + h, W + H):     # more than rounding sides can explain
+            raise UserError(f"{mask} is {w} x {h} px, {photo} is {W} x {H}: another aspect ratio; "
+                            "crop the mask as the photo was cropped")
+        remarks.append(f"{mask}: {w} x {h} px, resized to the photo's {W} x {H}")
+        hole = F.adaptive_max_pool2d(torch.tensor(hole)[None].float(), (H, W))[0].numpy() > 0
+    return hole, remarks
 
 
 def square_crop(image, size, rng=None):

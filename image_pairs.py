@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import EXTENSIONS, Batch, list_images, load_image, pixels, read_mask, square_crop
+from data import EXTENSIONS, Batch, fit_mask, list_images, load_image, pixels, square_crop
 from distributed import UserError, exit_on_user_error, print0, rank, world_size
 from masks import MASK_KINDS, area_bucket, evaluation_mask
 from run_folder import Progress, make_folder, write_text
 
 MASK_SUFFIX = re.compile(r"_mask\d*$")
-WARNINGS = 3                                     # about masks that are printed, at most
+WARNINGS = 3                                     # about files that are printed, at most
 
 
 @dataclass
@@ -56,7 +57,7 @@ class MatchedFolders:
         self.masks = _match("--masks", masks, names, real)
         self.refs = _match("--refs", refs, names, real)
         self.names, self.invert_mask = names[:limit], invert_mask
-        self.warned = 0                          # warnings about masks so far
+        self.warned = 0                          # warnings about files so far
         self.about = f"{pred} beside {real}" if pred else str(real)
         if masks:
             self.about += f", masks in {masks}"
@@ -67,23 +68,31 @@ class MatchedFolders:
     def describe(self):
         return f"{len(self):,} pictures in {self.about}"
 
+    def sizes(self):
+        """Yield (file, width, height) of the originals as stored, without reading their pixels."""
+        for name in self.names:
+            with suppress(Exception), Image.open(self.real[name]) as image:   # read tells of them
+                yield self.real[name], *image.size
+
     def read(self, index):
         """Read (real, pred, mask, ref), uint8 (C,H,W) or None. UserError: sizes that differ."""
-        name, mask = self.names[index], None
-        real, pred, ref = (_photo(files[name]) if files else None
-                           for files in (self.real, self.pred, self.refs))
+        name, mask, warnings = self.names[index], None, []
+        real, pred, ref = images = [files and load_image(files[name])
+                                    for files in (self.real, self.pred, self.refs)]
         if self.masks:
-            hole, warnings = read_mask(self.masks[name], self.invert_mask)
+            hole, warnings = fit_mask(self.masks[name], real, self.real[name], self.invert_mask)
             mask = torch.from_numpy(hole)[None]                                     # (1, H, W)
-            for warning in warnings[:max(0, WARNINGS - self.warned)]:
-                print0(f"warning: {warning}")
-            self.warned += len(warnings)
-        for files, picture in ((self.pred, pred), (self.masks, mask)):
-            if files and picture.shape[1:] != real.shape[1:]:
-                (h, w), (H, W) = picture.shape[1:], real.shape[1:]
-                raise UserError(f"{files[name]} is {w} x {h} px, {self.real[name]} is {W} x {H}; "
-                                "make them of one size")
-        return real, pred, mask, ref
+        for image in filter(None, images):
+            warnings += image.info["remarks"]
+        for warning in warnings[:max(0, WARNINGS - self.warned)]:
+            print0(f"warning: {warning}")
+        self.warned += len(warnings)
+        if pred and pred.size != real.size:
+            (w, h), (W, H), turned = pred.size, real.size, real.info["turn"] > 4
+            cure = "turn it by its EXIF tag" if turned and w == H else "make them of one size"
+            raise UserError(f"{self.pred[name]} is {w} x {h} px, {self.real[name]} is {W} x {H}; "
+                            + cure)
+        return _tensor(real), pred and _tensor(pred), mask, ref and _tensor(ref)
 
     def batches(self, batch_size, device):
         """Yield this process's share of the images as PairBatches."""
@@ -107,7 +116,7 @@ class PictureFolder:
         return len(self.files)
 
     def read(self, index):
-        return _photo(os.path.join(self.name, self.files[index]))
+        return _tensor(load_image(os.path.join(self.name, self.files[index])))
 
     def batches(self, batch_size, device):
         for index, items in _batches(self.read, len(self), batch_size, lambda item: item.shape):
@@ -123,8 +132,8 @@ def _batches(read, n, batch_size, shape):
             yield [i for i, _ in batch], [item for _, item in batch]
 
 
-def _photo(path):
-    return torch.from_numpy(np.array(load_image(path))).permute(2, 0, 1)            # (3, H, W)
+def _tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)                       # (3, H, W)
 
 
 def _stem(file):

@@ -599,6 +599,68 @@ def test_a_pair_has_the_photos_size_and_warnings_are_printed(tmp_path, capsys):
     assert np.array_equal(black, ~mask)
 
 
+@pytest.mark.parametrize("scale", [(2, 2), (3, 3), (1.5, 1.5), (10, 10), (2.03, 1.97)])
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_pixel_is_hole_where_any_pixel_of_a_larger_mask_that_overlaps_it_is(tmp_path, scale,
+                                                                               negative):
+    w, h = round(40 * scale[0]), round(30 * scale[1])
+    lines = np.zeros((h, w), bool)
+    lines[h // 2 + 1, :] = lines[:, w // 3] = True               # scratches of one pixel
+    lines = ~lines if negative else lines
+    Image.fromarray(lines).save(tmp_path / "m.png")
+    picture(7, (40, 30)).save(tmp_path / "p.png")
+    wanted = np.array([[lines[i * h // 30:-(-(i + 1) * h // 30), j * w // 40:-(-(j + 1) * w // 40)]
+                        .any() for j in range(40)] for i in range(30)])
+    assert np.array_equal(data.read_pair(tmp_path / "p.png", tmp_path / "m.png")[1], wanted)
+    inverted = data.read_pair(tmp_path / "p.png", tmp_path / "m.png", True)[1]
+    assert (inverted | wanted).all()                             # the hole is what may not be lost
+
+
+@pytest.mark.parametrize(("size", "fits"), [
+    ((80, 60), True), ((20, 15), True), ((13, 10), True), ((61, 45), True), ((400, 299), True),
+    ((30, 40), False), ((40, 40), False), ((80, 50), False), ((400, 270), False)])
+def test_a_mask_of_another_aspect_ratio_than_rounding_explains_is_refused(tmp_path, size, fits):
+    picture(7, (40, 30)).save(tmp_path / "p.png")
+    Image.new("L", size, 255).save(tmp_path / "m.png")
+    if fits:
+        assert data.read_pair(tmp_path / "p.png", tmp_path / "m.png")[1].shape == (30, 40)
+        return
+    with pytest.raises(UserError, match=f"m.png is {size[0]} x {size[1]} px, .*aspect ratio"):
+        data.read_pair(tmp_path / "p.png", tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("drawn", ["stored", "upright"])
+def test_a_mask_of_the_stored_size_gets_the_photos_turn(tmp_path, orientation, drawn, capsys):
+    hole, exif = np.zeros((6, 9), bool), Image.Exif()
+    hole[1, 2:7] = hole[4, 8] = True
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.uint8(255 * hole)).convert("RGB")
+    image.save(tmp_path / "p.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "p.png"))
+    (image if drawn == "stored" else upright).save(tmp_path / "m.png", exif=b"")
+    photo, mask = data.read_pair(tmp_path / "p.png", tmp_path / "m.png")
+    said = capsys.readouterr().out
+    if drawn == "upright" or orientation in (1, 5, 6, 7, 8):
+        assert np.array_equal(mask, photo[..., 0] > 0)
+    assert ("turned by its EXIF tag too" in said) == (drawn == "stored" and orientation > 4)
+    assert ("it would fit both ways" in said) == (orientation in (2, 3, 4))
+
+
+@pytest.mark.parametrize(("mode", "lost"), [("RGB", None), ("RGBA", None), ("L", None),
+                                            ("clear", "transparency, here on white, is not kept"),
+                                            ("I;16", "16 bits a colour are not kept")])
+def test_what_a_photo_loses_is_said_once_and_an_opaque_channel_is_no_loss(tmp_path, mode, lost,
+                                                                          capsys):
+    image = (Image.fromarray(np.uint16([[0, 65535] * 80] * 120)) if mode == "I;16" else
+             Image.new("RGBA", (160, 120), (1, 2, 3, 99)) if mode == "clear" else
+             Image.new(mode, (160, 120), "white"))
+    image.save(tmp_path / "p.png")
+    Image.fromarray(np.eye(120, 160) > 0).save(tmp_path / "m.png")
+    data.read_pair(tmp_path / "p.png", tmp_path / "m.png")
+    assert capsys.readouterr().out == (f"warning: {tmp_path / 'p.png'}: {lost}\n" if lost else "")
+
+
 # -- the order of training -------------------------------------------------------------------------
 
 class Numbers:

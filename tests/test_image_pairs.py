@@ -169,12 +169,13 @@ def test_masks_and_references_may_have_more_but_not_less(here, flag):
     refused(f"--{flag} {flag} has no file for y; files", "real", **{flag: flag})
 
 
-def test_other_sizes_are_refused_and_nothing_is_resized(here):
+def test_other_sizes_are_refused_and_no_picture_is_resized(here):
     fill(here / "real", "x.png", size=(12, 8))
     fill(here / "turned", "x.png", size=(8, 12))
-    for flag in ("pred", "masks"):
+    sizes = "^turned/x.png is 8 x 12 px, real/x.png is 12 x 8"
+    for flag, why in (("pred", "; make them of one size"), ("masks", ": another aspect ratio")):
         matched = MatchedFolders("real", **{flag: "turned"})
-        with pytest.raises(UserError, match=r"^turned/x.png is 8 x 12 px, real/x.png is 12 x 8; "):
+        with pytest.raises(UserError, match=sizes + why):
             matched.read(0)
     assert MatchedFolders("real", refs="turned").read(0)[3].shape == (3, 12, 8)
 
@@ -204,6 +205,39 @@ def test_warnings_about_masks_are_printed_until_there_are_three(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line[:24] for line in lines] == [
         "warning: masks/04.png: 4", "warning: masks/04.png: n", "warning: masks/05.png: 4"]
+
+
+def test_a_mask_is_fitted_to_its_original_but_a_picture_that_ignored_the_turn_is_named(
+        here, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (here / "real").mkdir()
+    Image.new("RGB", (12, 8)).save("real/x.jpg", exif=exif)           # upright it is 8 x 12
+    draw(here / "stored" / "x.png", half_white())
+    draw(here / "double" / "x.png", np.kron(half_white(12, 8), np.ones((2, 2))))
+    fill(here / "pred", "x.png", size=(12, 8))
+    for masks, wanted in (("stored", np.rot90(half_white(), -1)), ("double", half_white(12, 8))):
+        mask = MatchedFolders("real", masks=masks).read(0)[2]
+        assert np.array_equal(mask[0], wanted > 0)
+        assert f"warning: {masks}/x.png: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"real/x.jpg is 8 x 12; turn it by its EXIF tag"):
+        MatchedFolders("real", "pred").read(0)
+
+
+def test_transparency_of_a_pair_is_said(here, capsys):
+    fill(here / "real", "x.png")
+    (here / "pred").mkdir()
+    Image.new("RGBA", (12, 8), (0, 0, 0, 100)).save("pred/x.png")
+    MatchedFolders("real", "pred").read(0)
+    said = capsys.readouterr().out
+    assert said == "warning: pred/x.png: transparency, here on white, is not kept\n"
+
+
+def test_sizes_are_listed_without_reading_and_what_cannot_be_opened_is_left_to_reading(here):
+    fill(here / "real", "a.png", "b.png")
+    fill(here / "real", "c.png", size=(5, 9))
+    (here / "real" / "b.png").write_bytes(b"no picture")
+    assert list(MatchedFolders("real").sizes()) == [("real/a.png", 12, 8), ("real/c.png", 5, 9)]
 
 
 # -- batches ---------------------------------------------------------------------------------------
