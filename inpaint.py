@@ -6,15 +6,18 @@
     x, its hole in one colour --encode--> indices --complete, window by window--> indices --> z
     z, x, mask --decode--> x_hat --crop, round--> picture               DDM Sec. 4.4, AVQ Sec. 3.2
 
-The photo's pixels under the mask have no influence. Memory grows with the photo's area.
+The photo's pixels under the mask have no influence. In a large photo all this is done piece by
+piece around the hole, and the rest stays as it is.
 """
 
 import argparse
 import itertools
 import math
 import os
+import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from PIL import Image
 from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
-from distributed import UserError, exit_on_user_error, print0, setup
+from distributed import UserError, exit_on_user_error, print0, setup, wait_for
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from quantize import exact_float32
@@ -32,7 +35,9 @@ from run_folder import Progress, duration, make_folder
 from seeding import COMPLETION, FIGURE, keyed_generators
 
 CAPTIONS = {"asym": "ours", "vanilla": "vanilla decoder"}        # {decoder: caption}
+NEAR = 256                          # px around the hole, in the picture of --compare
 RESAMPLE = 5                        # each step five times for the report's figures; the paper: once
+MOST_CELLS, MOST_PIXELS = 64, 512   # sides of a piece of a large photo: the smaller one counts
 IMAGES, COMPLETIONS, ROWS = 2, 3, 6       # for each of DDM's masks, of each; in inpainting.png
 
 
@@ -107,57 +112,92 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         raise UserError("the prior has another codebook than the model: train one by train.py "
                         "--stage prior --vqgan RUN --out NEW_RUN, and give --prior NEW_RUN")
 
+    # Cut out the hole, with a quarter of the cut's length as context on each side. The rest stays
+    # as it is, because the cost of attention grows with the square of the area.
+    grid, whole, most = prior.grid if prior else (1, 1), photo, min(MOST_CELLS, MOST_PIXELS // f)
+    lengths = [min(n, max(2 * np.ptp(hole.any(1 - axis).nonzero()) + 2, f * max(most, grid[axis])))
+               for axis, n in enumerate(hole.shape)]
+    (cut,) = windows(torch.from_numpy(hole), lengths)
+    photo, hole = photo[cut], hole[cut]
+
     # Mirror photo and hole outwards, to multiples of f and to at least the prior's grid. A mirrored
     # hole is a hole, so nothing that the mask hides becomes known.
-    grid, (H, W) = prior.grid if prior else (1, 1), hole.shape
+    H, W = hole.shape
     ends = [(0, max(cells, math.ceil(side / f)) * f - side) for side, cells in zip((H, W), grid)]
+    padded = partial(np.pad, pad_width=[*ends, (0, 0)], mode="symmetric")  # (H,W,C) -> (H',W',C)
 
-    def padded(array):                                              # (H, W, C) -> (1, C, H', W')
-        array = np.pad(array, [*ends, (0, 0)], mode="symmetric")
-        return torch.from_numpy(array).permute(2, 0, 1)[None]
-    x, mask = pixels(padded(photo), device), padded(hole[..., None]).to(device).float()
+    def tensor(array):                                              # (h, w, C) -> (1, C, h, w)
+        return torch.from_numpy(array).permute(2, 0, 1)[None].to(device)
+    mirrored, hidden = padded(photo), padded(hole[..., None])       # (H', W', 3), (H', W', 1)
+    unknown = ~known_cells(tensor(hidden).float(), f)[0]            # (H'/f, W'/f)
+    steps = prior and chosen_steps(steps, prior.diffusion.T)
 
-    # Complete the latents of each sample, z (1,d,h,w).
-    if prior is None:
-        latents = [model.encode(fill_with_mean(x, mask))]
-    else:
-        known, steps = known_cells(mask, f), chosen_steps(steps, prior.diffusion.T)
-        places = windows(~known[0], grid)
-        scale = max(cells * f / side for cells, side in zip(grid, (H, W)))
-        if len(places) > 1 and scale < 1:
-            # Draw a large hole in a copy whose short side is the grid's, because the prior has
-            # learnt this field of view; enlarge the picture and encode it.  deviation D49
-            size = [round(W * scale), round(H * scale)]
-            if show:
-                print0(f"the hole is large: drawn in a copy of {size[0]} x {size[1]} px, enlarged")
-            # The box filter averages. Pixels that it mixes with hidden ones lie in small_hole.
-            small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
-                                 for array in (photo, hole.astype(np.float32)))
-            own = "vanilla" if model is first_stage else "asym"
-            drawn = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
-                                samples=samples, steps=steps, resample=resample, show=show)
-            large = (Image.fromarray(pictures[own]).resize((W, H), Image.Resampling.BICUBIC)
-                     for pictures in drawn)
-            joined = (np.where(hole[..., None], picture, photo) for picture in large)
-            latents = (model.encode(pixels(padded(each), device)) for each in joined)
-        else:
-            if show:
-                calls = samples * len(places) * (steps + (steps - 1) * (resample - 1))
-                prior = _with_progress(prior, calls, samples)
-            indices = first_stage.indices(fill_with_mean(x, mask))                  # (1, h, w)
-            codes = (complete(prior, indices, known, keyed_generators([(COMPLETION, seed, i)]),
-                              steps, resample) for i in range(samples))
-            latents = map(first_stage.quantize.lookup, codes)
+    # Draw a large hole in a copy whose short side is the grid's, because the prior has learnt this
+    # field of view; enlarge the picture.  deviation D49
+    scale, copies = max(cells * f / side for cells, side in zip(grid, (H, W))), None
+    if prior and scale < 1 and len(windows(unknown, grid)) > 1:
+        size = [round(W * scale), round(H * scale)]
+        if show:
+            print0(f"the hole is large: drawn in a copy of {size[0]} x {size[1]} px, enlarged")
+        # The box filter averages. Pixels that it mixes with hidden ones lie in small_hole.
+        small, small_hole = (np.array(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+                             for array in (photo, hole.astype(np.float32)))
+        own = "vanilla" if model is first_stage else "asym"
+        copies = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
+                             samples=samples, steps=steps, resample=resample, show=show)
 
-    # Decode them, crop, and round to 8 bits.
-    for z in latents:
-        pictures = {}
-        for name in decoders:
-            x_hat = (model.decode(z, image=x, mask=mask) if name == "asym"
-                     else first_stage.decode(z))                                    # (1,3,H',W')
-            unit = (x_hat[0, :, :H, :W].clamp(-1, 1) + 1) / 2                       # (3, H, W)
-            picture = (unit * 255).round().byte().permute(1, 2, 0).cpu().numpy()    # (H, W, 3)
-            pictures[name] = np.where(hole[..., None], picture, photo) if composite else picture
+    # Choose pieces that cover the hole, and say what they will cost: a decoder takes about twice
+    # the time of the encoder, which is timed on a sixteenth of a piece.
+    area = [min(n, max(most, cells)) for n, cells in zip(unknown.shape, grid)]      # in cells
+    pieces, progress = windows(unknown, area), None
+    if show and (photo.shape != whole.shape or len(pieces) > 1):
+        rows, columns = (f * math.ceil(cells / 4) for cells in area)
+        for _ in range(2):                                              # the first call is slower
+            start = time.perf_counter()
+            model.encode(pixels(tensor(mirrored[:rows, :columns]), device))
+            wait_for(device)
+        seconds = (time.perf_counter() - start) * math.prod(area) * f**2 / (rows * columns)
+        seconds *= samples * len(pieces) * (1 + 2 * len(decoders))
+        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} pieces: about "
+               f"{duration(seconds)} to decode; the rest is the photo's own pixels")
+    if show and len(pieces) > 1:
+        progress = Progress("pieces", 0, samples * len(pieces), 1 / len(pieces))
+    elif show and prior and copies is None:
+        calls = samples * len(windows(unknown, grid)) * (steps + (steps - 1) * (resample - 1))
+        prior = _with_progress(prior, calls, samples)
+
+    for i in range(samples):
+        left, generators = hidden.copy(), keyed_generators([(COMPLETION, seed, i)])
+        seen, pictures = mirrored.copy(), {name: mirrored.copy() for name in decoders}
+        if copies:
+            large = Image.fromarray(next(copies)[own]).resize((W, H), Image.Resampling.BICUBIC)
+            seen = np.where(hidden, padded(np.asarray(large)), mirrored)
+        for number, (rows, columns) in enumerate(pieces, i * len(pieces) + 1):
+            # Complete the latents of the piece, z (1,d,h,w).
+            piece = tuple(slice(f * part.start, f * part.stop) for part in (rows, columns))
+            x, mask = pixels(tensor(seen[piece]), device), tensor(left[piece]).float()
+            if prior is None or copies:
+                z = model.encode(x if copies else fill_with_mean(x, mask))
+            else:
+                indices = first_stage.indices(fill_with_mean(x, mask))              # (1, h, w)
+                codes = complete(prior, indices, known_cells(mask, f), generators, steps, resample)
+                z = first_stage.quantize.lookup(codes)
+            # Decode them, and round to 8 bits. What the last decoder drew, further pieces see.
+            for name in decoders:
+                x_hat = (model.decode(z, image=x, mask=mask) if name == "asym"
+                         else first_stage.decode(z))                                # (1, 3, h, w)
+                unit = (x_hat[0].clamp(-1, 1) + 1) / 2                              # (3, h, w)
+                picture = (unit * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                pictures[name][piece] = picture                                     # (h, w, 3)
+            np.copyto(seen[piece], picture, where=left[piece])
+            left[piece] = False
+            if progress:
+                progress.show(number, {})
+        if progress and i == samples - 1:
+            progress.close()
+        for name, picture in pictures.items():
+            pictures[name] = whole.copy()
+            np.copyto(pictures[name][cut], picture[:H, :W], where=hole[..., None] | (not composite))
         yield pictures
 
 
@@ -241,7 +281,7 @@ def main():
         "decoder draws all pixels from the codes and the photo's known pixels."))
     add = parser.add_argument
     add("photo", metavar="PHOTO", help="a photo of any size")
-    add("mask", metavar="MASK", help="white (>= 128) = to be generated; resized to the photo")
+    add("mask", metavar="MASK", help="white (>= 128) = to be generated; of PHOTO's aspect ratio")
     add("--run", default=SMALL_RUN, metavar="RUN",
         help="a run folder, or a file that convert.py reads (default: notebooks/run, the demo's)")
     add("-o", "--out", metavar="FILE.png", help="(default: PHOTO's name with -inpainted.png)")
@@ -299,8 +339,15 @@ def main():
     print0(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px, {hole.mean():.1%} to be generated;"
            f" {how}; pixels by {args.run}, decoder {args.decoder}{pasted}")
 
+    # Python's handlers would wait for a call of torch to end, which can take minutes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
     # Draw and write each sample.
     decoders, made = [args.decoder], []
+    near = tuple(slice(max(0, where[0] - NEAR), where[-1] + 1 + NEAR)
+                 for where in (hole.any(1).nonzero()[0], hole.any(0).nonzero()[0]))
     if args.compare and args.decoder == "asym" and model.first_stage.decoder is not None:
         decoders = ["vanilla", "asym"]
     drawn = inpaintings(model, photo, hole, prior, decoders=decoders, composite=args.composite,
@@ -309,12 +356,13 @@ def main():
     with exact_float32(), torch.inference_mode():
         for path, pictures in zip(outputs, drawn):
             Image.fromarray(pictures[args.decoder]).save(path)
-            made.append(pictures)
+            if args.compare:
+                made.append({name: picture[near] for name, picture in pictures.items()})
     if args.compare:
-        stacks = [photo] * len(made), *([each[name] for each in made] for name in decoders)
+        stacks = [photo[near]] * len(made), *([each[name] for each in made] for name in decoders)
         x, *shown = (pixels(torch.from_numpy(np.stack(stack)).permute(0, 3, 1, 2), "cpu")
                      for stack in stacks)                                           # (n, 3, H, W)
-        columns = {"original": x, "masked": show_masked(x, torch.from_numpy(hole).float())}
+        columns = {"original": x, "masked": show_masked(x, torch.from_numpy(hole[near]).float())}
         columns |= {CAPTIONS[name] + pasted: x_hat for name, x_hat in zip(decoders, shown)}
         image_grid(columns, comparison)
         outputs.append(comparison)

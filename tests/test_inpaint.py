@@ -2,8 +2,12 @@
 
 import itertools
 import os
+import re
+import signal
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +25,7 @@ from distributed import UserError, exit_on_user_error
 from inpaint import COMPLETIONS, IMAGES, RESAMPLE, ROWS, inpaint_photo
 from vqgan import VQGAN
 
+ROOT = Path(inpaint.__file__).parent
 GRID = (8, 8)                                    # of the tests' prior: 16 x 16 px
 
 
@@ -261,6 +266,62 @@ def test_without_a_prior_the_latent_is_that_of_the_photo_with_its_hole_in_one_co
     assert np.array_equal(inpaint_photo(model, photo, hole), expected)
 
 
+# -- large photos ----------------------------------------------------------------------------------
+
+
+def test_a_large_photo_is_its_cut_around_the_hole_inpainted_and_else_the_photo(models, monkeypatch):
+    """The cut is twice as long as the hole or, if that is more, as long as a piece."""
+    model, prior = models
+    monkeypatch.setattr(inpaint, "MOST_CELLS", 10)
+    photo = photo_of(90, 200)
+    for hole, cut in ((box(90, 200, 40, 50, 100, 112), np.s_[35:55, 96:116]),
+                      (box(90, 200, 40, 60, 2, 8), np.s_[30:70, 0:20]),
+                      (box(90, 200, 5, 85, 30, 170), np.s_[:, :])):
+        for given in (prior, None):
+            picture = inpaint_photo(model, photo, hole, given, steps=2)
+            part = inpaint_photo(model, photo[cut], hole[cut], given, steps=2)
+            assert np.array_equal(picture[cut], part)
+            changed = (picture != photo).any(2)
+            assert changed[hole].all()
+            changed[cut] = False
+            assert not changed.any()
+
+
+@pytest.mark.parametrize("given", ["prior", "no prior"])
+def test_a_large_hole_is_decoded_in_pieces_that_see_those_before(models, given, monkeypatch):
+    model, prior = models
+    photo, hole, seen = photo_of(60, 80), box(60, 80, 5, 55, 6, 70), []
+    decode, most = model.decode, 12
+    monkeypatch.setattr(inpaint, "MOST_CELLS", most)
+
+    def note(z, image, mask):
+        seen.append((image, mask))
+        return decode(z, image=image, mask=mask)
+
+    monkeypatch.setattr(model, "decode", note)
+    picture = inpaint_photo(model, photo, hole, prior if given == "prior" else None, steps=2)
+    pieces = [(x, mask) for x, mask in seen if mask.shape[2:] == (2 * most, 2 * most)]
+    assert len(pieces) > 6
+    assert sum(mask.sum() for _, mask in pieces) >= hole.sum()           # mirrored ones are more
+    assert pieces[0][1].mean() > 0.5 > pieces[1][1].mean()               # half of it was drawn
+    assert (picture != photo).any(2)[hole].all()
+    other = np.where(hole[..., None], 255 - photo, photo)                # the hole hides its pixels
+    assert np.array_equal(inpaint_photo(model, other, hole, prior if given == "prior" else None,
+                                        steps=2), picture)
+    pasted = inpaint_photo(model, photo, hole, prior if given == "prior" else None, steps=2,
+                           composite=True)
+    assert np.array_equal(pasted, np.where(hole[..., None], picture, photo))
+
+
+def test_no_piece_of_a_photo_of_12_megapixels_is_larger_than_512_px(models, monkeypatch):
+    model, _ = models
+    photo, hole, sizes = np.zeros((3000, 4000, 3), np.uint8), box(3000, 4000, 9, 300, 5, 40), []
+    monkeypatch.setattr(model, "encode", lambda x: sizes.append(x.shape[2:]) or x)
+    monkeypatch.setattr(model, "decode", lambda z, image, mask: image)
+    assert np.array_equal(inpaint_photo(model, photo, hole), photo)
+    assert max(max(size) for size in sizes) == 2 * inpaint.MOST_CELLS <= 512
+
+
 @pytest.mark.parametrize("own", ["asym", "vanilla"])
 def test_a_hole_drawn_in_a_smaller_copy_is_enlarged_and_encoded_with_the_photo_around_it(models,
                                                                                         own):
@@ -431,6 +492,40 @@ def test_the_program_writes_its_pictures_and_says_what_it_does(run, here, monkey
     assert not np.array_equal(pixels("made/out-2.png"), expected)
     assert call(monkeypatch, "photo.png", "mask.png", "--run", run) == 0
     assert np.array_equal(pixels("photo-inpainted.png"), expected)     # of one sample or of two
+
+
+def test_a_large_photo_says_beforehand_what_it_will_cost_and_what_stays(run, here, monkeypatch,
+                                                                        capsys):
+    monkeypatch.setattr(inpaint, "MOST_CELLS", 10)
+    monkeypatch.setattr(inpaint, "NEAR", 5)
+    Image.fromarray(photo_of(90, 200)).save("large.png")
+    save_mask("hole.png", box(90, 200, 40, 50, 100, 140))
+    shown = []
+    monkeypatch.setattr(inpaint, "image_grid", lambda columns, path: shown.append(columns))
+    assert call(monkeypatch, "large.png", "hole.png", "--run", run, "--no-prior", "--compare",
+                "-o", "out.png") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"works on 80 x 20 px around the hole, in \d pieces: about .* to decode; "
+                     "the rest is the photo's own pixels", said)
+    lines = [line for line in said.splitlines() if line.startswith("pieces ")]
+    assert re.match(r"pieces (\d+)/\1  ", lines[-1])
+    assert {images[0].shape for images in shown[0].values()} == {(3, 20, 50)}
+
+
+def test_signals_end_the_program_at_once_though_torch_would_not_let_python_answer(run, here):
+    """The network of this run sleeps in C for a minute, as a call of torch would."""
+    program = ("import ctypes, sys, inpaint; from distributed import exit_on_user_error; "
+               "sleep = lambda: print('asleep', flush=True) or ctypes.PyDLL(None).sleep(60); "
+               "inpaint.inpaintings = lambda *args, **kwargs: iter(sleep, 0); "
+               "exit_on_user_error(inpaint.main)")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, "photo.png", "mask.png", "--run", str(run), "--device",
+             "cpu"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while "asleep" not in (line := process.stdout.readline()):
+            assert line
+        process.send_signal(number)
+        assert process.wait(20) == -number
 
 
 def test_a_large_hole_says_that_it_is_drawn_in_a_copy_and_counts_all_steps(run, here, monkeypatch,
