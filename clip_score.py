@@ -69,8 +69,9 @@ class CLIPImageEncoder(nn.Module):
     """Embed images (B,3,H,W) in [-1,1] of any size as (B,D) float32, whose directions are compared.
 
     folder: has `config.json` and `model.safetensors` or `pytorch_model.bin` of a whole CLIP or its
-    image tower. The network is frozen, and float32 also under autocast. Raises UserError for files
-    that are missing, unreadable or of different models.
+    image tower, and `preprocessor_config.json` if mean and deviation are not OpenAI's. The network
+    is frozen, and float32 also under autocast. Raises UserError for files that are missing,
+    unreadable or of different models.
     """
 
     def __init__(self, folder):
@@ -99,9 +100,8 @@ class CLIPImageEncoder(nn.Module):
             raise UserError(f"{folder}: no config.json and weights of one CLIP model ({reason}); "
                             "see openai/clip-vit-base-patch32 on Hugging Face") from None
         # The mean and deviation, moved from [0,1] to [-1,1].
-        self.register_buffer("mean", 2 * torch.tensor(MEAN).view(1, 3, 1, 1) - 1, persistent=False)
-        self.register_buffer("deviation", 2 * torch.tensor(DEVIATION).view(1, 3, 1, 1),
-                             persistent=False)
+        self.register_buffer("mean", config["image_mean"] - 1, persistent=False)
+        self.register_buffer("deviation", config["image_std"], persistent=False)
         self.requires_grad_(False)
 
     def forward(self, images):
@@ -146,8 +146,12 @@ def _read(folder):
     """Read (config, {name: float32 tensor}) of the image tower; the caller handles all errors."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # A whole CLIP has a config for each tower, and the projection's width outside of both.
-    tower = DEFAULTS | config.get("vision_config", config)
+    tower = DEFAULTS | (config.get("vision_config_dict") or config.get("vision_config", config))
     tower["projection_dim"] = config.get("projection_dim", 512)
+    path = folder / "preprocessor_config.json"
+    given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in (("image_mean", MEAN), ("image_std", DEVIATION)):
+        tower[name] = 2 * torch.tensor(given.get(name, value)).view(1, 3, 1, 1)
     path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
     state = read_tensors(path if path.exists() else other)
     # Older files also hold position_ids, 0, 1, 2, ... Copy, because the file is memory-mapped.

@@ -125,6 +125,18 @@ def test_an_embedding_is_the_tower_written_out(name, state, tmp_path):
                                rtol=1e-4, atol=1e-4)
 
 
+def test_mean_and_deviation_are_those_of_the_preprocessor_beside_the_weights(state, tmp_path):
+    own = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    plain = CLIPImageEncoder(written(tmp_path / "clip", state))
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(own))
+    other, image = CLIPImageEncoder(tmp_path / "clip"), pictures(1, 3, 56, 56) * 0.2
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in own.values())
+    wanted = ((image + 1) / 2 - mean) / deviation                # what the tower is to see
+    shown = wanted * torch.tensor(DEVIATION).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    torch.testing.assert_close(other(image), plain(shown * 2 - 1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(other(image), plain(image), rtol=1e-3, atol=1e-3)
+
+
 def test_the_encoder_is_frozen_in_float32_and_drew_no_random_number(state, tmp_path):
     written(tmp_path / "clip", state)
     before = torch.get_rng_state()
