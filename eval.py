@@ -14,7 +14,8 @@ Writes report.md, report.json and, for runs, pictures beside them. [AVQ Tab. 2] 
 import argparse
 import csv
 import json
-import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from quantize import code_statistics, exact_float32
 from seeding import SHIFT, numpy_generator
 
 EXAMPLES, SAMPLES, REPORT_STEPS = 6, 16, 25      # images in report.png; samples, steps of each
+MOST_PIXELS, MOST_CELLS = 2**22, 2**16           # of an image that runs decode
 WORKERS = 2                                      # processes that read photos for --table ddm1
 CAPTIONS = {"paste": "vanilla, pasted", "asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
@@ -84,7 +86,21 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         n = n or (500 if isinstance(dataset, Signs) else 1000)
         about, masks_drawn = dataset.describe(), {"kind": "thick", "size": size, "seed": 0}
     n = min(n or len(images), len(images))
-    batch_size = batch_size or (8 if pred else 4 if real else max(1, min(16, 2**18 // size**2)))
+    # Check the sizes that the networks will meet.
+    sides = [] if unpaired else [*images.sizes()] if real else [(f"--size {size}", size, size)]
+    f, least = models and first_stage.config.f, networks.lpips.least_side if networks.lpips else 0
+    for name, w, h in sides if models else ():
+        at_once = min(MOST_PIXELS, MOST_CELLS * f**2)
+        if w % f or h % f or w * h > at_once:
+            raise UserError(f"{name}: {w} x {h} px; sides must be multiples of {f} and the area at "
+                            f"most {at_once:,} px for this first stage: cut squares by "
+                            "image_pairs.py, or crop originals and masks alike")
+    if small := [name for name, *side in sides if min(side) < least]:
+        networks.empty["lpips"] = (f"n/a: {net} needs {least} px: {len(small):,} images are "
+                                   f"smaller and left out, the first is {small[0]}")
+        print0(f"warning: LPIPS: {networks.empty['lpips']}")
+    area, most = max((w * h for _, w, h in sides), default=1), 8 if pred else 4 if real else 16
+    batch_size = batch_size or max(1, min(most, (2**21 if real else 2**18) // area))
 
     def batches(images, n, *ranks):
         if isinstance(images, MatchedFolders | PictureFolder):
@@ -93,7 +109,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
 
     # Choose the report's folder.
     if pred:
-        place = f"{pred.rstrip('/')}-report"
+        place = f"{os.path.abspath(pred)}-report"            # also of "." and ".."
     else:
         home = paths[0] if paths[0].is_dir() else paths[0].parent
         place = home if len(paths) == 1 else home / "compare"
@@ -106,9 +122,9 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         columns = first_images(batches(images, n), models) if models else {}
         # Decode the same latents by every decoder, and measure.
         ranks = distributed.rank(), distributed.world_size()
-        rows, counts = tabulate(batches(images, n, *ranks), n, batch_size, networks, models, pred)
+        rows, counts = tabulate(batches(images, n, *ranks), n, networks, models, pred)
         if unpaired:
-            rows += tabulate(batches(others, n_others, *ranks), n_others, batch_size, networks)[0]
+            rows += tabulate(batches(others, n_others, *ranks), n_others, networks)[0]
         sizes = {name: run.config.get("decoder") for name, run in runs.items()} or {pred: None}
         means, pairs = distributed.on_rank0(lambda: (
             metrics.report_rows(rows, sizes, networks.lpips and net), metrics.differences(rows)))
@@ -205,10 +221,6 @@ def open_runs(paths, device):
 
 def encode(first_stage, x):
     """Encode x (B,3,H,W) to z (B,d,h,w) and indices (B,h,w), None for KL.  deviation D52"""
-    f, (H, W) = first_stage.config.f, x.shape[2:]
-    if H % f or W % f:
-        raise UserError(f"an image of {W} x {H} px: both sides must be multiples of {f} for this "
-                        "first stage; crop or resize originals and masks alike")
     if first_stage.config.latent == "kl":
         return first_stage.encode(x), None
     return first_stage.quantize(first_stage.moments(x))[:2]
@@ -262,16 +274,15 @@ def first_images(batches, models):
     return {caption: images[:EXAMPLES] for caption, images in columns.items()}
 
 
-def tabulate(batches, n, batch_size, networks, models=None, files=None):
+def tabulate(batches, n, networks, models=None, files=None):
     """Measure all batches over all processes: (the table of images, counts of codes (K,)).
 
     n: images in all; networks: None counts codes only. models: {run: model} that decode the images.
     files: name of pictures made elsewhere, which are each batch's `pred` or, without one, its `x`.
     """
-    steps = math.ceil(n / batch_size / distributed.world_size())
-    table, counts = [], 0
-    progress = run_folder.Progress("evaluation", 0, steps, min(batch_size, n))
-    for done, batch in enumerate(batches, 1):
+    table, counts, done = [], 0, 0
+    progress = run_folder.Progress("evaluation", 0, n, 1)
+    for batch in batches:
         outputs = {(None, metrics.REAL, "full"): (batch.x, 0)}          # (image, seconds) of each
         if models:
             first_stage = metrics.first_stage_of(models.values())
@@ -287,7 +298,8 @@ def tabulate(batches, n, batch_size, networks, models=None, files=None):
         if networks:
             for (run, decoder, protocol), (x_hat, seconds) in outputs.items():
                 table += metrics.measure(x_hat, batch, networks, run, decoder, seconds, protocol)
-        progress.show(min(done, steps), {})
+        done += len(batch.x) * distributed.world_size()      # the others are about as far as rank 0
+        progress.show(min(done, n), {})
     progress.close()
     return metrics.over_ranks(table), sum(distributed.gather_objects(counts))
 
@@ -320,7 +332,7 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
             networks = None
             if inception and not statistics and model.decoder is not None:       # held-out images
                 networks = metrics.Networks(inception=inception)
-            table, counts = tabulate(batches, total, batch_size, networks, {name: model})
+            table, counts = tabulate(batches, total, networks, {name: model})
             statistics.append(code_statistics(counts))
             if networks:
                 rfid = metrics.summary(table, None, "vanilla")["fid"]
@@ -394,7 +406,7 @@ def main():
         "(default: both, if the network's file can be had)")
     add("--per-image", metavar="FILE", help="write each image's measures as CSV (default: do not)")
     add("--batch-size", type=int, metavar="B", help="images at once (default: 16 up to 128 px, 4 "
-        "at 256, 1 at 512; 8 with --pred; 4 for RUN with --real)")
+        "at 256, 1 at 512; 8 with --pred; 4 for RUN with --real; fewer if large)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--out", metavar="DIR", help="the report's folder (default: RUN, RUN/compare for several, "
         "test/ in it for --split test; PRED-report)")
@@ -428,6 +440,10 @@ def main():
         if wrong:
             raise UserError(sentence)
     args.device = distributed.setup(args.device)
+    # Python's handlers would wait for a call of torch to end, which can take minutes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if args.per_image:
         run_folder.make_folder(Path(args.per_image).parent, "--per-image")
     evaluate(**vars(args))

@@ -40,6 +40,7 @@ class LPIPS(nn.Module):
         super().__init__()
         _check(net, "LPIPS net", TRUNKS)
         build, trunk_file, self.taps, widths = TRUNKS[net]
+        self.least_side = {"vgg": 16, "alex": 31, "squeeze": 17}[net]      # px, for all the pools
         with torch.device("meta"):  # no random start, because all weights come from the files
             self.features = build()
             for k, width in enumerate(widths):
@@ -151,6 +152,7 @@ class PatchDiscriminator(nn.Module):
 
     Layout, key names (`main.N.*`) and initialisation are those of taming-transformers. In training
     mode pass real and generated images in separate calls, because BatchNorm would mix the two.
+    H and W are at least 3 · 2^n_layers.
     """
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):

@@ -179,7 +179,7 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
             columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),
                        "psnr_known": psnr_known(x_hat, x, mask).tolist(),
                        "seam": seam(x_hat, x, mask).tolist()}
-        if networks.lpips is not None:
+        if networks.lpips is not None and min(x.shape[2:]) >= networks.lpips.least_side:
             columns["lpips"] = networks.lpips(x_hat, x).tolist()
         if networks.clip is not None and mask is not None and refs is not None:
             columns["clip_score"] = clip_score(networks.clip, x_hat, refs, mask).tolist()

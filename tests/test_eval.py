@@ -527,7 +527,7 @@ def test_pictures_made_by_anything_are_measured_as_they_are(folders, monkeypatch
 
 def test_every_column_has_a_value_where_its_network_is_there(folders, monkeypatch):
     class Fake:
-        mean, size = torch.zeros(1), 24
+        mean, size, least_side = torch.zeros(1), 24, 0
 
         def __init__(self, *_):
             pass
@@ -616,8 +616,63 @@ def test_runs_decode_photos_and_masks_of_ones_own(folders, run, monkeypatch):
     assert Path("out", "report.png").exists()
     for path in (*Path("real").iterdir(), *Path("masks").iterdir()):
         Image.open(path).crop((0, 0, 31, 30)).save(path)
-    with pytest.raises(UserError, match="31 x 30 px: both sides must be multiples of 2"):
+    with pytest.raises(UserError, match=r"^real/0.png: 31 x 30 px; sides must be multiples of 2"):
         _call(monkeypatch, flags)
+
+
+def test_a_photo_that_is_too_large_to_be_decoded_whole_is_refused_before_any_work(
+        folders, run, monkeypatch):
+    monkeypatch.setattr(program, "tabulate", None)
+    Image.new("RGB", (1024, 514)).save("real/3.png")             # f = 2: 512 x 257 cells
+    with pytest.raises(UserError, match=r"^real/3.png: 1024 x 514 px; .* at most 262,144 px for"):
+        _call(monkeypatch, f"{run} --real real --no-fid --lpips none --out out")
+
+
+def test_lpips_leaves_out_what_is_too_small_for_its_pools_and_says_so(folders, monkeypatch, capsys):
+    class Fake(torch.nn.Module):
+        least_side = 20
+
+        def forward(self, a, b):
+            assert min(a.shape[2:]) >= 20
+            return (a - b).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr("metrics.LPIPS", lambda *_: Fake())
+    flags = "--pred pred --real real --no-fid --lpips alex"
+    whole = _rows(_call(monkeypatch, flags))["files"]["lpips"]
+    assert whole is not None
+    assert "smaller and left out" not in capsys.readouterr().out
+    for folder in ("real", "pred"):
+        for name in ("1.png", "3.png"):
+            Image.open(f"{folder}/{name}").crop((0, 0, 32, 19)).save(f"{folder}/{name}")
+    report = _call(monkeypatch, f"{flags} --per-image rows.csv")
+    said = capsys.readouterr().out
+    why = "alex needs 20 px: 2 images are smaller and left out, the first is real/1.png"
+    assert said.index(why) < said.index("evaluation ")           # before the work
+    assert said.count(why) == 2                                  # and in the report
+    with open("rows.csv", newline="") as file:
+        values = [row["lpips"] for row in csv.DictReader(file)]
+    assert [value == "" for value in values] == [False, True, False, True, False]
+    mean = np.mean([float(value) for value in values if value])
+    assert _rows(report)["files"]["lpips"] == pytest.approx(mean)
+
+
+def test_progress_counts_images_so_that_mixed_sizes_have_one_line_at_the_end(
+        folders, monkeypatch, capsys):
+    for folder in ("real", "pred"):
+        for k in range(5):
+            Image.open(f"{folder}/{k}.png").crop((0, 0, 32, 20 + k)).save(f"{folder}/{k}.png")
+    _call(monkeypatch, "--pred pred --real real --no-fid --lpips none")
+    lines = re.findall("^evaluation .*", capsys.readouterr().out, re.MULTILINE)
+    assert [line[:16] for line in lines] == ["evaluation 5/5  "]
+
+
+@pytest.mark.parametrize("name", [".", "./", "../pred", "below/.."])
+def test_the_report_stands_beside_the_pictures_however_their_folder_is_named(
+        folders, name, monkeypatch):
+    (folders / "pred" / "below").mkdir()
+    monkeypatch.chdir("pred")
+    _call(monkeypatch, f"--pred {name} --real ../real --no-fid --lpips none", "../pred-report")
+    assert [path.name for path in folders.rglob("*report")] == ["pred-report"]
 
 
 def test_runs_that_cannot_share_a_table_are_refused(two_runs, tmp_path):

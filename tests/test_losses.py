@@ -51,6 +51,18 @@ def write_files(folder, net, state, trunk_extra=(), dtype=torch.float32):
 # ---------------------------------------------------------------- pixel loss and LPIPS
 
 
+@pytest.mark.parametrize("network", [*NETS, 1, 2, 3])
+def test_the_least_side_is_the_least_that_leaves_something_after_all_layers(network):
+    with torch.device("meta"):
+        if network in NETS:
+            layers, least = TRUNKS[network][0](), LPIPS(network, random_weights(network)).least_side
+        else:
+            layers, least = PatchDiscriminator(n_layers=network).eval(), 3 * 2**network
+        assert layers(torch.empty(1, 3, least, least + 9)).numel()
+        with pytest.raises(RuntimeError, match=r"[Ss]ize|[Kk]ernel"):
+            layers(torch.empty(1, 3, least - 1, least + 9))
+
+
 def test_pixel_loss_is_the_mean_absolute_difference_or_the_squared_one():
     a, b = torch.randn(2, 2, 3, 4, 5)
     errors = [abs(float(p) - float(q)) for p, q in zip(a.flatten(), b.flatten())]
