@@ -521,7 +521,8 @@ def test_signals_end_the_program_at_once_though_torch_would_not_let_python_answe
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
             [sys.executable, "-c", program, "photo.png", "mask.png", "--run", str(run), "--device",
-             "cpu"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+             "cpu"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job may ignore it
         while "asleep" not in (line := process.stdout.readline()):
             assert line
         process.send_signal(number)
