@@ -45,7 +45,7 @@ class Autoencoder:
     def __init__(self, run, name, recipe, model, groups, parent=None, config=None, facts=None):
         self.run, self.name, self.recipe, self.parent = run, name, recipe, parent
         self.config, self.facts = config or {}, facts or {}
-        device, net, size = run.device, run.settings["perceptual"], run.settings["size"]
+        device, net = run.device, run.settings["perceptual"]
         # Put both networks on the device.
         self.model = model.to(device).train()
         self.model.decoder.checkpointing = run.settings["checkpointing"]
@@ -66,10 +66,6 @@ class Autoencoder:
                                   recipe, device)}
         weights = run.settings["weights"]
         self.perceptual = losses.LPIPS(net, weights).to(device) if net != "none" else None
-        for who, least in (("the discriminator", 3 * 2**recipe.disc_layers),
-                           (f"--perceptual {net}", getattr(self.perceptual, "least_side", 0))):
-            if size < least:
-                raise UserError(f"--size {size}: {who} needs {least} px at least")
 
     def items(self, steps):
         """List the training images by position in the run, with crop and mask."""

@@ -41,15 +41,6 @@ def a_run(out="nowhere", data=("train", "val"), **more):
     return Run(config, out, CPU, 0, train_set, val_set)
 
 
-@pytest.mark.parametrize(("size", "reason"), [(23, "the discriminator needs 24 px at least"),
-                                             (30, "--perceptual alex needs 31 px at least")])
-def test_images_too_small_for_a_network_are_refused_before_training(size, reason, monkeypatch):
-    monkeypatch.setattr("losses.LPIPS", lambda *_: torch.nn.Identity())
-    monkeypatch.setattr(torch.nn.Identity, "least_side", 31, raising=False)
-    with pytest.raises(UserError, match=f"--size {size}: {reason}"):
-        FirstStage(a_run(size=size, perceptual="alex"), replace(SMALL_RECIPE, disc_layers=3), None)
-
-
 def batch(n=4, size=32, full=(False, True, False, False)):
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(n, 3, size, size, generator=generator) * 2 - 1
