@@ -90,7 +90,7 @@ assert error(alone) < error(own)
 #
 # The mask $m$ is 1 where the picture is to be *generated*. So in the hole the decoder's own
 # features stay; everywhere else those of the known pixels replace them. (Other papers write 1 for
-# known. Half of all bugs in inpainting code come from this.)
+# known. The last section shows what comes of mixing the two up.)
 
 # %%
 # figure: blend. Follow one number: where m is 1, the result is f_Dec's.
@@ -204,13 +204,13 @@ assert errors["only 0"] < errors["all but 0"] / 10
 # ## What can never reach the output
 #
 # Blend 0 overwrites whatever the trunk has made of the known region. So in training nobody ever
-# looked at what blends 3 to 1 make there. That explains a surprise in the figure: with blend 1 but
-# without blend 0 the known pixels are worse than with no blend at all.
+# looked at what blends 3 to 1 make there. That explains a surprise in the figure: with any of
+# them but without blend 0 the known pixels are worse than with no blend at all.
 #
 # **Claim.** (a) What the picture has under the mask changes no bit of the result. (b) What $E$
 # makes up inside the hole does not either: by Eq. 4 it meets $1 - m = 0$. (c) A mask that leaves
 # nothing known is the same as no mask. (d) The known pixels do not help the *hole*: by L1 it is
-# best without mask, and worst with all blends.
+# best without mask, and worse with all blends than with blend 0 alone.
 #
 # Because of (b) the paper has no use for partial convolutions with this blend [AVQ Sec. 4.1], and
 # because of (c) one decoder serves with and without a mask. (d) is no contradiction to the paper:
@@ -393,7 +393,8 @@ check("the variance", lambda: variance_with_constants(h.var(correction=0), h[0].
 # One number for it is `metrics.seam`: the mean *wrong* step across the border.
 #
 # **Claim.** Pasting over `own` makes larger steps at the border than `ours`. But pasting over
-# `alone`, the same network without mask, has a smaller seam than both.
+# `alone`, the same network without mask, has a smaller `seam` than both. (The mean step, drawn
+# below, counts a step that was lost as none. `seam` counts it as wrong.)
 #
 # So on these latents it is the better trained decoder that makes the border fit, and not its second
 # input. Keep in mind that they come from the whole picture. In the paper the hole is *new*, and
@@ -419,7 +420,7 @@ assert seam(best, x, mask).mean() < min(seam(y, x, mask).mean() for y in (ours, 
 # %% [markdown]
 # ## Break it
 #
-# **Break it.** Here is the most common bug of inpainting: somebody's masks have 1 for *known*.
+# **Break it.** Here is a common bug of inpainting: somebody's masks have 1 for *known*.
 # Nothing raises. Who looks at the hole only, as one does in inpainting, sees a triumph.
 #
 # **Claim.** With the mask reversed the hole's error is less than a fifth of the right one, and the

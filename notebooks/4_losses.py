@@ -100,8 +100,9 @@ for layers, width, middle in ((2, 34, 14), (3, 70, 7)):
     print(f"{layers} strided layers: one logit sees {seen} pixels")
 
 # %% [markdown]
-# **Claim.** On held-out pictures the discriminator of the run tells original from reconstruction
-# nearly everywhere: its loss is far below the value of one who cannot tell, which is 1.
+# **Claim.** On held-out pictures, in batches of one kind as in training, the discriminator of the
+# run tells original from reconstruction nearly everywhere: its loss is far below the value of one
+# who cannot tell, which is 1.
 
 # %%
 # figure: patches. The discriminator's logits: the original is blue (real) nearly everywhere,
@@ -123,9 +124,9 @@ assert losses.discriminator_loss(real, fake) < 0.3
 # **Claim.** The same judge fails on the same pictures if originals and reconstructions come in one
 # batch: its loss is more than four times as high.
 #
-# BatchNorm subtracts the mean of the *batch*. A batch of one kind hides what its pictures have in
-# common; the judge was trained on such batches. A mixed batch has other means, and all logits move.
-# So `step` calls $D$ once for each kind.
+# BatchNorm subtracts the mean of the *batch*. The judge has learnt its threshold on batches of one
+# kind. A mixed batch has other means, so all logits move, and most of its skill is gone. So `step`
+# calls $D$ once for each kind, and a low loss says how it judges such batches, not single pictures.
 
 # %%
 with torch.no_grad():
@@ -232,7 +233,7 @@ print(f"you said {guess}, it is 1")
 
 # %% [markdown]
 # So a small $\lambda$ in a log does not mean that the GAN is off. It means that the judge's
-# gradient is large. In the run it is what a judge looks like who has won.
+# gradient is large. A judge who has won is one way to get there.
 #
 # ## 5. The GAN loss brings the stroke back
 #
@@ -297,12 +298,12 @@ assert loss > 1.4 * strokes.mean()                                    # the mean
 #
 # ## 6. Reading a log
 #
-# Two games of the run, from their `log.jsonl`. Both discriminators begin at step 0 of the figure.
+# Two games of the run, from their `log.jsonl`. Step 0 is where each one's judge begins.
 #
 # - *The pixel loss went up when the GAN began. Is it broken?* No. Section 5 says why it can.
 # - *The discriminator's loss is 1.* It cannot tell yet, or not any more.
-# - *It is near 0.* It has won. Here the first stage cannot draw what its codes do not carry, and
-#   the judge sees that. Look at section 7 before you accept this.
+# - *It is near 0.* On batches of one kind it has won (section 2). The first stage cannot draw what
+#   its codes do not carry. Look at section 7 before you accept this.
 # - *λ fell and fell.* The judge's gradient grew. The pull did not change (section 4).
 #
 # **Claim.** In the first stage the pixel loss rises by more than 3 % after the start, and the judge

@@ -188,10 +188,10 @@ guess = None   # your number, before you run the next cell
 # **Claim.** More than 40 % change next to the hole, and more than 5 % seven cells away: GroupNorm
 # and attention see the whole picture. With the mean colour nothing of the hole can leak: two
 # pictures that differ only there have equal codes. The price is that codes move away from those
-# of the full photo just as often. This is one more reason to give the decoder the known pixels.
+# of the full photo somewhat more often. One more reason to give the decoder the known pixels.
 
 # %%
-# figure: leak. The hole is felt in all codes, even seven cells away. Its mean colour is felt too.
+# figure: leak. Some codes at every distance feel the hole. They feel its mean colour, too.
 other = torch.where(mask == 1, x.roll(1, 0), x)         # another picture in the hole
 before, after, mean, mean_2 = (first.indices(images) for images in (
     x, other, fill_with_mean(x, mask), fill_with_mean(other, mask)))
@@ -280,8 +280,8 @@ axes[1].set(title=f"pasted minus ours: {facts[5, 0]:.4f} ± {1.96 * facts[5, 1]:
 
 # %% [markdown]
 # These 64 pictures cannot decide. Five bins are five chances to find something: in one of them the
-# interval leaves 0, and it speaks for pasting. Nobody had asked about that bin before. README
-# counts 500 pictures of another training and finds a small advantage of ours.
+# interval leaves 0, and it speaks for pasting. Nobody had asked about that bin before. RESULTS.md
+# has 500 pictures of each of three trainings: one speaks for ours, two for pasting.
 #
 # **Exercise 2.** Plan the evaluation. How many pictures make the 95 % interval of a mean as narrow
 # as ± `half`? Use 1.96 standard errors.
@@ -313,7 +313,8 @@ assert abs(paired.mean()) < 1.96 * error
 # means is what other pictures would have changed.
 #
 # **Claim.** The bootstrap agrees with `describe` within a fifth. But the same demo trained with
-# another seed (README, 500 pictures) lies outside the interval. One run has no interval for that.
+# another seed (RESULTS.md, seed 0, 500 pictures) lies outside the interval. One run has no interval
+# for that.
 
 # %%
 # figure: interval. Left, each picture gains, easy or hard. Right, the interval of our mean holds
@@ -392,7 +393,8 @@ assert 0.3e-5 < added < 0.8e-5
 #
 # A distance alone says nothing. It needs two neighbours: test pictures, which cannot have been
 # learnt (what honest samples look like), and training pictures (what copies look like). All three
-# are decoded from codes. The search is among 1,000 of the training pictures.
+# are decoded from codes. The search is among 1,000 of the 12,000 pictures that the prior
+# has seen, so it finds copies of these only.
 #
 # **Claim.** Every copy is nearer than every sample, and samples are as far away as test pictures.
 
