@@ -161,6 +161,16 @@ def no_sync(module, last):
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
 
 
+def end_at_once():
+    """Let SIGINT and SIGTERM end a program that saves nothing, also within a call of torch.
+
+    Python's own handlers would wait for the end of the call, which can take minutes.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:           # as in the background of a shell
+            signal.signal(number, signal.SIG_DFL)
+
+
 def exit_on_user_error(main):
     """Run a program's `main()` and exit with its status.
 

@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -440,10 +439,7 @@ def main():
         if wrong:
             raise UserError(sentence)
     args.device = distributed.setup(args.device)
-    # Python's handlers would wait for a call of torch to end, which can take minutes.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    distributed.end_at_once()
     if args.per_image:
         run_folder.make_folder(Path(args.per_image).parent, "--per-image")
     evaluate(**vars(args))

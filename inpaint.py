@@ -14,7 +14,6 @@ import argparse
 import itertools
 import math
 import os
-import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from PIL import Image
 from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
-from distributed import UserError, exit_on_user_error, print0, setup, wait_for
+from distributed import UserError, end_at_once, exit_on_user_error, print0, setup, wait_for
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from quantize import exact_float32
@@ -339,10 +338,7 @@ def main():
     print0(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px, {hole.mean():.1%} to be generated;"
            f" {how}; pixels by {args.run}, decoder {args.decoder}{pasted}")
 
-    # Python's handlers would wait for a call of torch to end, which can take minutes.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    end_at_once()
 
     # Draw and write each sample.
     decoders, made = [args.decoder], []
