@@ -13,8 +13,8 @@
 #
 # $$\hat{x} = \mathrm{Dec}(q(\mathrm{Enc}(x)))$$
 #
-# `[AVQ Eq. 1]` `[DDM Eq. 13]` It blames the quantisation error. `[AVQ Sec. 1]` We examine the
-# suspects one by one.
+# `[DDM Eq. 13]` It blames the quantisation error. `[AVQ Sec. 1]` We examine the suspects one by
+# one.
 
 # %%
 import sys
@@ -41,7 +41,7 @@ from refit import rebuild_codebook
 plt.style.use("course.mplstyle")
 torch.set_grad_enabled(False)
 seeded = torch.Generator().manual_seed(0)
-RUN, hung = "run", []                       # a small trained run; the boards of every scene
+RUN, hung, guess = "run", [], None          # a small trained run; the boards of every scene
 
 
 class WatchedScene(signs.Scene):
@@ -57,7 +57,7 @@ train = pixels(next(views(Signs("train", 64), [range(150)])), "cpu")    # for se
 # %% [markdown]
 # The encoder shrinks the picture by $f$ on each side. Each cell of the small grid gets a vector of
 # $d$ numbers, `z_e`. The quantiser replaces it by the nearest of $K$ codes, `z_q`. Only the code's
-# number need be stored. `[AVQ Sec. 3.1]` `[DDM Eq. 12]`
+# number need be stored. `[AVQ Eq. 1]` `[DDM Eq. 12]`
 
 # %%
 def show(axes, picture, title=""):
@@ -95,10 +95,11 @@ assert error[inside].mean() > 2 * error[~inside].mean()
 # %% [markdown]
 # ## 2. Suspect one: the quantiser
 #
-# The trial is simple. Give the decoder `z_e`, the vectors *before* they are rounded to codes.
+# The trial is simple. Give the decoder `z_e`, the vectors *before* they are rounded to codes. The
+# damage is counted as the mean absolute error, L1, by which the run was trained. (App. A. Eq. 2
+# prints the squared error. Section 4 shows both, and they do not agree.)
 #
-# **Predict first.** How many per cent of the mean absolute error (L1) vanish without the
-# quantiser?
+# **Predict first.** How many per cent of L1 vanish without the quantiser?
 
 # %%
 guess = None   # your number, before you run the next cell
@@ -216,18 +217,22 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 assert 1 - l1_free / l1 < 0.1 < 0.2 < 1 - linear_free / linear
 
 # %% [markdown]
-# With the quantiser both have the same few bits, and about the same L1. The linear code pays
-# openly: it had more to say, and the codes cut it off. The trained encoder seems to have paid in
-# advance: the quantiser stood there in training, and nothing was gained by sending what the codes
-# cannot carry. Its vectors hardly leave a space of three axes.
+# With the quantiser both have the same few bits, and their L1 differ by less than a tenth. The
+# linear code pays openly: it had more to say, and the codes cut it off. The trained encoder seems
+# to have paid in advance: the quantiser stood there in training, and nothing was gained by sending
+# what the codes cannot carry. Its vectors hardly leave a space of three axes.
+#
+# **Claim.** The squared errors are further apart: that of the first stage is more than a fifth
+# larger. Section 5 says why.
 
 # %%
 for name, vectors in (("first stage", z_e.movedim(1, 3)), ("linear code", z)):
     variance = torch.linalg.eigvalsh(vectors.flatten(0, 2).T.cov()).flip(0)
     print(f"{name}: {variance[:3].sum() / variance.sum():.0%} of the variance on 3 axes of {d}")
-for name, picture in (("first stage", x_hat), ("quantised linear code", y_hat)):
-    l2 = (picture - x).square().mean()
-    print(f"{name}: L1 {(picture - x).abs().mean():.3f}, mean squared error {l2:.3f}")
+l2, linear_l2 = ((y - x).square().mean().item() for y in (x_hat, y_hat))
+print(f"first stage: L1 {l1:.3f}, mean squared error {l2:.3f}")
+print(f"quantised linear code: L1 {linear:.3f}, mean squared error {linear_l2:.3f}")
+assert abs(linear / l1 - 1) < 0.1 < 0.2 < l2 / linear_l2 - 1
 
 # %% [markdown]
 # ## 5. The last suspect: the decoder
@@ -236,8 +241,8 @@ for name, picture in (("first stage", x_hat), ("quantised linear code", y_hat)):
 # has 1/4 cycle a pixel. In each ring of frequencies divide the power of the error by the power of
 # the picture. 0 is perfect. A decoder that draws nothing scores 1.
 #
-# **Predict first.** Of the finest detail, beyond 3/8 cycle a pixel, how many per cent come out
-# wrong?
+# **Predict first.** The finest detail is beyond 3/8 cycle a pixel. How large is the power of the
+# error there, in per cent of the picture's?
 
 # %%
 guess = None   # your number, before you run the next cell
@@ -257,13 +262,15 @@ wrong, drawn = (100 * power(y)[24:].sum() / power(x)[24:].sum() for y in (x_hat 
 print(f"you said {guess}, it is {wrong:.0f} %; the power of what is drawn there: {drawn:.0f} %")
 
 # %% [markdown]
-# More than all of it! Drawing nothing would be nearer to the truth. The decoder draws detail
-# there, but mostly not the picture's. That fits its training: a discriminator asks whether a
-# picture looks sharp `[AVQ Sec. 3.1]`, not whether the detail is true. The mean squared errors
-# above fit too.
+# More than 100! Drawing nothing would be nearer to the truth. The decoder draws detail there, but
+# mostly not the picture's. If nothing of it were true, the powers would add up: to 100, for what
+# is missed, and that of what is drawn. The error is not far from it. That fits the training: a
+# discriminator asks whether a picture looks sharp `[AVQ Sec. 3.1]`, not whether the detail is
+# true. A squared error punishes such detail more than L1 does.
 #
-# **Claim.** Up to 1/8 cycle a pixel, one cycle in two cells, less than a quarter is wrong. Beyond
-# 3/8 it is more than all. The quantised linear code has no discriminator and stays below 1.
+# **Claim.** Up to 1/8 cycle a pixel, one cycle in two cells, the error's power is less than a
+# quarter of the picture's. Beyond 3/8 it is more than all of it. The quantised linear code has no
+# discriminator and stays below 1.
 
 # %%
 # figure: spectrum. At the fine end the first stage is worse than a decoder that draws nothing.
@@ -275,11 +282,11 @@ for (name, _, line), value in zip(kinds, share):
     axes.plot(torch.arange(1, 33) / 64, value, line, label=name)
 axes.axhline(1, color="0.4", lw=1)
 axes.axvline(1 / (2 * f), color="0.4", lw=1, ls=":")
-axes.set(title=f"Beyond 3/8, {wrong:.0f} % of the power is wrong (dotted: one cycle in two cells)",
-         xlabel="cycles a pixel", ylabel="share that is wrong", xlim=(0, 0.5), ylim=(0, None))
+axes.set(title=f"Beyond 3/8 the error is {wrong:.0f} % of the picture (dotted: 1 cycle in 2 cells)",
+         xlabel="cycles a pixel", ylabel="power: error / picture", xlim=(0, 0.5), ylim=(0, None))
 axes.legend()
 assert share[0][:8].max() < 0.25
-assert share[2].max() < 1 < wrong / 100
+assert share[2].max() < 1 < wrong / 100 < 1 + drawn / 100
 
 # %% [markdown]
 # ## 6. Is a KL latent better?
@@ -291,7 +298,8 @@ assert share[2].max() < 1 < wrong / 100
 # Let $x$ be a number from $N(0, 1)$. Shannon: with $R$ bits a number no code at all has a mean
 # squared error below $2^{-2R}$. A codebook of $K$ codes for $d$ numbers at once has
 # $R=\log_2(K)/d$. For the KL latent take $z=ax+\sqrt{1-a^2}\,n$ with noise $n$ from $N(0, 1)$. Its
-# rate is its KL term.
+# rate is its KL term: over all $x$ this $z$ is $N(0, 1)$, and the mean distance of $q(z|x)$ from
+# the law of $z$ is the information that $z$ has about $x$.
 
 # %%
 seen, new = torch.randn(2, 6000, 4, generator=seeded)
@@ -341,7 +349,8 @@ assert max(above.values()) < 1.03           # of the last, the KL latent
 #
 # **Break it.** A common bug with other people's weights: the pictures are in [0,1], but the
 # encoder was trained on [-1,1]. Nothing is raised. The picture looks like that of a poor model. Do
-# the numbers tell?
+# the numbers tell? We print L1 and the *perplexity* of the codes: how many codes would be as varied
+# if all were equally frequent ($e^H$ for the entropy $H$ in nats).
 
 # %%
 # figure: range. With the wrong range a street comes out too, only a poor one.
@@ -363,14 +372,15 @@ assert used[1] < 0.5 * used[0]
 # %% [markdown]
 # By the L1 that it prints, the wrong program is a little worse. In the same unit it is more than
 # twice as bad: the bug halves the unit too. **A number without its range is no number.** AVQ's
-# Table 2 does not state its range either (README, "Unit"). The perplexity has no unit. It is the
-# number of codes in use, as if all were equally frequent, and it collapses.
+# Table 2 does not state its range either (README, "Unit"). The perplexity has no unit, and it
+# collapses.
 #
 # ## Exercises
 #
-# **1. Build.** How many bits does a map of codes need? (a) With $\log_2 K$ bits a cell. (b) If
-# each code may be as short as its frequency over all maps allows: the entropy, in bits, times the
-# number of cells. Return both for one picture.
+# **1. Build.** How many bits does a picture's map of codes need, on average? (a) With the same
+# length for each code: $\log_2 K$ bits a cell. (b) With short words for frequent codes, as in a zip
+# file: the entropy $-\sum_k p_k \log_2 p_k$ bits a cell, where $p_k$ is the share of code $k$ among
+# all cells of all pictures. Return both, each times the cells of one picture.
 #
 # **2. Build.** Eq. 10 for a mean and a logarithm of the variance of shape (B,d,h,w): one number a
 # picture. `[AVQ Eq. 10]`

@@ -83,9 +83,11 @@ for place, (path, step) in enumerate((p, s) for p in (narrow, wide) for s in (0,
 # %% [markdown]
 # ![Film of the first row](codebook.gif)
 #
-# In the first row all codes begin in one small heap. The few on its rim are nearest to everything,
-# so only they move. The others look on. A few follow later, when the winners leave a gap. The rest
-# stay where they were born.
+# (Your run draws its own film into `film.gif`, beside this notebook.)
+#
+# In the first row all codes begin in one small heap. The twelve on its rim are nearest to
+# everything, so only they move. The others look on. Four follow later, when the winners leave a
+# gap. Sixteen stay where they were born.
 #
 # **Claim.** A code that no vector takes has no term in the sum. Its gradient is exactly zero, not
 # small. The same loss with a wider start uses nearly all codes. So the start decides, not the
@@ -94,12 +96,13 @@ for place, (path, step) in enumerate((p, s) for p in (narrow, wide) for s in (0,
 
 # %%
 best, _ = rebuild_codebook(z, 32, generator=torch.Generator().manual_seed(0))
-errors = []
+errors, taken = [], torch.stack([used(codes) for codes in narrow])              # (steps, 32)
+assert (taken[0].sum(), taken.any(0).sum()) == (12, 12 + 4)
+assert (narrow == narrow[0]).all(2).all(0).sum() == 16
 for start, codes in ("±1/32", narrow[-1]), ("±1", wide[-1]), ("k-means", best):
     errors.append(1000 * near(z, codes[nearest_code(z, codes)]).item())
     print(f"{start:8} {used(codes).sum():2} codes in use, error {errors[-1]:.1f} / 1000")
 assert errors == sorted(errors, reverse=True)
-assert used(narrow[-1]).sum() < 0.7 * 32
 assert used(wide[-1]).sum() > 0.85 * 32
 dead = ~used(narrow[-1])                               # at the last gradient
 assert (slope[dead] == 0).all()
@@ -120,7 +123,7 @@ for step in [*range(0, 60, 2), *range(60, 300, 10), 299]:
         draw.line(paths[:step + 1, k].flatten().tolist(), black)
         draw.circle(paths[step, k].tolist(), 4 if live[k] else 2, red if live[k] else black)
     draw.text((6, 4), f"step {step}: {live.sum()} of 32 codes in use", black)
-frames[0].save("codebook.gif", save_all=True, append_images=frames[1:], duration=90, loop=0)
+frames[0].save("film.gif", save_all=True, append_images=frames[1:], duration=90, loop=0)
 
 # %% [markdown]
 # ## 2. What the encoder feels
@@ -179,15 +182,17 @@ assert flat.float().mean() > 0.9
 # One of these is right. The others are slips that are easily made. Read slowly: each differs in a
 # word or two.
 #
-# **Predict first.** The second variant puts $\beta = 0.25$ on the other term (taming's order,
-# `legacy_beta` here). By what factor does the pull on the encoder change? And what does the printed
-# loss do?
+# The second puts $\beta = 0.25$ on the codes' term, not on commitment. Taming's VQGAN was trained
+# like that, and so were its public weights (`legacy_beta` here, PAPERS.md D3). It works, but it is
+# not Eq. 2.
+#
+# **Predict first.** By what factor does the second variant change the pull on the encoder?
 
 # %%
 sg, beta = torch.Tensor.detach, 0.25
 variants = {       # z = z_e and e = its codes give z_q for the decoder, and the latent loss
     "right": lambda z, e: (z + sg(e - z), near(e, sg(z)) + beta * near(z, sg(e))),
-    "beta on the other term": lambda z, e: (z + sg(e - z), beta * near(e, sg(z)) + near(z, sg(e))),
+    "beta on the codes' term": lambda z, e: (z + sg(e - z), beta * near(e, sg(z)) + near(z, sg(e))),
     "loss of the new z_q": lambda z, e: (
         z_q := z + sg(e - z), near(z_q, sg(z)) + beta * near(z, sg(z_q))),
     "no straight-through": lambda z, e: (e, near(e, sg(z)) + beta * near(z, sg(e))),
@@ -235,7 +240,8 @@ panel.set_title(f"six variants, one value, {int(wrong.any(1).sum())} with wrong 
 # %% [markdown]
 # **Break it.** Train with the third variant: a linear encoder, a linear decoder, 32 codes, our ring
 # and blob. This bug lives long, because the loss that everybody watches goes down at first, as it
-# should.
+# should: to less than a quarter, nearly as fast as the right one. Later it comes up again, but not
+# to where it began.
 
 # %%
 def learn(variant, steps=120):
@@ -256,24 +262,24 @@ def learn(variant, steps=120):
 # number finds the bug after a single step.
 
 # %%
-# figure: deaf. Blue: right. Red: the latent loss is computed from the new z_q. Its reconstruction
-# loss falls too, but the latents explode and the codes stand still.
+# figure: deaf. Red: the bug. Its loss falls at first, but latents explode and codes stand still.
 fig, panels = plt.subplots(1, 3, figsize=(9.6, 2.6))
 for name, colour in ("right", "C0"), ("loss of the new z_q", "C1"):
     loss, size, books = zip(*learn(variants[name]))
     moved = [(book - books[0]).norm(dim=1).max().item() for book in books]
-    print(f"{name}: loss {loss[0]:.2f} to {loss[60]:.2f}, codes moved by {moved[60]:.2f}")
+    print(f"{name}: loss {loss[0]:.2f}, {loss[30]:.2f} at step 30, {loss[-1]:.2f} at the end; "
+          f"codes moved by {moved[-1]:.2f}")
     for panel, curve in zip(panels, (loss, size, moved)):
         panel.plot(curve, c=colour)
-panels[0].set(title=f"bug: reconstruction {loss[0]:.2f} to {loss[60]:.2f}", xlabel="step")
+panels[0].set(title=f"bug: loss {loss[0]:.2f}, {loss[30]:.2f}, {loss[-1]:.2f}", xlabel="step")
 panels[1].set(title=f"bug: largest |z_e| {size[-1]:.0e}", xlabel="step", yscale="log")
 panels[2].set(title=f"bug: the codes have moved by {moved[-1]:.1f}", xlabel="step")
-assert loss[60] < 0.5 * loss[0]
+assert 4 * loss[30] < loss[0] > 2 * loss[-1]
 assert size[-1] > 1000
 assert moved[-1] == 0
 
 # %% [markdown]
-# Blue is what should happen: the codes travel to the latents and the latents stay.
+# Blue is the right variant: the codes travel to the latents and the latents stay.
 #
 # **Exercise 1 (build).** Eq. 1 without a loop: `vectors` (n,d) and `codes` (K,d) give the nearest
 # codes' indices (n,), the lowest where two are equally near. **Exercise 2 (build).** Eq. 2's two
@@ -357,7 +363,7 @@ top.set(xlim=(0.5, 10.5), aspect="auto", yticks=[], xticks=range(1, 11),
 middle.plot(bits, L1, ".-", 8, own_L1, "C1*", [0.5, 10.5], [floor, floor], "C5--", ms=13)
 low.semilogy(bits, errors, ".-", 8, own_error, "C1*", bits, slow, "C5:", ms=13)
 middle.set(xlim=(0.5, 10.5), xticks=bits, title=f"L1 against bits a cell; no quantiser {floor:.3f}")
-low.set(xlim=(0.5, 10.5), xticks=bits, title=f"|z_q - z_e|²: as in {-2 / power:.1f} dimensions")
+low.set(xlim=(0.5, 10.5), xticks=bits, title=f"mean (z_q - z_e)² as in {-2 / power:.1f} dimensions")
 assert -2 / power < 5
 assert abs(own_error / errors[6] - 1) < 0.1
 assert own_L1 - floor < 0.06 * own_L1
@@ -424,7 +430,8 @@ assert loss < 1.04 * old_loss
 # it over many pictures: one picture uses few codes, however good the codebook. [DDM Sec. 4.2]
 #
 # **Exercise 3 (build).** One step of Lloyd's algorithm, the engine of ReFiT: each vector (n,d) goes
-# to its nearest centre (K,d), each centre to the mean of its vectors.
+# to its nearest centre (K,d), each centre to the mean of its vectors. (Here each centre starts on a
+# vector, so none is empty. `kmeans` moves an empty one to a far vector.)
 
 # %%
 def my_lloyd_step(vectors, centres):

@@ -39,7 +39,7 @@ plt.style.use("course.mplstyle")
 # $[0, 1]$, in units of $10^{-5}$.
 
 # %%
-RUN = "run"
+RUN, guess = "run", None
 torch.set_grad_enabled(False)
 model = load_model(RUN)
 first_stage, decoder = model.first_stage, model.decoder
@@ -60,8 +60,8 @@ print(f"a picture has {x[0].numel():,} numbers, its latent {z[0].numel():,}")
 guess = None   # your number, before you run the next cell
 
 # %% [markdown]
-# **Claim.** The known pixels' error is more than 100 times smaller. Without mask the new decoder is
-# no worse than the old one.
+# **Claim.** The known pixels' error is 145 times smaller. Without mask the new decoder still has a
+# quarter less than the old one.
 
 # %%
 # figure: words. The first stage garbles the words. Ours keeps them where they are known.
@@ -76,8 +76,8 @@ for i, axes in zip((0, 2), plt.subplots(2, 5, figsize=(10, 4.3))[1]):
     for axis, (title, pictures) in zip(axes, shown.items()):
         show(axis, pictures[i], "" if i else title)
 print(f"you said {guess}, it is {error(own) / error(ours):.0f}")
-assert error(own) > 100 * error(ours)
-assert error(alone) < error(own)
+assert abs(error(own) / error(ours) - 145) < 3
+assert 0.7 < error(alone) / error(own) < 0.75
 
 # %% [markdown]
 # ## How: blend features, not pixels
@@ -181,7 +181,9 @@ for row, name, last, picture in zip(axes, ("f_Dec", "f_E", "after Eq. 4"), ("Y",
 guess = None   # 0, 1, 2 or 3, before you run the next cell
 
 # %% [markdown]
-# **Claim.** Blend 0 alone keeps the known pixels. The other three without it do not.
+# **Claim.** Blend 0 alone keeps the known pixels: its error is a third above that of all four. The
+# other three without it do not: theirs is more than 300 times that of all. (The bars are of the
+# first 24 of the 48 pictures.)
 
 # %%
 # figure: blends. Without blend 0 nothing is kept; with it alone nearly everything is.
@@ -198,7 +200,7 @@ axis.set(xscale="log", xlim=(5, 2e4), xlabel="error of known pixels, 1e-5",
          title=f"blend 0 alone: {errors['only 0']:.0f}, without it: {errors['all but 0']:,.0f}")
 axis.invert_yaxis()
 print(f"you said {guess}, it is {min(range(4), key=lambda k: errors[f'only {k}'])}")
-assert errors["only 0"] < errors["all but 0"] / 10
+assert 1.2 < errors["only 0"] / errors["all"] < 1.4 < 300 < errors["all but 0"] / errors["all"]
 
 # %% [markdown]
 # ## What can never reach the output
@@ -348,7 +350,7 @@ axes[2].legend()
 # The measure is the *spread* of $\sigma$: its standard deviation over the pictures, divided by its
 # mean, in the worst group.
 #
-# **Claim.** The constants divide the spread by more than 3, and training does not undo them.
+# **Claim.** The constants divide the spread by about 8, and training does not undo them.
 
 # %%
 def spread(decoder):
@@ -361,8 +363,7 @@ start.load_trunk(first_stage.decoder)
 before = spread(start)
 start.pin_statistics(latents[:24])
 print(f"spread: {before:.2f}, pinned {spread(start):.3f}, trained {spread(decoder):.3f}")
-assert spread(start) < before / 3
-assert spread(decoder) < before / 3
+assert 7 < before / spread(start) < 9 < before / spread(decoder)
 
 # %% [markdown]
 # **Exercise 3.** On paper: a group $h$ of $c$ channels has the variance $s^2$, and its first two
@@ -390,32 +391,33 @@ check("the variance", lambda: variance_with_constants(h.var(correction=0), h[0].
 # the mean step between neighbouring pixels, at each distance from the border. A step at 0 has one
 # pixel known and one in the hole.
 #
-# One number for it is `metrics.seam`: the mean *wrong* step across the border.
+# One number for it is `metrics.seam`: the mean *wrong* step across the border. The mean step, drawn
+# below, counts a step that was lost as none. `seam` counts it as wrong.
 #
-# **Claim.** Pasting over `own` makes larger steps at the border than `ours`. But pasting over
-# `alone`, the same network without mask, has a smaller `seam` than both. (The mean step, drawn
-# below, counts a step that was lost as none. `seam` counts it as wrong.)
+# **Claim.** Pasting over `own` makes larger steps at the border than `ours`. Yet their seams are
+# equal within 2 %. (Notebook 6 asks what so few pictures can tell.) And pasting over `alone`, the
+# same network without mask, has a fifth less than both.
 #
 # So on these latents it is the better trained decoder that makes the border fit, and not its second
 # input. Keep in mind that they come from the whole picture. In the paper the hole is *new*, and
 # may fit less well.
 
 # %%
-# figure: seam. Pasting jumps at 0. Ours spreads the misfit over the steps at -1 and 0.
+# figure: seam. Pasting jumps at 0. Ours spreads that over -1 and 0, and errs a little left of it.
 place = sum(-F.max_pool2d(-mask, 2 * k + 1, 1, k) - 1 + F.max_pool2d(mask, 2 * k + 1, 1, k)
             for k in range(7))           # 1, 2, ... px into the hole; -1, -2, ... px outside
 a, b = torch.cat([place, place.mT])[:, 0].unfold(2, 2, 1).unbind(3)      # two neighbours
 pair = torch.where(a * b < 0, 0, torch.where(a.abs() < b.abs(), a, b))
-steps, axis, best = {}, plt.figure(figsize=(8, 3.6)).gca(), torch.where(mask == 1, alone, x)
+steps, axis, best = [], plt.figure(figsize=(8, 3.6)).gca(), torch.where(mask == 1, alone, x)
 for name, y, colour in (("original", x, "0.5"), ("own, pasted", pasted, "C1"),
                         ("alone, pasted", best, "C2"), ("ours", ours, "C0")):
     step = torch.cat([y, y.mT]).clamp(-1, 1).diff(dim=3).abs().mean(1) / 2
-    steps[name] = [step[pair == d].mean().item() for d in range(-6, 7)]
-    axis.plot(range(-6, 7), steps[name], "o-", color=colour, label=f"{name} {steps[name][6]:.3f}")
-axis.set(xlabel="px into the hole", ylabel="mean step", title=f"ours at 0: {steps['ours'][6]:.3f}")
-axis.legend()
-assert steps["own, pasted"][6] > steps["ours"][6]
-assert seam(best, x, mask).mean() < min(seam(y, x, mask).mean() for y in (ours, pasted))
+    steps.append([step[pair == d].mean().item() for d in range(-6, 7)])
+    axis.plot(range(-6, 7), steps[-1], "o-", color=colour, label=f"{name}: {steps[-1][6]:.3f} at 0")
+s_own, s_alone, s_ours = (seam(y, x, mask).mean().item() for y in (pasted, best, ours))
+axis.legend(), axis.set(xlabel="px into the hole", ylabel="mean step", title=f"seam: own, pasted "
+                        f"{s_own:.4f}; alone, pasted {s_alone:.4f}; ours {s_ours:.4f}")
+assert all([steps[1][6] > steps[3][6], abs(s_own / s_ours - 1) < 0.02, s_alone / s_ours < 0.81])
 
 # %% [markdown]
 # ## Break it
@@ -423,15 +425,14 @@ assert seam(best, x, mask).mean() < min(seam(y, x, mask).mean() for y in (ours, 
 # **Break it.** Here is a common bug of inpainting: somebody's masks have 1 for *known*.
 # Nothing raises. Who looks at the hole only, as one does in inpainting, sees a triumph.
 #
-# **Claim.** With the mask reversed the hole's error is less than a fifth of the right one, and the
-# known pixels are lost. Test (a) above finds the bug: now the hidden pixels change the result.
+# **Claim.** With the mask reversed the hole's error is a ninth of the right one, and the known
+# pixels' more than 100 times it. Test (a) above finds the bug: now hidden pixels change the result.
 
 # %%
 wrong = model.decode(z, image=x, mask=1 - mask)
 for name, y in {"right": ours, "reversed": wrong}.items():
     print(f"{name}: L1 in the hole {in_hole(y):.3f}, error of known pixels {error(y):,.0f}")
-assert in_hole(wrong) < in_hole(ours) / 5
-assert error(wrong) > 50 * error(ours)
+assert 8 < in_hole(ours) / in_hole(wrong) < 10 < 100 < error(wrong) / error(ours)
 assert not torch.equal(model.decode(z, image=changed, mask=1 - mask), wrong)
 
 # %% [markdown]

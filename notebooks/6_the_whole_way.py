@@ -36,7 +36,7 @@ from seeding import COMPLETION, keyed_generators
 
 plt.style.use("course.mplstyle")
 torch.set_grad_enabled(False)
-RUN, N = "run", 64
+RUN, N, guess = "run", 64, None
 model, prior = load_model(RUN), load_prior(RUN)
 first, f = model.first_stage, model.config.f
 x = pixels(next(views(Signs("test", 64), [range(N)])), "cpu")           # (64,3,64,64) in [-1,1]
@@ -87,7 +87,7 @@ print(f"a hole of {mask[0].mean():.0%}; values that differ: {(mine != theirs).su
 assert np.array_equal(mine, theirs)
 
 # %% [markdown]
-# Now four holes at once: the three of DDM's Fig. 8, and a brush stroke.
+# Now four holes at once: the three of [DDM Fig. 8], and a brush stroke.
 #
 # A code is a vector of 8 numbers. Its colour in rows 4 and 5 says where it lies on the three
 # principal axes of the codebook. Unknown codes are white.
@@ -273,7 +273,7 @@ for k, (values, colour) in enumerate(zip(lines, ("C1", "C2", "C0", "k"))):
     facts = np.array([describe(zip(values[picture[bins == b]].tolist(), range(N)))[:2]
                       for b in names])
     axes[k // 3].errorbar(np.arange(6) + k % 3 / 6, *facts.T * [[1], [1.96]], fmt="o", c=colour)
-    axes[k // 3].set_xticks(range(6), names)
+    axes[k // 3].set_xticks(range(6), [f"{b}\nn = {sum(bins == b)}" for b in names])
 axes[0].legend(["first stage's own", "pasted", "ours"]), axes[1].axhline(0, c="0.5")
 axes[0].set(title="seam of three decoders", xlabel="hole, %"), axes[1].set(xlabel="hole, %")
 axes[1].set(title=f"pasted minus ours: {facts[5, 0]:.4f} ± {1.96 * facts[5, 1]:.4f}")
@@ -286,7 +286,7 @@ axes[1].set(title=f"pasted minus ours: {facts[5, 0]:.4f} ± {1.96 * facts[5, 1]:
 # **Exercise 2.** Plan the evaluation. How many pictures make the 95 % interval of a mean as narrow
 # as ± `half`? Use 1.96 standard errors.
 #
-# **Claim.** For one and the same interval, differences within one picture need less than half of
+# **Claim.** For one and the same interval, differences within one picture need about a quarter of
 # the pictures that two separate means need: what makes a picture hard cancels. Even so the
 # interval of the 64 differences holds 0.
 
@@ -303,7 +303,7 @@ check("pictures needed", lambda: pictures_needed(paired, 0.001), 1.96**2 * N * (
 separate = (seams["paste", "own"].var() + seams["asym", "own"].var()).item()
 print(f"for ± 0.001: {1.96**2 * separate / 0.001**2:.0f} pictures, paired "
       f"{1.96**2 * paired.var().item() / 0.001**2:.0f}")
-assert paired.var() < separate / 2
+assert 0.2 < paired.var() / separate < 0.3
 assert abs(paired.mean()) < 1.96 * error
 
 # %% [markdown]
@@ -367,9 +367,11 @@ print(f"you said {guess}, B changes it by a factor of {factor:.2f}")
 # **Exercise 3.** You get these tables from a colleague, without the code. Which bug is in which?
 # Answer with four letters, for tables 1 to 4. Which one would you have believed?
 #
-# **Claim.** Cutting adds about $(1/255)^2/3$, the mean square of what is cut off. That is nothing
-# for the first stage's decoder. The smallest error in AVQ's tables is of that size.
-# (The rest is a bias. Our pictures are a little too dark, and cutting darkens them further.)
+# **Claim.** To an error without bias, cutting adds $(1/255)^2/3$ = 0.51e-5, the mean square of what
+# is cut off. It also darkens. Our pictures are a little too dark already, so it adds somewhat more.
+# Those of the first stage's decoder are too bright, so their error even falls, by less than 0.1 %.
+# But the smallest error of AVQ's tables, 0.76 in Tables 4 and 5 (if e-5 is meant), is of the size
+# of the cut.
 
 # %%
 def letters():
@@ -380,9 +382,12 @@ def letters():
 
 check("four tables", letters, "".join("ABCD"[i] for i in order),
       "look at the gain first: which bug keeps it, which destroys it, which moves it a little?")
-added = (wrong["C"](pictures["asym", "own"].clamp(-1, 1)) - errors["asym", "own"]).mean().item()
-print(f"cutting adds {1e5 * added:.2f} e-5; (1/255)²/3 is {1e5 / 255**2 / 3:.2f}")
-assert 0.3e-5 < added < 0.8e-5
+for name in ("asym", "vanilla"):
+    p = pictures[name, "own"].clamp(-1, 1)
+    added = 1e5 * (wrong["C"](p) - errors[name, "own"]).mean().item()
+    bias = 255 * (known * (p - x) / 2).sum() / (3 * known.sum())
+    print(f"{name}: brighter by {bias:.2f} / 255; cutting adds {added:.2f}e-5")
+    assert 0.51 < added < 0.76 if name == "asym" else -1.99 < added < 0
 
 # %% [markdown]
 # ## Has the prior learnt its pictures by heart?

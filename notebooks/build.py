@@ -53,6 +53,8 @@ def build(source):
                 output.data["image/png"] = smaller(output.data["image/png"])
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python",
                                         "name": "python3"}, "language_info": {"name": "python"}}
+    if source.name.startswith("2"):                       # the film in its text
+        (HERE / "film.gif").replace(HERE / "codebook.gif")
     target = source.with_suffix(".ipynb")
     jupytext.write(notebook, target)
     print(f"{target.name}: {target.stat().st_size // 1000} kB")

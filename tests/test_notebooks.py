@@ -56,6 +56,11 @@ def run(path):
     return done.stdout
 
 
+def written():
+    return {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")
+            if path.is_file() and path.name != "film.gif" and "__pycache__" not in path.parts}
+
+
 def built(source):
     return json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))
 
@@ -78,7 +83,9 @@ every = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 @every
 def test_a_source_runs_and_its_exercises_are_solved_and_its_notebook_prints_the_same(source):
+    before = written()
     text = run(source)
+    assert written() == before, "a student's run changes a file of the repository"
     assert not re.search("[✗○]", text)
     assert text.count("✓") == source.read_text(encoding="utf-8").count("\ncheck(") >= 3
     new, old = numbers(text), numbers(printed(built(source)))
