@@ -20,16 +20,19 @@ import argparse
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import convert
 import train
 import train_autoencoder
+from asym_decoder import AsymDecoder, ConditionBranch
 from convert import load, load_first_stage
 from data import Signs, held_out_batches, open_dataset
 from metrics import describe, pre_error
@@ -39,15 +42,46 @@ from recipes import RECIPES
 
 CPU, BATCH = torch.device("cpu"), 16
 SIZES = (0.5, 1, 2, 4, 8)                                # D of --constants; colours are in [-1,1]
-# Changes of the tiny recipe, and whether the constants are added.
+NO_CONSTANTS = {"pin_statistics": lambda run, model: None}      # in train_autoencoder
+
+
+class GatedDecoder(AsymDecoder):
+    """Concatenate [h·m, f_E, m] at every level, so that h is off at known pixels, as in Eq. 4."""
+
+    def _blend(self, index, h, conditions):
+        if conditions is not None:
+            h = h * conditions[index][1].to(h.dtype)                    # (B, C, h, w)
+        return super()._blend(index, h, conditions)
+
+
+class LastGatedDecoder(GatedDecoder):
+    """The same at feature 0 alone."""
+
+    def _blend(self, index, h, conditions):
+        return (GatedDecoder if index == 0 else AsymDecoder)._blend(self, index, h, conditions)
+
+
+class PartialDecoder(AsymDecoder):
+    """Add, as ever, but with the partial convolutions of "concat" in the branch."""
+
+    def __init__(self, config, ch, num_res_blocks, blend):
+        super().__init__(config, ch, num_res_blocks, blend)
+        self.encoder = ConditionBranch([ch * config.ch_mult[0], *self.in_widths], partial=True)
+
+
+# Changes of the tiny recipe, of train_autoencoder's names, and the blend.
 VARIANTS = {
-    "plain (the paper's code)": ({"start": "plain"}, False),
-    "rates only": ({}, False),
-    "constants only": ({"known_factor": 1.0}, True),
-    "pinned: both": ({}, True),
-    "plain, l2": ({"start": "plain", "pixel": "l2"}, False),
-    "constants only, l2": ({"known_factor": 1.0, "pixel": "l2"}, True),
-    "pinned, l2": ({"pixel": "l2"}, True),
+    "plain (the paper's code)": ({"start": "plain"}, NO_CONSTANTS, "add"),
+    "rates only": ({}, NO_CONSTANTS, "add"),
+    "constants only": ({"known_factor": 1.0}, {}, "add"),
+    "pinned: both": ({}, {}, "add"),
+    "plain, l2": ({"start": "plain", "pixel": "l2"}, NO_CONSTANTS, "add"),
+    "constants only, l2": ({"known_factor": 1.0, "pixel": "l2"}, {}, "add"),
+    "pinned, l2": ({"pixel": "l2"}, {}, "add"),
+    "partial": ({}, {"AsymDecoder": PartialDecoder}, "add"),
+    "concat": ({}, {}, "concat"),
+    "concat, gated": ({}, {"AsymDecoder": GatedDecoder}, "concat"),
+    "concat, gated at feature 0": ({}, {"AsymDecoder": LastGatedDecoder}, "concat"),
 }
 
 
@@ -62,6 +96,7 @@ def arguments(argv):
     parser.add_argument("-n", type=int, default=128, help="held-out images")
     parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--steps", type=int, help="of each variant (the recipe's)")
+    parser.add_argument("--seed", type=int, help="of each variant (the run's)")
     parser.add_argument("--size", type=int, help="side of the images (the run's; 64)")
     return parser.parse_args(argv)
 
@@ -98,32 +133,34 @@ def constants(dataset, n):
 
 
 @contextmanager
-def variant(changes, constants):
-    """Let train.py train by a changed tiny recipe, with or without the constants."""
-    recipe, pin = RECIPES["decoder"]["tiny"], train_autoencoder.pin_statistics
-    RECIPES["decoder"]["tiny"] = replace(recipe, **changes)
-    if not constants:
-        train_autoencoder.pin_statistics = lambda run, model: None
-    try:
+def variant(changes, names):
+    """Let train.py train by a changed tiny recipe and other objects behind names."""
+    with ExitStack() as stack:
+        recipe = replace(RECIPES["decoder"]["tiny"], **changes)
+        stack.enter_context(patch.dict(RECIPES["decoder"], tiny=recipe))
+        for name, value in names.items():
+            for module in (train_autoencoder, convert):
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, value))
         yield
-    finally:
-        RECIPES["decoder"]["tiny"], train_autoencoder.pin_statistics = recipe, pin
 
 
 def trained(name, args, config):
     """Train a variant, or take the finished one: (AsymVQGAN, minutes or None)."""
     out, start = args.out / re.sub(r"\W+", "-", name), time.process_time()
-    if not (out / "decoder" / "last.pt").exists() or not load(out).finished:
-        flags = {"stage": "decoder", "preset": "tiny", "vqgan": args.run, "out": out,
-                 "device": "cpu", "steps": args.steps, "workers": 0}
-        flags |= {key: config.get(key) for key in ("data", "root", "size", "seed", "perceptual",
-                                                   "weights", "precision")}
-        flags["size"] = args.size or flags["size"]
-        sys.argv = ["train.py", *(f"--{key}={v}" for key, v in flags.items() if v is not None)]
-        with variant(*VARIANTS[name]):
+    changes, names, blend = VARIANTS[name]
+    with variant(changes, names):
+        if not (out / "decoder" / "last.pt").exists() or not load(out).finished:
+            flags = {"stage": "decoder", "preset": "tiny", "vqgan": args.run, "out": out,
+                     "device": "cpu", "steps": args.steps, "workers": 0, "blend": blend}
+            flags |= {key: config.get(key) for key in ("data", "root", "size", "seed",
+                                                       "perceptual", "weights", "precision")}
+            flags["size"] = args.size or flags["size"]
+            flags["seed"] = flags["seed"] if args.seed is None else args.seed
+            sys.argv = ["train.py", *(f"--{key}={v}" for key, v in flags.items() if v is not None)]
             train.main()
-        return load(out).model, (time.process_time() - start) / 60
-    return load(out).model, None
+            return load(out).model, (time.process_time() - start) / 60
+        return load(out).model, None
 
 
 @torch.no_grad()
@@ -201,8 +238,9 @@ def main(argv=None):
                          f"{(deviations.std(0) / deviations.mean(0)).max():.3f}",
                          "" if minutes is None else f"{minutes:.1f}"])
         print("\n" + markdown(["decoder", *columns, "spread", "minutes"], rows))
-    plot(by_D, spreads, args.out / "pinned.png")
-    print(f"\nwrote {args.out / 'pinned.png'}")
+    if spreads:
+        plot(by_D, spreads, args.out / "pinned.png")
+        print(f"\nwrote {args.out / 'pinned.png'}")
 
 
 if __name__ == "__main__":
