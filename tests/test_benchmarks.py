@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_reports import example_report
-from tiny_runs import SIZE, write_first_stage, write_prior, write_run
+from tiny_runs import SIZE, TINY, write_first_stage, write_prior, write_run
 
 import data
 import train_autoencoder
-from convert import load_first_stage, load_model
+from asym_decoder import AsymDecoder
+from convert import load_first_stage, load_model, load_prior
 from metrics import seam
 from pictures import image_grid
 from refit import install_codebook
@@ -43,6 +44,7 @@ def run(name, argv, monkeypatch, **constants):
     spec.loader.exec_module(module)
     vars(module).update(constants)
     module.main(argv)
+    return module
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,7 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["figures", "gpu", "known_pixels", "paste", "seeds"]   # no times; tested below
+    others = ["code_start", "figures", "gpu", "known_pixels", "paste", "seeds"]    # no times
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -112,6 +114,38 @@ def test_changes_of_the_decoders_start_are_trained_and_told_apart(monkeypatch, t
     spreads = [float(row[7]) for row in rows]
     assert spreads[2] < min(spreads[:2])
     assert (tmp_path / "out" / "pinned.png").exists()
+
+
+@torch.no_grad()
+def test_only_a_gated_concatenation_switches_the_latent_off_at_known_pixels(monkeypatch):
+    module = run("known_pixels", ["--constants", "-n", "2", "--size", "32"], monkeypatch)
+    x, known = torch.rand(1, 3, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
+    z = torch.randn(2, TINY.z_channels, SIZE // TINY.f, SIZE // TINY.f)
+    for name, off in {"concat": False, "concat, gated": True,
+                      "concat, gated at feature 0": True}.items():
+        decoder = module.VARIANTS[name][1].get("AsymDecoder", AsymDecoder)(TINY, 8, 1, "concat")
+        a, b = (decoder.blended(one[None], x, known) for one in z)
+        assert torch.equal(a, b) == off
+
+
+def test_starts_of_a_prior_are_compared_map_by_map(monkeypatch, tmp_path, capsys):
+    _, parent = write_first_stage(tmp_path / "run")
+
+    def trained(args, config, seed, code_start):
+        out = tmp_path / f"{seed}-{code_start}"
+        write_first_stage(out)
+        write_prior(out, parent, seed=2 * seed + code_start)
+        return load_prior(out)
+
+    argv = ["--run", tmp_path / "run", "-n", 3, "--seeds", 1, 2]
+    module = run("code_start", list(map(str, argv)), monkeypatch, trained=trained)
+    rows, dataset = table_of(capsys), data.Signs("val", SIZE)
+    for seed in (1, 2):
+        ours, random = (module.bounds(load_prior(tmp_path / f"{seed}-{start}"), dataset, 3)
+                        for start in (True, False))
+        assert not torch.equal(ours, random)
+        assert float(rows[str(seed)][2].split(" ")[0]) == pytest.approx(
+            (ours - random).mean().item(), rel=0.01)
 
 
 def test_refits_halves_are_told_apart_on_the_same_pictures(monkeypatch, tmp_path, capsys):
