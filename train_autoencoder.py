@@ -264,6 +264,7 @@ class DecoderStage(Autoencoder):
         trunk_factor = 1.0
         if recipe.start_trunk and decoder.load_trunk(first_stage.decoder):
             trunk_factor = recipe.trunk_factor
+        model = AsymVQGAN(first_stage, decoder).to(run.device)
         # At known pixels the last blend puts feature 0 in place of the trunk's features, so these
         # pixels pass only the branch's first layer, the last norm and conv_out. The trunk's
         # features are about ten times as large as feature 0 at its start, and Adam moves a weight
@@ -276,7 +277,6 @@ class DecoderStage(Autoencoder):
                          (decoder.trunk_parameters(), decoder.branch_parameters()))
         groups = [(trunk, trunk_factor), (last, 1.0 if pinned else trunk_factor),
                   (first, recipe.known_factor if pinned else 1.0), (branch, 1.0)]
-        model = AsymVQGAN(first_stage, decoder).to(run.device)
         if pinned and state is None:
             decoder.pass_trunk()
             on_rank0(partial(pin_statistics, run, model))      # wrap sends its weights to all ranks

@@ -211,18 +211,22 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
     return stage
 
 
-def batch_of(stage, B, size, seed=0):
-    """Draw a batch of noise; half of its masks are full."""
+def drawn(stage, B, size, seed=0):
+    """Draw what a loader would give: noise; half of the masks are full."""
     generator = torch.Generator().manual_seed(seed)
     position = list(range(seed, seed + B))
     if stage.name == "prior":
         K, side = stage.first_stage.config.K, size_of(16, 8)
         indices = torch.randint(0, K, (B, side, side), generator=generator)
-        return stage.batch({"indices": indices, "position": position})
+        return {"indices": indices, "position": position}
     mask = torch.ones(B, 1, size, size, dtype=torch.uint8)
     mask[::2, :, size // 4:, :size // 2] = 0
     image = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
-    return stage.batch({"image": image, "mask": mask, "position": position})
+    return {"image": image, "mask": mask, "position": position}
+
+
+def batch_of(stage, B, size, seed=0):
+    return stage.batch(drawn(stage, B, size, seed))
 
 
 def trained(stage):
