@@ -43,15 +43,14 @@ torch.set_grad_enabled(False)
 seeded = torch.Generator().manual_seed(0)
 RUN, hung, guess = "run", [], None          # a small trained run; the boards of every scene
 
-
 class WatchedScene(signs.Scene):
     def __init__(self, *args):
         super().__init__(*args)
         hung.append(self.boards)            # of (x0, y0, x1, y1); it fills while we draw
 
-
 signs.Scene = WatchedScene
 x = pixels(next(views(Signs("test", 64), [range(96)])), "cpu")          # (B,3,H,W) in [-1,1]
+signs.Scene = WatchedScene.__base__         # watched no longer
 train = pixels(next(views(Signs("train", 64), [range(150)])), "cpu")    # for section 3
 
 # %% [markdown]

@@ -317,7 +317,6 @@ check("Eq. 2", lambda: my_latent_loss(z, b.detach(), beta), right, "which term r
 # *no quantiser at all*?
 
 # %%
-torch.set_grad_enabled(False)
 trained, refitted = (load_first_stage(f"run/{stage}/last.pt").model for stage in ("vqgan", "refit"))
 
 def read(split, lists):
