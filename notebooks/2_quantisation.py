@@ -80,34 +80,6 @@ for place, (path, step) in enumerate((p, s) for p in (narrow, wide) for s in (0,
     if step == 0:
         panel.set_ylabel("start in ±1/32" if path is narrow else "start in ±1")
 
-# %% [markdown]
-# ![Film of the first row](codebook.gif)
-#
-# (Your run draws its own film into `film.gif`, beside this notebook.)
-#
-# In the first row all codes begin in one small heap. The twelve on its rim are nearest to
-# everything, so only they move. The others look on. Four follow later, when the winners leave a
-# gap. Sixteen stay where they were born.
-#
-# **Claim.** A code that no vector takes has no term in the sum. Its gradient is exactly zero, not
-# small. The same loss with a wider start uses nearly all codes. So the start decides, not the
-# formula. And k-means finds better codes than both, for the same vectors. Remember that for the
-# end.
-
-# %%
-best, _ = rebuild_codebook(z, 32, generator=torch.Generator().manual_seed(0))
-errors, taken = [], torch.stack([used(codes) for codes in narrow])              # (steps, 32)
-assert (taken[0].sum(), taken.any(0).sum()) == (12, 12 + 4)
-assert (narrow == narrow[0]).all(2).all(0).sum() == 16
-for start, codes in ("±1/32", narrow[-1]), ("±1", wide[-1]), ("k-means", best):
-    errors.append(1000 * near(z, codes[nearest_code(z, codes)]).item())
-    print(f"{start:8} {used(codes).sum():2} codes in use, error {errors[-1]:.1f} / 1000")
-assert errors == sorted(errors, reverse=True)
-assert used(wide[-1]).sum() > 0.85 * 32
-dead = ~used(narrow[-1])                               # at the last gradient
-assert (slope[dead] == 0).all()
-assert (slope[~dead] != 0).all()
-
 # %%
 side, (grey, red, black) = torch.linspace(-1.7, 2.5, 300), (32, 33, 34)
 pale = 166 + 89 * plt.colormaps["twilight"](torch.linspace(0, 1, 32))[:, :3]
@@ -124,6 +96,35 @@ for step in [*range(0, 60, 2), *range(60, 300, 10), 299]:
         draw.circle(paths[step, k].tolist(), 4 if live[k] else 2, red if live[k] else black)
     draw.text((6, 4), f"step {step}: {live.sum()} of 32 codes in use", black)
 frames[0].save("film.gif", save_all=True, append_images=frames[1:], duration=90, loop=0)
+
+# %% [markdown]
+# ![Film of the first row](codebook.gif)
+#
+# (The film of *your* run is `film.gif`, beside this notebook. Break the codebook: put `lr=3` into
+# `film`. Then the Claim's `assert` below stops the run, for the claim is no longer true.)
+#
+# In the first row all codes begin in one small heap. The twelve on its rim are nearest to
+# everything, so only they move. The others look on. Four follow later, when the winners leave a
+# gap. Sixteen stay where they were born.
+#
+# **Claim.** A code that no vector takes has no term in the sum. Its gradient is exactly zero, not
+# small. The same loss with a wider start uses nearly all codes. So the start decides, not the
+# formula. And k-means finds better codes than both, for the same vectors. Remember that for the
+# end.
+
+# %%
+best, _ = rebuild_codebook(z, 32, generator=torch.Generator().manual_seed(0))
+errors, taken = [], torch.stack([used(codes) for codes in narrow])              # (steps, 32)
+for start, codes in ("±1/32", narrow[-1]), ("±1", wide[-1]), ("k-means", best):
+    errors.append(1000 * near(z, codes[nearest_code(z, codes)]).item())
+    print(f"{start:8} {used(codes).sum():2} codes in use, error {errors[-1]:.1f} / 1000")
+assert (taken[0].sum(), taken.any(0).sum()) == (12, 12 + 4)
+assert (narrow == narrow[0]).all(2).all(0).sum() == 16
+assert errors == sorted(errors, reverse=True)
+assert used(wide[-1]).sum() > 0.85 * 32
+dead = ~used(narrow[-1])                               # at the last gradient
+assert (slope[dead] == 0).all()
+assert (slope[~dead] != 0).all()
 
 # %% [markdown]
 # ## 2. What the encoder feels

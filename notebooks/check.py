@@ -16,9 +16,10 @@ def check(what, yours, right, hint, rtol=1e-4, atol=1e-5):
             assert value == right, f"yours is {value!r}"
         elif written:
             pairs = zip(value, right, strict=True) if isinstance(right, tuple) else [(value, right)]
-            for a, b in pairs:
-                torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=rtol,
-                                           atol=atol, check_dtype=False)
+            for number, (a, b) in enumerate(pairs, 1):
+                torch.testing.assert_close(
+                    torch.as_tensor(a), torch.as_tensor(b), rtol=rtol, atol=atol, check_dtype=False,
+                    msg=lambda text, n=number: f"value {n}: " + " ".join(text.split("\n")[:3]))
     except Exception as error:                       # a student's code may raise anything
         first = (str(error).strip() or "no message").splitlines()[0]
         print(f"✗ {what}: {hint}\n  ({type(error).__name__}: {first})")

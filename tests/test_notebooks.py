@@ -177,6 +177,19 @@ def test_formulas_have_no_sign_that_breaks_on_github(source):
             assert not re.search(r"\$[^$\n]*~[^$\n]*\$", text)
 
 
+def test_a_check_tells_right_and_unwritten_and_wrong_apart_and_names_the_wrong_value(
+        capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    from check import check
+    for yours in (lambda: (1, 2), lambda: None, lambda: (1, 3), lambda: 1 / 0):
+        check("pair", yours, (1.0, torch.tensor(2)), "look there")
+    right, unwritten, wrong, why, raising, error = capsys.readouterr().out.splitlines()
+    assert (right, unwritten) == ("✓ pair", "○ pair: not written yet")
+    assert wrong == raising == "✗ pair: look there"
+    assert "value 2:" in why
+    assert "ZeroDivisionError" in error
+
+
 # ---------------------------------------------------------------- the small run
 
 
