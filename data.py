@@ -7,7 +7,6 @@ Image, crop and mask of a position are functions of (seed, stage, position). The
 number of workers and processes change nothing.
 """
 
-import atexit
 import hashlib
 import io
 import math
@@ -16,18 +15,23 @@ import re
 import signal
 import sys
 import warnings
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain, islice
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
-from torch.utils.data import DataLoader
 
-from distributed import UserError, print0
+from distributed import ASK_TO_STOP, UserError, heed, print0
 from masks import evaluation_mask, training_mask
 from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
@@ -41,6 +45,7 @@ SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recen
 RUN_FILES = {"config.json", "command.txt"}      # a folder with both is a run of train.py
 PROBED = 1_000                      # an identity has the sizes and ends of at most so many files
 BAD_IN_A_ROW = 100                  # this many files in a row that cannot be decoded stop the run
+SILENCE = 20                        # seconds for an image, after which a worker hangs
 # Pillow refuses PNGs with a text or an ICC profile above 1 MiB; some of ImageNet's have one.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY                      # 64 MiB
 
@@ -357,7 +362,9 @@ class Order:
 
 
 class TrainingItems:
-    """Read what a position of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position."""
+    """Read what a position of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position.
+
+    Arrays of numpy."""
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)
@@ -367,12 +374,12 @@ class TrainingItems:
     def __getitem__(self, position):
         item = _view(self.dataset, self.order[position], numpy_generator(CROP, *self.key, position))
         mask = training_mask(self.dataset.size, self.key, position, self.kind, self.p_full)
-        return item | {"mask": torch.from_numpy(mask)[None], "position": position}
+        return item | {"mask": mask[None], "position": position}
 
 
 def _view(dataset, index, rng=None):
-    image = torch.from_numpy(dataset.image(index, rng))                             # (H, W, 3)
-    return {"image": image.permute(2, 0, 1).contiguous()}                           # (3, H, W)
+    image = dataset.image(index, rng)                                               # (H, W, 3)
+    return {"image": np.ascontiguousarray(image.transpose(2, 0, 1))}                # (3, H, W)
 
 
 def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0, pin=False):
@@ -383,7 +390,8 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     """
     local = batch_size // world
     starts = (step * batch_size + rank * local for step in range(first, last))
-    return _load(items.__getitem__, (range(i, i + local) for i in starts), workers, pin)
+    positions = (range(i, i + local) for i in starts)
+    return _load(items.__getitem__, positions, workers, pin, 2 * local)
 
 
 def views(dataset, batches, workers=0):
@@ -412,42 +420,63 @@ def held_out_batches(dataset, n, batch_size, device, rank=0, world=1, *, masks=T
         yield batch
 
 
-def _load(read, positions, workers, pin=False):
-    """Yield one dict for each list of positions, of the items that `read` gives in the workers."""
-    # Without a generator the loader would draw a number from torch's global stream.
-    running = [iter(DataLoader(_Lists(read), batch_sampler=positions, collate_fn=dict,
-                               num_workers=workers, pin_memory=pin, worker_init_fn=_start_worker,
-                               generator=torch.Generator()))]
-    # Empty the list at exit, as multiprocessing would wait for workers that ignore SIGTERM.
-    atexit.register(running.clear)
-    try:
-        while (batch := next(running[0], None)) is not None:
-            if "error" in batch:
-                raise UserError(batch["error"])
-            yield batch
-    finally:
-        atexit.unregister(running.clear)
-        running.clear()
+def _load(read, positions, workers, pin=False, ahead=64):
+    """Yield one dict for each list of positions, of the items that `read` gives.
 
-
-class _Lists:
-    """Give the DataLoader of _load a whole batch as one item, or the error that ended it."""
-
-    def __init__(self, read):
-        self.read = read
-
-    def __getitems__(self, positions):
-        try:
-            items = [self.read(position) for position in positions]
-        except UserError as error:       # raised here, it would print the worker's traceback
-            return {"error": str(error)}
+    Each worker reads up to `ahead` items ahead. Items come one by one, through pipes: batches of
+    torch's DataLoader need much of /dev/shm, which is small in containers, and do not tell a large
+    batch from a worker that hangs. Raises UserError for a worker lost, and Leaving while it waits.
+    """
+    def stack(items):
         columns = {key: [item[key] for item in items] for key in items[0]}
-        return {key: torch.stack(column) if torch.is_tensor(column[0]) else column
-                for key, column in columns.items()}
+        arrays = {key: torch.from_numpy(np.stack(column)) for key, column in columns.items()
+                  if isinstance(column[0], np.ndarray)}
+        return columns | ({key: x.pin_memory() for key, x in arrays.items()} if pin else arrays)
+
+    if not workers:
+        yield from (stack([read(position) for position in some]) for some in positions)
+        return
+    pool, lengths, coming, items = None, deque(), deque(), []
+    flat = chain.from_iterable(lengths.append(len(some)) or some for some in positions)
+    try:
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(read,))
+        while True:
+            coming.extend(pool.submit(_read, position)
+                          for position in islice(flat, workers * ahead - len(coming)))
+            if not coming:
+                return
+            item = coming.popleft()
+            if not any(wait([item], 1).done for _ in heed(range(SILENCE))):
+                problem = f"no image for {SILENCE} s: a disk, network folder or worker hangs"
+                break
+            items.append(item.result())
+            if len(items) == lengths[0]:
+                yield stack(items)
+                lengths.popleft()
+                items = []
+    except BrokenProcessPool:
+        problem = "a worker was killed, perhaps because memory is full"
+    except OSError as error:
+        if pool:
+            raise
+        problem = f"/dev/shm is full or missing ({error.strerror})"      # it has the pool's locks
+    finally:
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
+    raise UserError(f"--workers {workers}: {problem}; give --workers 0, or the container more "
+                    "memory and a larger /dev/shm (--shm-size)")
 
 
-def _start_worker(_):
+def _start_worker(read):
+    """Prepare a worker's process, which is to `read`."""
     # Ctrl-C and SIGTERM often reach all processes. The main one saves first, then ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ASK_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _start_worker.read = read
+    # Without this a worker would wait for ever for a main process that was killed.
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _read(position):
+    return _start_worker.read(position)

@@ -1,4 +1,4 @@
-"""Run the same code on one process or many, and end programs with one-line errors.
+"""Run the same code on one process or many; end programs early, or with one-line errors.
 
 `python train.py` is one process, where every function here does nothing or next to nothing;
 `torchrun --nproc_per_node=8 train.py` is eight with DistributedDataParallel. NCCL moves tensors
@@ -8,24 +8,44 @@ between GPUs. gloo moves numbers between CPUs, so a decision about stopping wait
 import ctypes
 import errno
 import inspect
+import io
+import math
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)  # full or read-only
+GROUP_TIMEOUT = timedelta(hours=1)   # a process that keeps the others waiting for longer hangs
+JOINING = timedelta(minutes=10)       # until all processes are there
+ROLL_CALL = 4           # seconds that the processes have to tell that they are alive
+PATIENCE = 3            # seconds after which a second Ctrl-C is taken for a new one
+STOP = SimpleNamespace(signals=[], deadline=math.inf)      # of stop_signals
+ASK_TO_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+               if hasattr(signal, name)]
 
 
 class UserError(Exception):
     """Tell of a user's mistake in one line: the file or flag, and what to do. Exit status 2."""
+
+
+class Leaving(SystemExit):
+    """Leave early, as a signal or --max-hours asks, and say where."""
+
+    def __init__(self, where="stopped before the next step"):
+        super().__init__(where)
+        self.code = 128 + STOP.signals[0] if STOP.signals else 0
 
 
 def setup(device="auto"):
@@ -54,8 +74,9 @@ def setup(device="auto"):
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Within this time the others notice a process that died, even without the launcher.
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        STOP.store, number, world = next(dist.rendezvous("env://", timeout=JOINING))
+        dist.init_process_group(backend, store=STOP.store, rank=number, world_size=world,
+                                timeout=GROUP_TIMEOUT)
     return device
 
 
@@ -112,18 +133,18 @@ def any_rank(flag):
 
 
 def on_rank0(function):
-    """Run function() on rank 0 and give every rank its result, a small value, or its UserError."""
+    """Run function() on rank 0; every rank gets its small result, or its UserError or Leaving."""
     if world_size() == 1:
         return function()
     answer = [None, None]
     if rank() == 0:
         try:
             answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
+        except (UserError, Leaving) as error:
+            answer[1] = error
     dist.broadcast_object_list(answer, device=torch.device("cpu"))
     if answer[1] is not None:
-        raise UserError(answer[1])
+        raise answer[1]
     return answer[0]
 
 
@@ -161,6 +182,86 @@ def no_sync(module, last):
     return module.no_sync() if world_size() > 1 and not last else nullcontext()
 
 
+@contextmanager
+def stop_signals(hours=None):
+    """Note signals that ask to stop, and the end of --max-hours, while the block runs: `asked`.
+
+    They are SIGTERM, SIGINT, SIGHUP of a lost terminal and SIGUSR1 of Slurm, unless ignored. A
+    second Ctrl-C is a KeyboardInterrupt if it comes PATIENCE seconds after the first signal.
+    Launchers repeat a signal within milliseconds, which must not count.
+    """
+    def note(number, frame):
+        if not STOP.signals:
+            STOP.first = time.monotonic()
+            text = (f"\n{signal.Signals(number).name}: finishing this step, then saving; Ctrl-C "
+                    f"after {PATIENCE} s stops at once\n")
+            with suppress(OSError):                              # print is not safe in a handler
+                os.write(2, text.encode() if rank() == 0 else b"")
+        elif number == signal.SIGINT and time.monotonic() - STOP.first > PATIENCE:
+            raise KeyboardInterrupt
+        STOP.signals.append(number)
+
+    STOP.signals, STOP.deadline = [], time.monotonic() + 3600 * hours if hours else math.inf
+    before = {number: signal.signal(number, note) for number in ASK_TO_STOP
+              if signal.getsignal(number) != signal.SIG_IGN}     # as nohup has it
+    try:
+        yield
+        next(heed(), None)
+    except RuntimeError as error:
+        if is_from_group(error):
+            next(heed(), None)       # another process left a moment before
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        STOP.signals, STOP.deadline = [], math.inf
+
+
+def asked():
+    """Tell whether this process was asked to stop."""
+    return bool(STOP.signals) or time.monotonic() > STOP.deadline
+
+
+def heed(items=(None,)):
+    """Yield the items, and raise Leaving before one if this process was asked to stop."""
+    for item in items:
+        if asked():
+            raise Leaving
+        yield item
+
+
+def is_from_group(error):
+    """Tell whether an exception is of a collective call: gloo's, NCCL's or the store's."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def absent_ranks():
+    """Call the roll after a collective call has failed: list the ranks that do not answer."""
+    present = []
+
+    def call():
+        with suppress(RuntimeError):             # rank 0 may keep the store, and be gone
+            STOP.store.set(f"rank {rank()}", "is here")
+            time.sleep(ROLL_CALL if rank() else ROLL_CALL + 2)       # and it must not go first
+            present.extend(r for r in range(world_size()) if STOP.store.check([f"rank {r}"]))
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun sends it at once
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(3 * ROLL_CALL)                   # a store that hangs has no time limit
+    return sorted(set(range(world_size())) - set(present)) if present else [0]
+
+
+class _Unbreakable(io.FileIO):
+    """Write to a terminal, pipe or file, and go on when it is gone or full."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def end_at_once():
     """Let SIGINT and SIGTERM end a program that saves nothing, also within a call of torch.
 
@@ -175,24 +276,41 @@ def exit_on_user_error(main):
     """Run a program's `main()` and exit with its status.
 
     A UserError, a full disk or too little device memory prints one line on stderr and gives status
-    2. SIGINT gives 130 and SIGTERM 143. Any other exception prints its traceback and gives 1.
+    2. SIGINT gives 130 and SIGTERM 143. Another process that is gone gives one line and 1. Any
+    other exception prints its traceback and gives 1. Printing never fails: its reader may go.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):         # not a notebook's
+            stream.flush()
+            raw = _Unbreakable(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    status, complaint = 2, None
     try:
-        status, complaint = main(), None
+        status = main()
         close()
     except UserError as error:
-        status, complaint = 2, error
+        complaint = error
     except torch.OutOfMemoryError as error:
-        status = 2
         complaint = f"{str(error).split('. ')[0]}; use fewer images at a time, or smaller ones"
     except KeyboardInterrupt:
-        status, complaint = 128 + signal.SIGINT, None
+        status = 128 + signal.SIGINT
+    except SystemExit as error:
+        status = error.code
+        if isinstance(error, Leaving):
+            print0(f"{error}; the same command continues from here")
     except Exception as error:
-        status, complaint = 1, None
         if getattr(error, "errno", None) in DISK:
-            status, complaint = 2, f"{error}; make room or choose another place, then run it again"
+            complaint = f"{error}; make room or choose another place, then run it again"
+        elif is_from_group(error) and (absent := absent_ranks()):
+            status = 1
+            if rank() == min(set(range(world_size())) - set(absent)):
+                complaint = (f"rank {', '.join(map(str, absent))} of {world_size()} has died or "
+                             "hangs; its own output may say why. Run the same command again")
         else:
+            status = 1
             traceback.print_exc()
     if complaint:
         # If all ranks have the same error, only rank 0 prints it: torchrun ends the others first.
@@ -200,7 +318,9 @@ def exit_on_user_error(main):
             time.sleep(3)
         who = f"rank {rank()}: " if rank() else ""
         print(f"{who}error: {complaint}", file=sys.stderr, flush=True)
-    if status and world_size() > 1:
+    if world_size() > 1 or (status and threading.active_count() > 1):
+        for child in multiprocessing.active_children():
+            child.kill()
         sys.stdout.flush()
         os._exit(status)            # an orderly exit would wait for the other processes
     sys.exit(status)

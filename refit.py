@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from distributed import gather_objects, rank, world_size
+from distributed import gather_objects, heed, rank, world_size
 from quantize import nearest_code
 from seeding import FEATURES, numpy_generator
 
@@ -84,7 +84,7 @@ def afkmc2_seeds(features, K, chain=200, generator=None):
     proposal, u = torch.rand(2, K - 1, chain, dtype=torch.float64, generator=generator)
     proposals = torch.searchsorted(cdf / cdf[-1], proposal, right=True)     # (K-1, chain)
     # Run a chain for each seed after c_1. Its last state joins C.
-    for candidates, u_i in zip(proposals, u.tolist()):
+    for candidates, u_i in heed(zip(proposals, u.tolist())):
         part, seeds = features[candidates], features[C]                     # (chain, d), (k, d)
         nearest = seeds[nearest_code(part, seeds)]                          # (chain, d)
         d2 = _squared_distance(part, nearest).tolist()                      # d(·,C)²
@@ -107,7 +107,7 @@ def kmeans(features, centres, iterations=100, tolerance=1e-4):
     """
     standstill = tolerance * features.var(0, correction=0).mean().item()
     centres, inertia, move = centres.to(features), [], torch.inf
-    for moves in range(iterations + 1):
+    for moves in heed(range(iterations + 1)):
         # Assign each feature to its nearest centre.
         assignment = nearest_code(features, centres)                        # (n)
         distance = _squared_distance(features, centres[assignment])         # (n)

@@ -5,17 +5,15 @@
     RUN/STAGE/log.jsonl           one line per step, cut back to the checkpoint when a run continues
     RUN/STAGE/{last,previous}.pt  plain tensors and containers; loading never executes code
 
-The progress line and the signals that end a run early are here as well.
+The progress line is here as well.
 """
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import platform
 import shlex
-import signal
 import sys
 import time
 import zipfile
@@ -33,7 +31,6 @@ except ImportError:                                        # Windows has no such
     fcntl = None
 
 FORMAT = 1
-PATIENCE = 3            # seconds after which a second Ctrl-C is taken for a new one
 
 
 @dataclass
@@ -312,34 +309,6 @@ class Progress:
     def close(self):
         if self.terminal and rank() == 0:
             print(flush=True)
-
-
-@contextmanager
-def stop_signals():
-    """Yield a list to which SIGTERM and SIGINT are added; the loop reads it after each step.
-
-    A second Ctrl-C is a KeyboardInterrupt if it comes PATIENCE seconds after the first signal.
-    Launchers repeat a signal within milliseconds, which must not count.
-    """
-    received, first = [], math.inf
-
-    def note(number, frame):
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-            text = (f"\n{signal.Signals(number).name}: finishing this step, then saving; Ctrl-C "
-                    f"after {PATIENCE} s stops at once\n")
-            os.write(2, text.encode() if rank() == 0 else b"")   # print is not safe in a handler
-        elif number == signal.SIGINT and time.monotonic() - first > PATIENCE:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def duration(seconds):

@@ -22,7 +22,7 @@ from asym_decoder import AsymVQGAN
 from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior, run_of
 from data import pixels, views
 from diffusion import frequency_nats, held_out_bound
-from distributed import UserError, exit_on_user_error, print0, setup, wait_for
+from distributed import UserError, end_at_once, exit_on_user_error, print0, setup, wait_for
 from metrics import describe
 from paper_tables import steps_table
 from pictures import image_rows
@@ -149,6 +149,7 @@ def main():
     add("--batch-size", type=int, default=16, metavar="B", help="samples at once (default: 16)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
+    end_at_once()
     if min(args.n, args.batch_size) < 1 or args.seed < 0:
         raise UserError("-n and --batch-size are at least 1, --seed at least 0")
     device, out = setup(args.device), Path(args.output)

@@ -12,8 +12,6 @@ and --micro-batch. Otherwise, and on a GPU, rounding may differ.
 
 import argparse
 import math
-import sys
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +28,7 @@ from distributed import UserError, exit_on_user_error, on_rank0, print0, rank, s
 from eval import evaluate
 from pictures import curves, image_grid
 from recipes import RECIPES, Recipe, first_gan_step, run_length, set_learning_rates
-from run_folder import Log, Progress, Run, open_run, stop_signals
+from run_folder import Log, Progress, Run, open_run
 from seeding import STAGE_IDS, stage_seed
 from train_autoencoder import DecoderStage, FirstStage, Refit
 from train_prior import PriorStage
@@ -66,10 +64,9 @@ def main():
     # Train one stage after another, then write the report.
     run = Run(settings, args.out, device, workers, train_set, val_set)
     with open_run(args.out, settings, may_change=MAY_CHANGE):
-        with stop_signals() as signals:
-            deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
+        with distributed.stop_signals(args.max_hours):
             for name in names:
-                train_stage(run, name, args, signals, deadline)
+                train_stage(run, name, args)
         distributed.close()          # so that no process waits while rank 0 evaluates
         if (args.out / "decoder" / "last.pt").exists() and not args.overfit and rank() == 0:
             report_unless_there(run)
@@ -87,10 +84,10 @@ def report_unless_there(run):
                  weights=run.settings["weights"], fid=False)
 
 
-def train_stage(run, name, args, signals, deadline):
+def train_stage(run, name, args):
     """Train one stage to its end, from its last checkpoint or else from its start.
 
-    signals: of run_folder.stop_signals; deadline: a time.monotonic(). After either, save and exit.
+    Raises Leaving, when all is saved, if a signal or --max-hours asks to stop.
     """
     folder, settings = run.out / name, run.settings
     recipe = Recipe(**settings["recipes"][name])
@@ -118,7 +115,7 @@ def train_stage(run, name, args, signals, deadline):
         for key, optimizer in stage.optimizers.items():
             run_folder.load_optimizer(optimizer, state["optimizers"][key])
         done, extra = state["step"], state["extra"]
-    if done == steps:
+    if done == steps and not extra.get("owed"):
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
 
@@ -131,32 +128,42 @@ def train_stage(run, name, args, signals, deadline):
     log = Log(folder / "log.jsonl", done if state else None)
     first_score, score = extra.get("first_score"), extra.get("score")
 
-    def keep(record, validate=True):
-        """Log the step and save a checkpoint, after validation and sample images by default."""
+    def keep(record, due=True):
+        """Log the step and save a checkpoint, if `due` after validation and sample images.
+
+        When asked to stop, leave those for the next start: launchers wait for seconds only. The
+        checkpoint then has the unlogged record as `owed`. Returns whether it has.
+        """
         nonlocal first_score, score
-        if validate:
-            record |= stage.validate(val_batches)
-            stop_unless_finite(name, record["step"], record)
-            score = sum(value for key, value in record.items()
-                        if key.startswith(("val_pixel", "val_vlb")))
-            first_score = score if first_score is None else first_score
-            image_grid(stage.pictures(val_batches, SAMPLE_IMAGES),
-                       folder / "samples" / f"step_{record['step']:07d}.png")
+        measured, owed = record.copy(), None
+        try:
+            if due:
+                measured |= stage.validate(val_batches)
+                stop_unless_finite(name, record["step"], measured)
+                columns = stage.pictures(val_batches, SAMPLE_IMAGES)
+                image_grid(columns, folder / "samples" / f"step_{record['step']:07d}.png")
+                score = sum(value for key, value in measured.items()
+                            if key.startswith(("val_pixel", "val_vlb")))
+                first_score = score if first_score is None else first_score
+        except distributed.Leaving:
+            owed = record
         # Write the log before the checkpoint: resuming can cut a log back but not fill it up.
-        log.write(record, durable=True)
+        if owed is None:
+            log.write(measured, durable=True)
         parts = stage.state_dict()
-        parts["extra"] |= {"finished": record["step"] == steps, "micro_batch": micro_batch,
-                           "score": score, "first_score": first_score}
+        parts["extra"] |= {"finished": record["step"] == steps and owed is None, "owed": owed,
+                           "micro_batch": micro_batch, "score": score, "first_score": first_score}
         run_folder.save(folder / "last.pt", {
             "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
             "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
             "images": record["images"], "step": record["step"], "parent": stage.parent, **parts})
-        if validate:
+        if due and owed is None:
             curves(folder / "log.jsonl", folder / "curves.png")
+        return owed is not None
 
     # Try now what may fail only later: saving, and the memory of a step with the discriminator.
-    if state is None:
-        on_rank0(partial(keep, {"step": 0, "images": 0}))
+    if state is None or extra.get("owed"):
+        on_rank0(partial(keep, extra.get("owed") or {"step": 0, "images": 0}))
     if run.device.type == "cuda":
         trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
         before = stage.snapshot()
@@ -169,39 +176,51 @@ def train_stage(run, name, args, signals, deadline):
     save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
     batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
                                run.workers if stage.reads_files else 0, run.device.type == "cuda")
-    leave = False
-    with closing(log), closing(Progress(name, done, steps, recipe.batch_size)) as progress:
-        for step, batch in enumerate(batches, start=done):
+    with closing(batches), closing(log), \
+            closing(Progress(name, done, steps, recipe.batch_size)) as progress:
+        batch, leave, error = upcoming(batches)
+        while done < steps and not leave:
             # Compute the gradients of generator and discriminator, then move their weights.
-            lr = set_learning_rates(stage.optimizers, recipe, step, steps, disc_start)
-            gan_on = step >= disc_start
+            lr = set_learning_rates(stage.optimizers, recipe, done, steps, disc_start)
+            gan_on = done >= disc_start
             terms, micro_batch = gradients(stage, batch, gan_on, micro_batch)
-            stop_unless_finite(name, step + 1, terms)
+            stop_unless_finite(name, done + 1, terms)
             stage.update(gan_on)
             # Show and log the step. Validate and save now and then, and at the end.
-            done = step + 1
+            done += 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
             due = done == steps or done % save_every == 0
-            leave = distributed.any_rank(signals or time.monotonic() > deadline)
-            if due or leave:         # leaving is urgent: launchers wait for seconds only
-                on_rank0(partial(keep, record, validate=due))
+            batch, leave, error = upcoming(batches)
+            if due or leave:
+                leave = on_rank0(partial(keep, record, due)) or leave
             else:
                 log.write(record)
-            if leave:
-                break
 
     # Say how the stage ended.
+    if error:
+        raise UserError(f"{error}. {name} is saved at step {done}")
     if leave:
-        print0(f"{name}: saved at step {done}; the same command continues from here")
-        distributed.close()
-        sys.exit(128 + signals[0] if signals else 0)
+        raise distributed.Leaving(f"{name}: saved at step {done}")
     if settings["overfit"] and name != "refit" and rank() == 0:      # a refit starts trained
         what = {"vqgan": "L1", "decoder": "L1 without a mask plus L1 with one,",
                 "prior": "bound, nats a map,"}[name]
         print0(f"{name}: {what} on {settings['overfit']} images: {first_score:.4f} at the start, "
                f"{score:.4f} at the end; a healthy run ends below half of the start")
     print0(f"{name}: {done} steps done; {folder} has last.pt, curves.png and samples/")
+
+
+def upcoming(batches):
+    """Give the next batch, or None; whether all processes are to leave; this one's UserError.
+
+    A process that cannot go on must not end before the others have heard of it and saved.
+    """
+    batch = error = None
+    try:
+        batch = next(batches, None)
+    except (UserError, distributed.Leaving) as trouble:
+        error = trouble if isinstance(trouble, UserError) else None
+    return batch, distributed.any_rank(distributed.asked() or error), error
 
 
 def gradients(stage, batch, gan_on, micro_batch):
@@ -337,7 +356,7 @@ def parse(argv=None):
                            help=f"{'|'.join(names)}{text}", **more)
 
     what = parser.add_argument_group("what to train")
-    add, count = what.add_argument, number(int)
+    add, count, two = what.add_argument, number(int), number(int, 2)
     choice(what, "--data", DATASETS, ": drawn scenes, ImageNet, your own photos (signs)", "signs")
     add("--root", metavar="DIR", help="folder of the photos (imagenet: $IMAGENET or data/imagenet)")
     add("--size", type=count, metavar="PX", help="side of the square images (signs: 64, else 256)")
@@ -346,15 +365,12 @@ def parse(argv=None):
     choice(what, "--preset", ASYM_PRESETS, ": size of the decoder (on tiny: tiny, else base)")
     choice(what, "--blend", ["add", "concat"], ": as in AVQ Eq. 4, or in Tables 7-8 (add)", "add")
     add("--vqgan", metavar="PATH", help="trained first stage: run, last.pt, public weights (none)")
-    add("--codes", type=number(int, 2), metavar="K",
-        help="size of the rebuilt codebook (tiny: 128, else unchanged)")
+    add("--codes", type=two, metavar="K", help="codes after the refit (tiny: 128, else unchanged)")
     add("--refit-samples", type=count, metavar="P",
-        help="features to cluster into it (tiny: 5000, else the larger of 20000 and 16 K)")
+        help="features to cluster into them (tiny: 5000, else the larger of 20000 and 16 K)")
     choice(what, "--unet", UNET_PRESETS, ": size of the prior (on tiny: tiny, else paper117)")
-    add("--timesteps", type=number(int, 2), metavar="T",
-        help="steps of the prior's diffusion (tiny: 100, else 4000)")
-    add("--ema", type=number(float, 0, 1), metavar="DECAY",
-        help="decay of the prior's averaged weights (tiny: 0.995, else 0.9999)")
+    add("--timesteps", type=two, metavar="T", help="steps of diffusion (tiny: 100, else 4000)")
+    add("--ema", type=number(float, 0, 1), help="prior's average (tiny: 0.995, else 0.9999)")
     add("--overfit", type=count, metavar="N",
         help=f"train on the first N images and validate on the same, {OVERFIT_STEPS} steps (off)")
     how = parser.add_argument_group("how to train (defaults are the recipes' below)")
@@ -366,8 +382,8 @@ def parse(argv=None):
     choice(how, "--start", ["pinned", "plain"], ": of the decoder; plain is AVQ's (tiny: pinned)")
     choice(how, "--pixel", ["l1", "l2"], ": pixel loss; l2 is the squared error of AVQ Eq. 2")
     choice(how, "--gan", ["hinge", "log"], ": GAN loss; log is AVQ Eq. 7")
-    choice(how, "--lambda", ["paper", "taming", "ldm"],
-           ": weight of the GAN loss; paper is AVQ Eq. 9", dest="lambda_rule")
+    choice(how, "--lambda", ["paper", "taming", "ldm"], ": GAN loss's weight; paper is AVQ Eq. 9",
+           dest="lambda_rule")
     add("--disc-start", type=number(float, 0), metavar="STEP",
         help="first step of the discriminator; below 1: a fraction of all steps")
     choice(how, "--perceptual", ["vgg", "alex", "squeeze", "none"],
@@ -385,8 +401,7 @@ def parse(argv=None):
         help="images that a process takes at once (all of its own; on a CPU 8 of 128 px)")
     add("--compile", action="store_true", help="run the networks through torch.compile (off)")
     add("--checkpointing", action="store_true", help="less memory, more time in decoders (off)")
-    add("--workers", type=number(int, 0), metavar="N",
-        help="data-loading workers per process (signs: 1, else 4)")
+    add("--workers", type=number(int, 0), help="data workers per process (signs: 1, else 4)")
     add("--save-every", type=count, metavar="STEPS",
         help="steps between checkpoints, each with validation (tiny: 200, else 1000)")
     add("--max-hours", type=number(float), metavar="H", help="save and stop after H hours (never)")

@@ -19,7 +19,7 @@ import run_folder
 from asym_decoder import AsymDecoder, AsymVQGAN
 from convert import load, load_first_stage
 from data import Batch, TrainingItems, held_out_batches, pixels, views
-from distributed import UserError, gather_objects, on_rank0, print0, rank, world_size, wrap
+from distributed import UserError, gather_objects, heed, on_rank0, print0, rank, world_size, wrap
 from metrics import pre_error
 from quantize import code_statistics, nearest_code
 from recipes import adam
@@ -155,7 +155,7 @@ class Autoencoder:
         """Measure {"val_...": mean over held-out images}, with a KL latent's mode, in float32."""
         self.model.eval()
         sums, count = {}, 0
-        for batch in batches:
+        for batch in heed(batches):
             values, x_hat = self.measures(batch)
             if self.perceptual is not None:
                 values["val_perceptual"] = self.perceptual(x_hat, batch.x).mean()
@@ -344,7 +344,7 @@ def rebuild(run, model):
         model.to(memory_format=torch.channels_last)
 
     def images(dataset, batches):
-        for image in views(dataset, batches, run.workers):
+        for image in heed(views(dataset, batches, run.workers)):
             yield pixels(image, run.device, run.channels_last)              # (b, 3, H, W)
 
     # Sample features on all processes; cluster on one, because another CPU may round differently.

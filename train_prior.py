@@ -10,20 +10,22 @@ because encoding at each step would cost more than the prior's own step.
 """
 
 import hashlib
+import io
 import math
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import distributed
 from convert import denoiser
 from data import Order, pixels, views
 from diffusion import Timesteps, frequency_nats, held_out_bound
-from distributed import gather_objects, on_rank0, print0, rank, world_size, wrap
+from distributed import gather_objects, heed, on_rank0, print0, rank, world_size, wrap
 from recipes import adam
 from seeding import STAGE_IDS, image_generators
 from train_autoencoder import trained_first_stage
@@ -128,7 +130,7 @@ class PriorStage:
         ranges = [range(i, min(i + size, n)) for i in range(0, n, size)]
         batches = [(CodeBatch(list(index), self.encode(image)),
                     None if index[0] else pixels(image, run.device))
-                   for index, image in zip(ranges, views(run.val_set, ranges))]
+                   for index, image in heed(zip(ranges, views(run.val_set, ranges)))]
         maps = torch.cat([batch.indices for batch, _ in batches]).cpu().numpy()     # (n, h, w)
         K = self.first_stage.config.K
         nats = {name: one.mean() for name, one in frequency_nats(self.codes, maps, K).items()}
@@ -145,7 +147,7 @@ class PriorStage:
         """
         with self.averaged() as model:
             nats = [held_out_bound(self.diffusion, model, batch.indices, batch.index[0], True)
-                    for batch, _ in batches]
+                    for batch, _ in heed(batches)]
         return {"val_vlb": torch.cat(nats).mean().item()}
 
     @torch.no_grad()
@@ -210,6 +212,7 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     encode: image uint8 (b,3,H,W), a fixed view, -> indices (b,h,w), by the first stage of `config`
     whose sha256 is `parent`. folder: of the memory-mapped file, which has another name until it is
     complete. All processes must call this. They share the images, in batches of ENCODED always.
+    Raises Leaving when asked to stop. What is encoded is kept, also after a kill.
     """
     key = hashlib.sha256(f"{parent}|{dataset.identity()}|{n}".encode()).hexdigest()[:16]
     path = Path(folder) / f"{dataset.split}-{key}.npy"
@@ -217,30 +220,37 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     dtype = np.dtype(np.uint16 if config.K <= 2**16 else np.int32)
     if on_rank0(path.exists):
         return np.load(path, mmap_mode="r")
+
+    def begin():
+        """Cut a file that was begun back to its whole batches, which are kept, and count them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab+") as file:
+            end, head = file.tell(), io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                head, {"descr": dtype.str, "fortran_order": False, "shape": (n, side, side)})
+            length = ENCODED * side**2 * dtype.itemsize                     # of a batch, in bytes
+            kept = max(0, end - head.tell()) // length
+            file.truncate(kept and head.tell() + kept * length)
+            file.write(b"" if kept else head.getvalue())
+        return kept
+
     # Encode this process's batches, and write those of all in the order of the images.
-    starts = range(0, n, ENCODED)
+    starts = range(0, n, ENCODED)[on_rank0(begin):]
     mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
     images, next_line = views(dataset, mine, workers), time.monotonic() + 10
-    try:
-        with ExitStack() as held:
-            if rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(part, "wb"))
-                np.lib.format.write_array_header_1_0(file, {
-                    "descr": dtype.str, "fortran_order": False, "shape": (n, side, side)})
-            for start in starts[::world_size()]:         # one batch on each process
-                image = next(images, None)
-                codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
-                shares = gather_objects(codes)                              # (b, h, w) each
-                if rank() == 0:
-                    file.write(b"".join(share.tobytes() for share in shares if share is not None))
-                if time.monotonic() > next_line:
-                    print0(f"encoding: {start:,} of {n:,} images")
-                    next_line = time.monotonic() + 10
-        on_rank0(lambda: os.replace(part, path))
-    finally:
-        if rank() == 0:
-            part.unlink(missing_ok=True)
+    with closing(images), open(part if rank() == 0 else os.devnull, "ab") as file:
+        for start in starts[::world_size()]:             # one batch on each process
+            image = next(images, None)
+            codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
+            shares = gather_objects((codes, distributed.asked()))
+            file.write(b"".join(codes.tobytes() for codes, _ in shares if codes is not None))
+            if any(stop for _, stop in shares):
+                kept = min(n, start + ENCODED * world_size())
+                raise distributed.Leaving(f"prior: {kept:,} of {n:,} images are encoded and kept")
+            if time.monotonic() > next_line:
+                print0(f"encoding: {start:,} of {n:,} images")
+                next_line = time.monotonic() + 10
+    on_rank0(lambda: os.replace(part, path))
     return np.load(path, mmap_mode="r")
 
 
@@ -255,7 +265,7 @@ class CodeItems:
 
     def __getitem__(self, position):
         indices = self.codes[self.order[position]].astype(np.int64)         # (h, w)
-        return {"indices": torch.from_numpy(indices), "position": position}
+        return {"indices": indices, "position": position}
 
 
 class EMA:

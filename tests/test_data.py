@@ -1,5 +1,6 @@
 """data.py: files good and bad, decoding, crops, and an order that nothing changes."""
 
+import errno
 import io
 import os
 import signal
@@ -747,6 +748,31 @@ class WorkerState:
 def test_workers_leave_signals_to_the_main_process_and_use_one_thread():
     (batch,) = data.training_batches(WorkerState(), 0, 1, 1, workers=1)
     assert batch == {"state": [(signal.SIG_IGN, signal.SIG_IGN, 1)]}
+
+
+def test_a_full_dev_shm_is_one_line_with_the_cure(monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", full)
+    with pytest.raises(UserError, match=r"/dev/shm is full.*--workers 0.*--shm-size"):
+        collect(0, 1, 2, workers=1)
+
+
+def test_a_worker_ends_when_its_program_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+from data import Signs, TrainingItems, training_batches
+if __name__ == "__main__":
+    items = TrainingItems(Signs("train", 32), 0, 0, True)
+    next(training_batches(items, 0, 10**6, 4, workers=2))
+    os.kill(os.getpid(), 9)
+""")
+    # run() waits until the workers, which have the pipe too, are gone.
+    ended = subprocess.run([sys.executable, program], timeout=60, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("end", "status", "said"), [

@@ -1,4 +1,6 @@
 import errno
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +71,111 @@ def test_anything_else_keeps_its_traceback_and_ctrl_c_has_none(capsys):
     assert "Traceback" in text
     assert run_main(KeyboardInterrupt(), capsys) == (130, "")
     assert run_main(0, capsys)[0] == 0
+
+
+PRINTING = """
+import sys
+import distributed
+def main():
+    for _ in range(3):
+        distributed.print0("∞" * 40_000)
+        print("done", file=sys.stderr)
+    return 0
+distributed.exit_on_user_error(main)
+"""
+
+
+def test_a_reader_that_goes_ends_no_program_and_brings_no_traceback():
+    """As with `| head`: its end is closed before the first line. The text does not fit cp1252."""
+    with subprocess.Popen([sys.executable, "-c", PRINTING], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"}) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "done\n" * 3
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "sample", "inpaint", "convert", "image_pairs"])
+def test_every_program_prints_and_ends_by_exit_on_user_error(name):
+    assert (ROOT / f"{name}.py").read_text().endswith("exit_on_user_error(main)\n")
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def _terminal():
+    """A terminal that does not ignore its signals, as the background of a shell does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in ((signal.SIGINT, signal.default_int_handler),
+                            (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_terminal")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_are_noted_said_once_and_heeded_and_the_handlers_come_back(name, capfd):
+    number, seen = getattr(signal, name), []
+    before = signal.getsignal(number)
+
+    def work():
+        with distributed.stop_signals():
+            for i in distributed.heed(range(9)):
+                seen.append(i)
+                if i == 3:
+                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid(), number)
+
+    with pytest.raises(distributed.Leaving) as leaving:
+        work()
+    assert seen == [0, 1, 2, 3]
+    assert leaving.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert not distributed.asked()
+    assert capfd.readouterr().err.count(f"{name}: finishing this step, then saving") == 1
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.stop_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not distributed.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_end_of_max_hours_is_status_0_and_one_line(capsys):
+    def main():
+        with distributed.stop_signals(hours=1e-9):
+            list(distributed.heed(range(3)))
+
+    with pytest.raises(SystemExit) as left:
+        distributed.exit_on_user_error(main)
+    assert left.value.code == 0
+    assert capsys.readouterr().out == ("stopped before the next step; the same command continues "
+                                       "from here\n")
+
+
+@pytest.mark.usefixtures("_terminal")
+def test_ctrl_c_again_after_some_seconds_leaves_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def press():
+        with distributed.stop_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            now[0] += distributed.PATIENCE - 0.1
+            os.kill(os.getpid(), signal.SIGINT)              # a launcher's repetition
+            now[0] += 0.2
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert len(distributed.STOP.signals) == 3
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
 
 
 MALLINFO = """

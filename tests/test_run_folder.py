@@ -21,7 +21,6 @@ from run_folder import (
     lock,
     open_run,
     save,
-    stop_signals,
     weights_hash,
     write_text,
 )
@@ -155,31 +154,6 @@ def test_progress_shows_rate_and_time_left_and_the_last_step(capsys, monkeypatch
     (42, "42 s"), (450, "7.5 min"), (11_160, "3.1 h"), (12 * 86_400, "12.0 days")])
 def test_durations_read_well(seconds, text):
     assert run_folder.duration(seconds) == text
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_noted_and_the_handlers_come_back(number, capfd):
-    before = signal.getsignal(number)
-    with stop_signals() as received:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert received == [number, number]
-    assert signal.getsignal(number) == before
-    assert capfd.readouterr().err.count("then saving") == 1  # said once
-
-
-def test_ctrl_c_again_after_some_seconds_leaves_at_once(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with stop_signals() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        now[0] += run_folder.PATIENCE - 0.1
-        os.kill(os.getpid(), signal.SIGINT)                  # a launcher's repetition
-        now[0] += 0.2
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(received) == 3
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """train.py: whole runs, kills, what is refused, several processes; and the flags."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -60,10 +62,21 @@ def before(stage, whole, out):
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("report*", "codes", *later))
 
 
-def finish(out, *more):
-    status, text = train(out, *more)
+def finish(out, *more, **options):
+    status, text = train(out, *more, **options)
     assert status == 0, text
     return text
+
+
+def one_step():
+    """For `prepare`: --max-hours end in the first step of training."""
+    original = program.gradients
+
+    def last(*args):
+        program.distributed.STOP.deadline = 0
+        return original(*args)
+
+    program.gradients = last
 
 
 # -- one run ---------------------------------------------------------------------------------------
@@ -218,7 +231,7 @@ def test_a_truncated_last_falls_back_to_previous_and_ends_the_same(stage, whole,
 def test_a_refit_that_goes_on_builds_no_codes_anew_and_keeps_encoder_and_codes(whole, tmp_path):
     out = tmp_path / "run"
     before("refit", whole[0], out)
-    finish(out, "--stage", "refit", "--max-hours", "1e-9")
+    finish(out, "--stage", "refit", prepare=one_step)
     text = finish(out, "--stage", "refit")
     assert "sampling" not in text
     assert "from step 1" in text
@@ -237,10 +250,10 @@ def test_a_refit_that_goes_on_builds_no_codes_anew_and_keeps_encoder_and_codes(w
 def test_the_codes_are_made_once_and_again_where_they_are_lost(whole, tmp_path):
     out = tmp_path / "run"
     before("prior", whole[0], out)
-    finish(out, "--stage", "prior", "--max-hours", "1e-9")
+    finish(out, "--stage", "prior", prepare=one_step)
     (codes,) = (out / "codes").iterdir()
     made = codes.stat().st_mtime_ns
-    finish(out, "--stage", "prior", "--max-hours", "1e-9")
+    finish(out, "--stage", "prior", prepare=one_step)
     assert codes.stat().st_mtime_ns == made
     codes.unlink()
     finish(out, "--stage", "prior")
@@ -267,6 +280,121 @@ def test_signals_save_and_leave_and_the_same_command_continues(number, status, w
         finish(out, "--stage", "vqgan")
         weights = [run_folder.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def signal_in(method, count, number, stage):
+    """For `prepare`: send this process `number` at the end of the count-th call of a method."""
+    cls, left = program.STAGES[stage], [count]
+    original = getattr(cls, method)
+
+    def call(*args):
+        found = original(*args)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        return found
+
+    setattr(cls, method, call)
+
+
+@pytest.mark.parametrize(("stage", "count", "number"), [
+    ("decoder", 1, signal.SIGUSR1), ("decoder", 2, signal.SIGTERM), ("prior", 4, signal.SIGTERM)])
+def test_a_signal_in_a_validation_saves_and_the_next_start_makes_up_for_it(stage, count, number,
+                                                                           whole, tmp_path):
+    out = tmp_path / "run"
+    before(stage, whole[0], out)
+    hook = {"decoder": "measures", "prior": "snapshot"}[stage]    # a batch of 8, or before a step
+    count = {"decoder": count, "prior": 6}[stage]
+    status, text = train(out, "--stage", stage, prepare=partial(signal_in, hook, count, number,
+                                                                stage))
+    assert status == 128 + number, text
+    step = run_folder.load(out / stage / "last.pt")["step"]
+    assert f"{stage}: saved at step {step}; the same command continues from here" in text
+    assert "steps done" not in text
+    finish(out, "--stage", stage)
+    assert_same_run(whole[0], out, stage)
+
+
+def stop_in_kmeans():
+    import train_autoencoder
+    original = train_autoencoder.rebuild_codebook
+
+    def rebuild(*args, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **more)
+
+    train_autoencoder.rebuild_codebook = rebuild
+
+
+def test_a_signal_in_kmeans_leaves_at_once_on_all_processes(whole, tmp_path):
+    out = tmp_path / "run"
+    before("refit", whole[0], out)
+    results = ranks(out, "--stage", "refit", prepare=stop_in_kmeans)
+    assert [status for status, _ in results] == [143, 0], results
+    assert "stopped before the next step; the same command continues" in results[0][1]
+    assert "error" not in results[0][1] + results[1][1]
+    assert not (out / "refit" / "last.pt").exists()
+
+
+# -- workers ---------------------------------------------------------------------------------------
+
+def signal_a_worker(number):
+    """For `prepare`: in step 3, `number` goes to a data worker; patience is short."""
+    import data
+    data.SILENCE = 2
+    original, steps = program.gradients, []
+
+    def gradients(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, number)
+        return original(*args)
+
+    program.gradients = gradients
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "a worker was killed"),
+                                              (signal.SIGSTOP, "no image for 2 s")])
+def test_a_worker_that_dies_or_hangs_ends_the_run_saved_and_in_one_line(number, said, whole,
+                                                                        tmp_path):
+    out = tmp_path / "run"
+    before("vqgan", whole[0], out)
+    status, text = Started(out, "--stage", "vqgan", "--workers", "1", "--steps", "60",
+                           prepare=partial(signal_a_worker, number)).end(120)
+    assert (status, text.count("error: ")) == (2, 1), text
+    error = text[text.index("error: "):]
+    step = run_folder.load(out / "vqgan" / "last.pt")["step"]
+    assert said in error
+    assert "give --workers 0, or the container more memory and a larger /dev/shm" in error
+    assert f"vqgan is saved at step {step}" in error
+    assert step >= 3
+    assert "Traceback" not in text
+
+
+def hang_in_step_3():
+    program.distributed.GROUP_TIMEOUT = timedelta(seconds=4)
+    original, steps = program.gradients, []
+
+    def gradients(*args):
+        steps.append(1)
+        if len(steps) == 3 and program.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*args)
+
+    program.gradients = gradients
+
+
+def test_a_process_that_hangs_is_named_when_the_group_has_waited_its_time(tmp_path):
+    port, out = free_port(), tmp_path / "run"
+    started = [Started(out, "--stage", "vqgan", env=rank_env(rank, 2, port), prepare=hang_in_step_3)
+               for rank in range(2)]
+    status, text = started[0].end(60)
+    started[1].process.kill()
+    assert status == 1, text
+    assert text.count("error: ") == 1
+    assert "error: rank 1 of 2 has died or hangs" in text
+    assert "Traceback" not in text
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -347,8 +475,8 @@ def test_photos_may_move_but_not_change_in_number_or_name(tmp_path):
 def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
     out = tmp_path / "run"
     before("vqgan", whole[0], out)
-    finish(out, "--stage", "vqgan", "--max-hours", "1e-9")
-    text = finish(out, "--stage", "decoder", "--max-hours", "1e-9")
+    finish(out, "--stage", "vqgan", prepare=one_step)
+    text = finish(out, "--stage", "decoder", prepare=one_step)
     assert f"warning: the first stage in {out} is not finished (step 1)" in text
     assert "finish the first stage first" in text
 
@@ -479,7 +607,7 @@ def test_several_processes_end_in_one_line_that_names_the_flag(tmp_path):
 def test_max_hours_saves_and_leaves_in_good_order(whole, tmp_path):
     out = tmp_path / "run"
     before("vqgan", whole[0], out)
-    status, text = train(out, "--max-hours", "1e-9")
+    status, text = train(out, prepare=one_step)
     assert status == 0
     assert "saved at step 1" in text
     assert not (out / "report.json").exists()
@@ -568,7 +696,7 @@ def ranks(out, *more, world=2, **options):
 
 def test_two_processes_write_one_run_and_one_process_continues_it(whole, tmp_path):
     out = tmp_path / "run"
-    results = ranks(out, "--max-hours", "1e-9")
+    results = ranks(out, prepare=one_step)
     assert [status for status, _ in results] == [0, 0], results
     assert "2 x cpu" in results[0][1]
     assert results[1][1] == ""                                         # only rank 0 speaks
@@ -587,7 +715,7 @@ def test_two_processes_write_one_run_and_one_process_continues_it(whole, tmp_pat
 def test_two_processes_rebuild_the_codebook_of_one_and_one_continues_them(whole, tmp_path):
     out = tmp_path / "run"
     before("refit", whole[0], out)
-    results = ranks(out, "--stage", "refit", "--max-hours", "1e-9")
+    results = ranks(out, "--stage", "refit", prepare=one_step)
     assert [status for status, _ in results] == [0, 0], results
     one, two = (run_folder.load(run / "refit" / "last.pt") for run in (whole[0], out))
     name = "quantize.embedding.weight"
@@ -606,7 +734,9 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bits(stage, whol
         before(stage, whole[0], each)
     results = ranks(out, "--stage", stage, prepare=partial(die_inside, "save", 3))
     assert results[0][0] == KILLED
-    assert results[1][0] not in (0, KILLED)              # nor does the other wait, or go on alone
+    assert results[1][0] == 1, results                   # nor does the other wait, or go on alone
+    assert "error: rank 0 of 2 has died or hangs" in results[1][1]
+    assert "Traceback" not in results[1][1]
     for each in (undisturbed, out):
         assert [status for status, _ in ranks(each, "--stage", stage)] == [0, 0]
     assert_same_run(undisturbed, out, stage)

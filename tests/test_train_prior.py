@@ -13,6 +13,7 @@ from test_train_autoencoder import a_run, assert_close, float64, gradients, save
 from torch import nn
 from train_process import SMALL, SMALL_UNET, call
 
+import distributed
 import train_prior
 from data import ImageFiles, Order, Signs, held_out_batches, training_batches
 from diffusion import MultinomialDiffusion, frequency_nats
@@ -263,6 +264,43 @@ def test_a_file_serves_again_for_the_same_first_stage_data_and_number_only(tmp_p
         with pytest.raises(AssertionError, match="encoded again"):
             code_maps(refuse, dataset, n, config(), parent, tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 1              # half a file has another name
+
+
+class Stops:
+    """Encode `batches` batches; then the process is asked to stop, or dies in the next one."""
+
+    def __init__(self, batches, dies=False):
+        self.left, self.dies, self.seen = batches, dies, []
+
+    def __call__(self, image):
+        self.seen.append(len(image))
+        self.left -= 1
+        if self.left < 0 and self.dies:
+            raise ZeroDivisionError("stands for SIGKILL")
+        distributed.STOP.deadline = math.inf if self.left else 0
+        return brightness(image)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_codes_that_are_encoded_are_kept_and_the_next_start_goes_on_from_them(dies, tmp_path,
+                                                                              monkeypatch):
+    monkeypatch.setattr(train_prior, "ENCODED", 2)
+    monkeypatch.setattr(distributed.STOP, "deadline", math.inf)
+    known = Signs("train", 32), 9, config(), "parent", tmp_path
+    with pytest.raises((distributed.Leaving, ZeroDivisionError)) as stopped:
+        code_maps(Stops(3, dies), *known)
+    if not dies:
+        assert str(stopped.value) == "prior: 6 of 9 images are encoded and kept"
+        assert stopped.value.code == 0
+    (part,) = tmp_path.iterdir()
+    assert part.suffix == ".part"
+    with open(part, "ab") as file:
+        file.write(b"torn")                                      # a kill within a write
+    distributed.STOP.deadline = math.inf
+    rest = Stops(99)
+    np.testing.assert_array_equal(code_maps(rest, *known), expected(9))
+    assert rest.seen == [2, 1]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 
 def test_photos_with_other_names_are_encoded_again(tmp_path):
