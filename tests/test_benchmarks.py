@@ -55,7 +55,8 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["code_start", "fake_cuda", "figures", "gpu", "known_pixels", "paste", "seeds"]
+    others = ["code_start", "fake_cuda", "faults", "figures", "gpu", "known_pixels", "paste",
+              "seeds"]
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
