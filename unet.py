@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from vqgan import GroupNorm
+
 TIME_SCALE = 4000       # the embedding of t · 4000/T serves every T  deviation D39
 
 
@@ -64,7 +66,7 @@ class ConvNormMish(nn.Sequential):
 
     def __init__(self, in_channels, out_channels, norm_groups):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                         nn.GroupNorm(norm_groups, out_channels), nn.Mish())
+                         GroupNorm(norm_groups, out_channels), nn.Mish())
 
 
 class Block(nn.Module):

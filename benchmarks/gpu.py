@@ -49,7 +49,7 @@ from refit import rebuild_codebook
 from run_folder import Run, load_optimizer
 from seeding import STAGE_IDS, keyed_generators
 from unet import UNET_PRESETS
-from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+from vqgan import VQGAN, VQGAN_PRESETS, GroupNorm, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"env": 15, "speed": 70, "prior": 30, "search": 15, "loader": 30, "parity": 35,
@@ -185,7 +185,7 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=True, pe
     torch.manual_seed(0)
     net = UNET_PRESETS[unet] if isinstance(unet, str) else unet
     settings = {"seed": 0, "vqgan": "below", "first_stage": asdict(config), "precision": precision,
-                "checkpointing": False, "perceptual": perceptual, "weights": None,
+                "checkpointing": False, "compile": False, "perceptual": perceptual, "weights": None,
                 "decoder": {"preset": preset, "blend": blend},
                 "prior": {"net": asdict(net), "T": 4000, "residual": "onehot", "ema": 0.9999}}
     if perceptual != "none":
@@ -324,11 +324,6 @@ def speed():
         stage = stage_of("vqgan", VQGAN_PRESETS[f16], None, precision, True, net)
         return step_speed(stage, B, size)
 
-    def group_norm_in_bf16(self, x):      # autocast would run it in float32
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype),
-                                self.bias.to(x.dtype), self.eps)
-
     for name, (precision, channels_last) in FORMS.items():
         attempt(f"decoder {preset} {name}", decoder, precision, channels_last,
                 profile=name == "bf16 NHWC")
@@ -336,10 +331,10 @@ def speed():
     attempt(f"decoder {preset} bf16 NHWC no GAN", decoder, "bf16", True, gan_on=False)
     for precision in ("fp32", "bf16"):
         attempt(f"vqgan {f16} {precision} NHWC", vqgan, precision)
-    kept, nn.GroupNorm.forward = nn.GroupNorm.forward, group_norm_in_bf16
+    kept, GroupNorm.forward = GroupNorm.forward, nn.GroupNorm.forward    # as autocast runs it
     for name, channels_last in (("NHWC", True), ("NCHW", False)):
-        attempt(f"decoder {preset} bf16 {name} GroupNorm in bf16", decoder, "bf16", channels_last)
-    nn.GroupNorm.forward = kept
+        attempt(f"decoder {preset} bf16 {name} GroupNorm in fp32", decoder, "bf16", channels_last)
+    GroupNorm.forward = kept
     torch.backends.cudnn.benchmark = True
     for name in ("fp32 NHWC", "bf16 NHWC"):
         attempt(f"decoder {preset} {name} cudnn.benchmark", decoder, *FORMS[name])

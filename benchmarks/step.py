@@ -55,7 +55,7 @@ def build(name, precision, channels_last, device):
     first_stage = SimpleNamespace(model=VQGAN(config), parent=None)
     train_autoencoder.trained_first_stage = lambda *_: (first_stage, None)
     settings = {"seed": 0, "precision": precision, "perceptual": "none", "weights": None,
-                "checkpointing": False, "first_stage": asdict(config),
+                "checkpointing": False, "compile": False, "first_stage": asdict(config),
                 "decoder": {"preset": "tiny", "blend": "add"}}
     run = Run(settings, None, device, workers=0, train_set=None, val_set=None)
     run.channels_last = channels_last

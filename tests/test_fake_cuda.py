@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 import train_autoencoder
 import train_prior
 from unet import UNetConfig
+from vqgan import GroupNorm
 
 UNET = UNetConfig(width=8, mults=(1, 2), num_blocks=1, attn_levels=(1,), heads=2, head_width=4,
                   time_width=8, norm_groups=4)
@@ -47,7 +49,7 @@ def test_a_stage_keeps_its_tensors_on_the_gpu(fake, case):
 def test_a_tensor_that_was_left_on_the_cpu_is_found(fake):
     with fake.fake_cuda():
         stage = fake.build("decoder", fake.gpu.small("kl"), preset="tiny")
-        stage.model.decoder.norm_out._parameters["weight"] = torch.nn.Parameter(torch.ones(32))
+        stage.model.decoder.norm_out._parameters["weight"] = nn.Parameter(torch.ones(32))
         with pytest.raises(RuntimeError, match="device"):
             fake.training_step(stage, 2, 32)
 
@@ -62,3 +64,11 @@ def test_operations_bytes_and_waits_are_counted_and_views_are_free(fake):
         assert counts.waits == 0
         a[0].tolist(), a[0, 0].item(), torch.ones(10).to(fake.DEVICE), a.cpu()
         assert counts.waits == 4
+
+
+def test_group_norms_stay_in_bf16_under_cudas_autocast(fake):
+    with fake.fake_cuda(), torch.autocast("cuda", torch.bfloat16):
+        x = torch.zeros(2, 8, 4, 4, device=fake.DEVICE, dtype=torch.bfloat16)
+        for norm, dtype in ((GroupNorm(2, 8), torch.bfloat16), (nn.GroupNorm(2, 8), torch.float32)):
+            assert norm.to(fake.DEVICE)(x).dtype == dtype
+        assert GroupNorm(2, 8).to(fake.DEVICE)(x.float()).dtype == torch.float32

@@ -29,6 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # -- the folder ------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(("device", "compiled", "expected"), [
+    ("cpu", False, True), ("cuda", False, False), ("cuda", True, True), ("mps", False, False)])
+def test_channels_lie_side_by_side_where_that_was_measured_to_be_faster(device, compiled, expected):
+    run = run_folder.Run({"compile": compiled}, None, torch.device(device), 0, None, None)
+    assert run.channels_last is expected
+
+
 CONFIG = {"lr": 0.1, "sizes": (1, 2), "recipes": {"vqgan": {"steps": 6}}}
 
 
