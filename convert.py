@@ -11,6 +11,7 @@ first stage, the run's own or that of `--vqgan`, whose weights must be those it 
 
 import argparse
 import json
+import os
 import re
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -89,9 +90,9 @@ def load_first_stage(path):
 
 def _read(path, stages):
     """Read a stage file, or the file of the first of `stages` that a run folder has."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such run folder or checkpoint")
-    if path.is_file():
+    if not path.is_dir():
         state = run_folder.load(path)
         _check_stage(path, state["stage"], stages)
         return state

@@ -35,6 +35,7 @@ from distributed import ASK_TO_STOP, UserError, heed, print0
 from masks import evaluation_mask, training_mask
 from seeding import CROP, ORDER, SIGNS, numpy_generator
 from signs import draw_scene
+from weight_files import unreadable
 
 SIGNS_LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}    # each split is its own stream
 DATASETS = ("signs", "imagenet", "folder")      # the choices of --data; open_dataset opens them
@@ -101,6 +102,8 @@ class ImageFiles:
             names = names[:middle] if split == "val" else names[middle:]
             self.part += f": the {half} half of val/"
         if not names:
+            if not root.is_dir():
+                list_images(root, "--root")
             wanted = ("train/<class>/* and val/*" if layout == "imagenet" else
                       "train/, val/ and test/" if split == "test" else " ".join(EXTENSIONS))
             raise UserError(f"--root {root}: no photos for {split} there; give one with {wanted}")
@@ -117,17 +120,18 @@ class ImageFiles:
 
     def image(self, index, rng=None):
         """Read image `index`, or the next readable one: uint8 (size,size,3), a crop with `rng`."""
-        tried = min(BAD_IN_A_ROW, len(self))
+        tried, errors = min(BAD_IN_A_ROW, len(self)), []
         for step in range(tried):
             path = self.path((index + step) % len(self))
             try:
                 return square_crop(load_image(path, 2 * self.size), self.size, rng)
             except UserError as error:
+                errors.append(error)
                 if path not in self.warned:
                     print(f"warning: {error}; used the next file", file=sys.stderr, flush=True)
                 self.warned.add(path)
         raise UserError(f"{self.folder}: {tried} of its {len(self):,} files in a row cannot be "
-                        f"decoded, for example {path!r}")
+                        f"used; the first is {errors[0]}")
 
     def describe(self):
         count = f"{len(self):,} photos" if len(self) > 1 else "1 photo"
@@ -168,18 +172,19 @@ def open_dataset(name, root, split, size, limit=None):
     return ImageFiles(root, split, size, layout=name, limit=limit)
 
 
-def list_images(folder):
+def list_images(folder, flag=""):
     """List all photos below `folder`, if there is one: paths relative to it, by name, then path.
 
     Sorting by name gives ImageNet's val the same order flat and by class, and first images of many
     classes. Links are followed, but no directory is listed twice. Hidden files, SYSTEM_FOLDERS and
     runs of train.py below `folder` are left out, so that pictures of a run never become its data.
+    Raises UserError for a folder that cannot be listed, and with a `flag` for one that is missing.
     """
-    if not os.path.isdir(folder):
+    if not (flag or os.path.isdir(folder)):
         return []
 
     def fail(error):
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+        raise UserError(f"{flag} {unreadable(error.filename, error)}".strip())
     names, seen = [], set()
     for here, below, files in os.walk(folder, followlinks=True, onerror=fail):
         if os.path.realpath(here) in seen or (seen and RUN_FILES.issubset(files)):
@@ -199,7 +204,7 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
     min_side: a JPEG may be decoded 2, 4 or 8 times smaller, its short side at least this long.
     to_srgb: convert colours to sRGB by the file's ICC profile, which the output will not have.
     The output's info["turn"] is the EXIF orientation, info["remarks"] lists warnings of what is
-    lost. Raises UserError for a file that cannot be decoded, and beyond 178 million pixels.
+    lost. Raises UserError as `unreadable` gives it, and beyond 178 million pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -229,8 +234,7 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
                 image.info |= {"turn": turn, "remarks": lost}
                 return image
     except Exception as error:           # Pillow's readers raise nearly anything
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be decoded ({reason})") from None
+        raise unreadable(path, error) from None
 
 
 def _to_8_bits(image):

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from distributed import UserError, on_rank0, print0, rank, world_size
+from weight_files import unreadable
 
 try:
     import fcntl
@@ -197,8 +198,7 @@ def load(path):
         raise UserError(f"{path}: refused, because it has more than tensors and plain containers "
                         "and could execute code; use a checkpoint of train.py") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        reason = [*str(error).splitlines(), type(error).__name__][0]
-        raise UserError(f"{path}: truncated or no checkpoint ({reason})") from None
+        raise unreadable(path, error, "truncated or no checkpoint") from None
     if damaged:
         raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
     found = state.get("format") if isinstance(state, dict) else None
@@ -217,7 +217,7 @@ def latest(folder):
     failures = []
     for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
         try:
-            state = load(path) if path.exists() else None
+            state = load(path) if os.path.lexists(path) else None    # also a link to nothing
         except UserError as error:
             failures.append(str(error))
             continue

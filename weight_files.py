@@ -10,11 +10,13 @@
 Files are mapped into memory, so of Stable Diffusion only the first stage is read from the disk.
 """
 
+import errno
 import hashlib
 import json
 import os
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -22,6 +24,37 @@ from pathlib import Path
 import torch
 
 from distributed import UserError, print0
+
+# How a file begins that lies in the place of the real one, and what it is.
+PLACEHOLDERS = {b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull",
+                b"/annex/objects/": "a git-annex pointer, not the file; run git annex get",
+                b"<!doctype html": "a web page, not the file; download the file itself",
+                b"<html": "a web page, not the file; download the file itself"}
+
+
+def unreadable(path, error, problem="cannot be decoded", remedy=""):
+    """Make the UserError for a file that was not read, by its cause: each has a cure of its own.
+
+    error: the exception, or None. problem, remedy: what to say where the file itself is at fault.
+    """
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, OSError) and error.errno:       # not Pillow's, which have no number
+        reason = error.strerror
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            reason = f"a link to {os.path.realpath(path)}, which is not there; fetch or mount it"
+        return UserError(f"{path}: cannot be read ({reason})")
+    start = None
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(100).lower()
+    for beginning, found in PLACEHOLDERS.items():
+        if start and start.startswith(beginning):
+            return UserError(f"{path}: {found}")
+    text = "the file is empty" if start == b"" else str(error or "").replace(f" {str(path)!r}", "")
+    if error and " " not in text:                        # a KeyError's text is the key alone
+        text = f"{type(error).__name__}: {text}"
+    reason = f" ({_one_line(text)})" if text else ""
+    return UserError(f"{path}: {problem}{reason}" + f"; {remedy}" * bool(remedy))
 
 
 class StandIn:
@@ -56,9 +89,9 @@ def read_pickle(path):
     try:
         with path.open("rb") as file:
             if file.read(2) != b"PK":
-                raise UserError(
-                    f"{path}: no safetensors and no checkpoint of PyTorch 1.6 or later; convert "
-                    f"it: torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
+                mend = f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')"
+                raise unreadable(path, None, "no safetensors and no checkpoint of PyTorch 1.6 or "
+                                 "later", f"convert it: {mend}")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
                 raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
@@ -74,8 +107,7 @@ def read_pickle(path):
 
 
 def _unreadable(path, error, remedy="get the file again"):
-    reason = _one_line(f"{type(error).__name__}: {error}")
-    return UserError(f"{path}: truncated or no checkpoint ({reason}); {remedy}")
+    return unreadable(path, error, "truncated or no checkpoint", remedy)
 
 
 def _one_line(text):
@@ -184,7 +216,7 @@ def read_public(path):
         file, = files
         if "*" in ending:
             notes.append(f"read a variant, {file.name}")
-    elif file.is_file():
+    elif os.path.lexists(file) and not file.is_dir():
         _, config = diffusers_folder(file.parent, [""])
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
@@ -229,10 +261,10 @@ def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
     for folder in (path / place for place in places):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except OSError:
-            continue
-        except ValueError as error:
-            raise _unreadable(folder / "config.json", error) from None
+        except (OSError, ValueError) as error:
+            if not os.path.lexists(folder / "config.json"):      # a link to nothing is told of
+                continue
+            raise unreadable(folder / "config.json", error) from None
         if isinstance(config, dict) and "_class_name" in config:
             return folder, config
     return None, None

@@ -194,7 +194,7 @@ def vanishing(rng, folder, seen):
         for path in rng.sample(sorted(photos.iterdir()), int(share * 40)):
             path.unlink()
         if share == 1:
-            check_error(one, "in a row cannot be decoded")
+            check_error(one, "in a row cannot be used")
             check("saved at step" in one.text.read_text(), "not saved:", one.text.read_text())
             seen["all photos vanish: one line, saved"] += 1
         else:

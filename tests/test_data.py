@@ -385,7 +385,7 @@ def test_imagenet_is_looked_for_in_root_then_the_variable_then_data(tmp_path, mo
 def test_a_mistake_is_one_line_that_names_the_flag(tmp_path):
     for name, root, said in (("imagenet", tmp_path, "train/<class>"),
                              ("folder", None, "--root DIR"),
-                             ("folder", tmp_path / "none", "none: no photos for train there"),
+                             ("folder", tmp_path / "none", "none: cannot be read .No such file"),
                              ("folder", tmp_path, "give one with .jpg .jpeg"),
                              ("cats", None, "signs, imagenet, folder")):
         with pytest.raises(UserError, match=said) as error:
@@ -491,7 +491,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match=r"^.*/x: cannot be listed \(Permission denied\)$"):
+    with pytest.raises(UserError, match=r"^.*/x: cannot be read \(Permission denied\)$"):
         data.list_images(tmp_path / "x")
 
 
@@ -529,7 +529,8 @@ def test_too_many_bad_files_in_a_row_end_training_in_one_line(tmp_path, monkeypa
     spoil(*(tmp_path / "train" / f"{k}.png" for k in range(files)))
     fill(tmp_path, ["val/x.png"])
     items = TrainingItems(ImageFiles(tmp_path, "train", 16), 0, 0, masks=True)
-    with pytest.raises(UserError, match=f"5 of its {files} files in a row") as error:
+    with pytest.raises(UserError, match=f"5 of its {files} files in a row cannot be used; the "
+                       r"first is .*/train/\d\.png: cannot be decoded \(cannot identify") as error:
         next(data.training_batches(items, 0, 1, 2, workers=workers))
     assert "\n" not in str(error.value)
 

@@ -142,8 +142,8 @@ def test_folders_that_are_missing_or_empty_are_named_with_their_flag(here):
     fill(here / "real", "x.png")
     fill(here / "empty")
     (here / "empty" / "notes.txt").write_text("nothing")
-    words = r"no folder with pictures \(\.jpg"
-    for folder in ("gone", "empty"):
+    for folder, words in (("gone", r"cannot be read \(No such file"),
+                          ("empty", r"no pictures in it \(\.jpg")):
         refused(f"--real {folder}: {words}", folder)
         for flag in ("pred", "masks", "refs"):
             refused(f"--{flag} {folder}: {words}", "real", **{flag: folder})
@@ -393,8 +393,9 @@ def test_folders_that_cannot_be_used_are_refused_and_nothing_is_lost(photos, tmp
             (photos, "full/note.txt/deep", "-o: .*deep cannot be made a folder"),
             (photos, "photos/set", "would mix the set with the photos"),
             (photos, "photos", "is not empty"),
-            ("none", "out", "none: no folder with"), ("empty", "out", r"no folder with pictures"),
-            ("bad", "out", "none of 1 photos can be decoded")):
+            ("none", "out", r"none: cannot be read \(No such file"),
+            ("empty", "out", "no pictures in it"),
+            ("bad", "out", "none of 1 photos can be used; the first is .*/a.jpg: cannot be dec")):
         before = contents(tmp_path)
         with pytest.raises(UserError, match=words):
             write_evaluation_set(tmp_path / source, tmp_path / out, size=SIZE)

@@ -608,8 +608,8 @@ def test_the_comparison_has_a_column_each_and_a_row_a_sample(run, here, monkeypa
 
 
 MISTAKES = [
-    (("gone.png", "mask.png"), "gone.png: cannot be decoded ([Errno 2] No such file"),
-    (("photo.png", "gone.png"), "gone.png: cannot be decoded ([Errno 2] No such file"),
+    (("gone.png", "mask.png"), "gone.png: cannot be read (No such file or directory)"),
+    (("photo.png", "gone.png"), "gone.png: cannot be read (No such file or directory)"),
     (("text.png", "mask.png"), "text.png: cannot be decoded"),
     (("--run", "nowhere"), "nowhere: no such run folder"),
     (("--steps", "7"), "--steps: give numbers from 1 to T = 6"),

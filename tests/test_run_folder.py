@@ -235,6 +235,12 @@ def test_two_unreadable_files_stop_the_run_instead_of_starting_anew(tmp_path):
         latest(tmp_path)
 
 
+def test_a_last_checkpoint_that_is_a_link_to_nothing_does_not_start_the_run_anew(tmp_path):
+    (tmp_path / "last.pt").symlink_to("/unmounted/last.pt")
+    with pytest.raises(UserError, match=r"to /unmounted/last\.pt, which is not there.*--out"):
+        latest(tmp_path)
+
+
 def test_a_kill_between_the_two_renames_leaves_previous_to_continue_from(tmp_path):
     save(tmp_path / "last.pt", state(4))
     (tmp_path / "last.pt").rename(tmp_path / "previous.pt")

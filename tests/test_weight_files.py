@@ -5,6 +5,7 @@ import builtins
 import collections
 import copyreg
 import datetime
+import errno
 import io
 import json
 import os
@@ -20,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+import run_folder
 import weight_files
+from data import load_image
 from distributed import UserError
 from weight_files import (
     PUBLISHED_FILES,
@@ -31,6 +34,7 @@ from weight_files import (
     read_public,
     read_safetensors,
     read_tensors,
+    unreadable,
     write_safetensors,
 )
 
@@ -273,6 +277,53 @@ def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_d
     assert (type(config), contents["hyper_parameters"]) == (StandIn, {"lr": 0.1})
 
 
+# -- why a file was not read -----------------------------------------------------------------------
+
+
+def failures(path):
+    """Each reader's complaint about `path`, as photo, weights, first stage and checkpoint."""
+    for read in (load_image, read_tensors, read_public, run_folder.load):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(caught.value).isprintable()
+        yield str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    (b"/annex/objects/SHA256E-s9--00.png\n", "git annex get"),
+    (b"<!DOCTYPE HTML>\n<html>Please log in</html>", "a web page, not the file; download"),
+    (b"", "the file is empty")])
+def test_what_lies_in_the_place_of_a_file_is_named_with_its_cure_by_all_readers(tmp_path, content,
+                                                                               said):
+    (tmp_path / "x.png").write_bytes(content)
+    for complaint in failures(tmp_path / "x.png"):
+        assert complaint.startswith(f"{tmp_path / 'x.png'}: ")
+        assert said in complaint
+
+
+def test_a_link_to_nothing_says_where_it_leads(tmp_path):
+    (tmp_path / "x.png").symlink_to("../annex/objects/1")
+    for complaint in failures(tmp_path / "x.png"):
+        assert complaint == (f"{tmp_path}/x.png: cannot be read (a link to {tmp_path.parent}/annex/"
+                             "objects/1, which is not there; fetch or mount it)")
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (PermissionError(errno.EACCES, "Permission denied"), "cannot be read (Permission denied)"),
+    (OSError(errno.EIO, "Input/output error"), "cannot be read (Input/output error)"),
+    (MemoryError(), "cannot be read (Cannot allocate memory)"),
+    (OSError("broken data stream"), "cannot be decoded (broken data stream); get it again"),
+    (KeyError("x"), "cannot be decoded (KeyError: 'x'); get it again"),
+    (OSError("cannot identify 'a\\x1b.png'"), "cannot be decoded (cannot identify); get it again"),
+    (None, "cannot be decoded; get it again")], ids=str)
+def test_the_systems_reason_is_told_apart_from_a_damaged_file(tmp_path, monkeypatch, error, said):
+    monkeypatch.chdir(tmp_path)
+    Path("a\x1b.png").write_bytes(b"no image")
+    complaint = unreadable("a\x1b.png", error, remedy="get it again")
+    assert str(complaint) == f"a\x1b.png: {said}"
+
+
 # -- what is no checkpoint -------------------------------------------------------------------------
 
 
@@ -283,7 +334,8 @@ def saved(contents, **how):
 
 
 @pytest.mark.parametrize(("data", "reason"), [
-    (b"", "no checkpoint of PyTorch 1.6"), (b"<!DOCTYPE html><html>", "no checkpoint of"),
+    (b"", r"no checkpoint of PyTorch 1.6 or later \(the file is empty"),
+    (b"<!DOCTYPE html><html>", "a web page, not the file"),
     (saved({}, _use_new_zipfile_serialization=False), r"torch\.load\('a\.pt', weights_only=True"),
     (b"\x89PNG\r\n\x1a\n", "no checkpoint of"), (pickle.dumps({"a": 1}), "no checkpoint of"),
     (b"PK\x03\x04", "truncated or no"), (archived(b""), "truncated or no"),
@@ -471,7 +523,7 @@ def test_the_format_is_told_by_the_first_bytes_whatever_the_name(tmp_path, name)
     same(read_public(tmp_path / name).state, weights)
     torch.save(weights, tmp_path / name)
     same(read_public(tmp_path / name).state, weights)
-    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (tmp_path / name).write_bytes(b"version 0 of something")
     with pytest.raises(UserError, match="no safetensors and no checkpoint of PyTorch"):
         read_public(tmp_path / name)
 
@@ -562,7 +614,7 @@ def test_an_index_reaches_no_file_but_those_beside_it(tmp_path, shard):
 
 @pytest.mark.parametrize(("files", "reason"), [
     ({}, "no folder of diffusers"), ({"config.json": '{"model_type": "clip"}'}, "no folder of"),
-    ({"config.json": "{"}, r"config\.json: truncated"),
+    ({"config.json": "{"}, r"config\.json: cannot be decoded"),
     ({"config.json": '{"_class_name": "VQModel"}'}, r"needs one .*\(none is there\); download it"),
 ])
 def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, reason):
@@ -571,6 +623,15 @@ def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, r
     with pytest.raises(UserError, match=reason) as caught:
         read_public(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_config_that_is_a_link_to_nothing_is_not_passed_over(tmp_path):
+    """Without its config.json a folder's weights would be read with other norms and scales."""
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", first_stage())
+    (tmp_path / "config.json").symlink_to("../blobs/5f0c")
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UserError, match=r"config\.json: cannot be read \(a link .*blobs/5f0c"):
+            read_public(path)
 
 
 # -- the .safetensors format -----------------------------------------------------------------------
@@ -620,9 +681,10 @@ def test_a_header_that_lies_or_a_file_that_is_none_is_one_line_that_names_it(tmp
         write_safetensors(path, {"x": torch.ones(400)})
         path.write_bytes({"cut": path.read_bytes()[:-1], "empty": b"",
                           "page": b"<!DOCTYPE html><html></html>"}[header])
-    with pytest.raises(UserError, match="truncated or no checkpoint") as caught:
+    why = {"gone": "cannot be read", "page": "a web page"}.get(str(header), "truncated or no check")
+    with pytest.raises(UserError, match=why) as caught:
         read_safetensors(path)
-    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
     assert str(caught.value).isprintable()
 
 
