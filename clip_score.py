@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import UserError
-from weight_files import read_tensors
+from weight_files import as_float32, read_tensors
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)          # of CLIP's training images in [0,1], R, G, B
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -153,8 +153,8 @@ def _read(folder):
     for name, value in (("image_mean", MEAN), ("image_std", DEVIATION)):
         tower[name] = 2 * torch.tensor(given.get(name, value)).view(1, 3, 1, 1)
     path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
-    state = read_tensors(path if path.exists() else other)
-    # Older files also hold position_ids, 0, 1, 2, ... Copy, because the file is memory-mapped.
-    return tower, {key: value.to(torch.float32, copy=True) for key, value in state.items()
+    path = path if path.exists() else other
+    # Older files also hold position_ids, 0, 1, 2, ...
+    return tower, {key: as_float32(path, key, value) for key, value in read_tensors(path).items()
                    if key.startswith(("vision_model.", "visual_projection."))
                    and not key.endswith("position_ids")}

@@ -32,7 +32,6 @@ from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # in the order of preference
 IMAGE_STAGES = ("decoder", *FIRST_STAGES)
-SCALING_FACTOR = 0.18215                # Stable Diffusion multiplies latents by it
 # By the names of modules: what each stage trains, and what has a row in --layers.
 TRAINS = {"vqgan": "first_stage.", "decoder": "decoder.",
           "refit": ("first_stage.decoder.", "first_stage.post_quant_conv")}
@@ -71,8 +70,9 @@ def load(path, device="cpu", stages=IMAGE_STAGES):
         config = VQGANConfig(**_tuples(state["config"]["first_stage"]))
         size = state["config"]["decoder"] if state["stage"] == "decoder" else None
         if size and all(name.startswith("decoder.") for name in state["model"]):
-            first_stage = load_parent(state, path).model         # a file of -o holds its own
-            config = first_stage.config
+            parent = load_parent(state, path)                    # a file of -o holds its own
+            first_stage, config = parent.model, parent.model.config
+            state["config"] = public_names.stated(parent.config) | state["config"]
         loaded = _loaded(_network(path, state["model"], config, size, first_stage), state)
     loaded.model.to(device)
     return loaded
@@ -154,19 +154,17 @@ def _is_public(path):
 def _public(path):
     """Load a public model: a Loaded, with the sizes that the weights' shapes tell."""
     public = read_public(path)
-    stated = public.config or {}                    # diffusers' config.json
     try:
+        stated = public_names.stated(public.config or {})        # diffusers' config.json
         weights, notes = public_names.tidy(public_names.taming_names(public.state), public.config)
-        groups = stated.get("norm_num_groups") or 32
+        groups = (public.config or {}).get("norm_num_groups") or 32
         config = public_names.first_stage_config(weights, groups)
         size = public_names.asym_decoder_size(weights, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{public.path}: no autoencoder of this kind "
                         f"({type(error).__name__}: {error})") from None
     model = _network(public.path, weights, config, size)
-    settings = {"first_stage": asdict(config), "decoder": size}
-    if stated.get("scaling_factor"):
-        settings["scaling_factor"] = stated["scaling_factor"]
+    settings = {"first_stage": asdict(config), "decoder": size, **stated}
     state = {"stage": "decoder" if size else "vqgan", "config": settings, "step": 0,
              "extra": {"finished": True}}
     return _loaded(model, state, notes=public.notes + notes)
@@ -286,27 +284,23 @@ def _check_new(path):
         raise UserError(f"{path} exists already: remove it, or choose another name")
 
 
-def to_diffusers(model, folder, scaling_factor=SCALING_FACTOR, sample_size=256):
+def to_diffusers(model, folder, **stated):
     """Write a VQGAN or AsymVQGAN into `folder` for diffusers' from_pretrained: the two new paths.
 
-    scaling_factor: the diffusion model multiplies latents by it; sample_size: in pixels. Raises
-    UserError: a model that diffusers cannot build, a folder that is not empty, a full disk.
+    stated: fields of config.json, as public_names.diffusers_config takes them. Raises UserError
+    for a model that diffusers cannot build and a folder that is not empty.
     """
     folder, weights = Path(folder), _file_names(model)
     try:
         size = public_names.asym_decoder_size(weights, model.config)
-        fields = public_names.diffusers_config(model.config, size, scaling_factor, sample_size)
+        fields = public_names.diffusers_config(model.config, size, **stated)
     except ValueError as error:
         raise UserError(f"--to-diffusers: {error}") from None
     _check_new(folder)
     made = [folder / "diffusion_pytorch_model.safetensors", folder / "config.json"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(made[0], public_names.diffusers_names(weights))
-        run_folder.write_text(made[1], json.dumps(fields, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; make room or choose "
-                        "another folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(made[0], public_names.diffusers_names(weights))
+    run_folder.write_text(made[1], json.dumps(fields, indent=2) + "\n")
     return made
 
 
@@ -444,14 +438,19 @@ def main():
                f"{size['num_res_blocks']}; {sum(p.numel() for p in model.decoder.parameters()):,} "
                "parameters")
     print0(f"  latents      hash {loaded.latent_hash[:16]}; equal hashes, equal latents")
+    stated = public_names.stated(loaded.config)
+    maps = ", ".join(f"{name} {value}" for name, value in stated.items() if name != "sample_size")
+    if config.latent == "kl":
+        print0("  for a diffusion model: "
+               + (maps or f"scaling_factor {public_names.SCALING_FACTOR}, as none is stated"))
     for note in loaded.notes:
         print0(f"  note         {note}")
     # Write what is asked for. to_diffusers refuses before -o writes anything.
     if args.output:
         _check_new(args.output)
     if args.to_diffusers:
-        made += to_diffusers(model, args.to_diffusers,
-                             loaded.config.get("scaling_factor", SCALING_FACTOR), side)
+        pixels = loaded.config.get("size") or stated.get("sample_size", side)    # a run's own first
+        made += to_diffusers(model, args.to_diffusers, **stated | {"sample_size": pixels})
     if args.output:
         save_model(loaded, args.output)
         made.append(args.output)

@@ -234,7 +234,7 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
                 image.info |= {"turn": turn, "remarks": lost}
                 return image
     except Exception as error:           # Pillow's readers raise nearly anything
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, "cannot be decoded", "") from None
 
 
 def _to_8_bits(image):

@@ -188,7 +188,7 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
     if out.resolve().is_relative_to(photos.resolve()):
         raise UserError(f"-o {out}: would mix the set with the photos; choose one outside of them")
     make_folder(out, "-o")
-    stems, files, errors = Counter(map(_stem, sources)), [], []
+    stems, files = Counter(map(_stem, sources)), []
     progress = Progress("masks", 0, len(sources), 1)
     for index, source in enumerate(sources):
         # Keep the extension where two photos differ in nothing else.
@@ -197,7 +197,6 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
         try:
             image = square_crop(load_image(photos / source, 2 * size), size)
         except UserError as error:
-            errors.append(error)
             print0(f"left out: {error}")
             continue
         mask = evaluation_mask(size, index, kind)                                   # (size, size)
@@ -210,8 +209,7 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
         progress.show(index + 1, {})
     progress.close()
     if not files:
-        raise UserError(f"{photos}: none of {len(sources):,} photos can be used; the first is "
-                        f"{errors[0]}")
+        raise UserError(f"{photos}: none of {len(sources):,} photos can be used, as said above")
     law = "the first of (seed, index, attempt = 0, 1, ...) that is not empty and at most half"
     manifest = {"version": 2, "kind": kind, "size": size, "seed": 0, "law": law, "files": files}
     write_text(out / "manifest.json", json.dumps(manifest, indent=0) + "\n")

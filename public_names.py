@@ -15,6 +15,7 @@ import torch
 from asym_decoder import ASYM_PRESETS
 from vqgan import VQGANConfig
 
+SCALING_FACTOR = 0.18215                # Stable Diffusion 1 and 2 multiply latents by it
 TAMING, DIFFUSERS = 0, 1                        # columns of the two tables
 
 # In encoder and decoder. `up` counts levels from the highest one, `up_blocks` from the lowest.
@@ -126,6 +127,23 @@ def tidy(state, config=None):
     return kept, notes
 
 
+# What config.json of diffusers states beside the sizes: the map from a diffusion model's latents,
+# z = latents * latents_std / scaling_factor + latents_mean or shift_factor, and a size in pixels.
+STATED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size")
+# What the networks here have; shapes do not tell it.
+IMPLEMENTED = {"act_fn": ("silu", "swish"), "norm_type": ("group",),
+               "mid_block_add_attention": (True,)}
+
+
+def stated(config):
+    """Select the STATED fields of a config.json. Raises ValueError for what is not IMPLEMENTED."""
+    for name, values in IMPLEMENTED.items():
+        if config.get(name, values[0]) not in values:
+            raise ValueError(f"its config.json has {name} {config[name]!r}, and only {values[0]!r} "
+                             "is implemented")
+    return {name: config[name] for name in STATED if config.get(name) is not None}
+
+
 def first_stage_config(state, norm_groups=32):
     """Read the VQGANConfig from the shapes in a tidied state dict, except norm_groups.
 
@@ -170,19 +188,20 @@ def asym_decoder_size(state, config):
     return {"preset": preset, "ch": ch, "num_res_blocks": blocks, "blend": blend}
 
 
-def diffusers_config(config, size=None, scaling_factor=0.18215, sample_size=256):
+def diffusers_config(config, size=None, **others):
     """Make the dict of the config.json from which diffusers builds this model.
 
     config: a VQGANConfig. size: None for an AutoencoderKL or VQModel; of an AsymmetricAutoencoderKL
-    the result of asym_decoder_size. Raises ValueError for a model that diffusers cannot build.
+    the result of asym_decoder_size. others: STATED fields, if not Stable Diffusion's and 256 px.
+    Raises ValueError for a model that diffusers cannot build.
     """
     levels = range(len(config.ch_mult))
     down = [f"{'Attn' if i in config.attn_levels else ''}DownEncoderBlock2D" for i in levels]
     up = [f"{'Attn' if i in config.attn_levels else ''}UpDecoderBlock2D" for i in reversed(levels)]
     fields = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "down_block_types": down,
               "up_block_types": up, "latent_channels": config.z_channels,
-              "norm_num_groups": config.norm_groups, "sample_size": sample_size,
-              "scaling_factor": scaling_factor}
+              "norm_num_groups": config.norm_groups, "sample_size": 256,
+              "scaling_factor": SCALING_FACTOR} | others
     if config.latent == "kl" and config.z_channels != config.embed_dim:
         raise ValueError(f"diffusers' KL autoencoders have one latent width, this one has two: "
                          f"z_channels {config.z_channels}, embed_dim {config.embed_dim}")

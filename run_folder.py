@@ -86,7 +86,8 @@ def open_run(out, settings, may_change=frozenset()):
             raise UserError(f"--out {out} is not empty and not a run of train.py; choose another")
         write_text(config, json.dumps(settings, indent=2) + "\n")
         launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-        with open(out / "command.txt", "a") as file:
+        # Names stay the bytes that they are, so that the command can be given again.
+        with open(out / "command.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{launcher if world_size() > 1 else 'python'} {shlex.join(sys.argv)}\n")
 
     with ExitStack() as held:
@@ -146,7 +147,7 @@ def make_folder(path, flag="--out"):
 def write_text(path, text):
     """Write `text` to `path` so that a kill leaves the old file or the new one, both whole."""
     part = Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as file:
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:   # for odd names
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -198,7 +199,7 @@ def load(path):
         raise UserError(f"{path}: refused, because it has more than tensors and plain containers "
                         "and could execute code; use a checkpoint of train.py") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        raise unreadable(path, error, "truncated or no checkpoint") from None
+        raise unreadable(path, error, remedy="") from None
     if damaged:
         raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
     found = state.get("format") if isinstance(state, dict) else None

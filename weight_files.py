@@ -14,13 +14,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from distributed import UserError, print0
@@ -28,14 +30,13 @@ from distributed import UserError, print0
 # How a file begins that lies in the place of the real one, and what it is.
 PLACEHOLDERS = {b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull",
                 b"/annex/objects/": "a git-annex pointer, not the file; run git annex get",
-                b"<!doctype html": "a web page, not the file; download the file itself",
-                b"<html": "a web page, not the file; download the file itself"}
+                (b"<!doctype html", b"<html"): "a web page; download the file itself"}
 
 
-def unreadable(path, error, problem="cannot be decoded", remedy=""):
+def unreadable(path, error, problem="truncated or no checkpoint", remedy="get the file again"):
     """Make the UserError for a file that was not read, by its cause: each has a cure of its own.
 
-    error: the exception, or None. problem, remedy: what to say where the file itself is at fault.
+    problem, remedy: what to say where the file itself is at fault.
     """
     if isinstance(error, MemoryError):
         error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -50,11 +51,10 @@ def unreadable(path, error, problem="cannot be decoded", remedy=""):
     for beginning, found in PLACEHOLDERS.items():
         if start and start.startswith(beginning):
             return UserError(f"{path}: {found}")
-    text = "the file is empty" if start == b"" else str(error or "").replace(f" {str(path)!r}", "")
-    if error and " " not in text:                        # a KeyError's text is the key alone
+    text = "the file is empty" if start == b"" else str(error).replace(f" {str(path)!r}", "")
+    if " " not in text:                                  # a KeyError's text is the key alone
         text = f"{type(error).__name__}: {text}"
-    reason = f" ({_one_line(text)})" if text else ""
-    return UserError(f"{path}: {problem}{reason}" + f"; {remedy}" * bool(remedy))
+    return UserError(f"{path}: {problem} ({_one_line(text)})" + f"; {remedy}" * bool(remedy))
 
 
 class StandIn:
@@ -72,10 +72,13 @@ class StandIn:
 CONTAINERS = {f"builtins.{kind.__name__}": kind for kind in (
     bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)}
 CONTAINERS |= {"collections.defaultdict": lambda *args: {}, "collections.deque": lambda *args: []}
-PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "ldm.",
-            "taming.", "datetime.", "pathlib.", "numpy.dtypes.")
-CLASSES = {"argparse.Namespace", "typing.Any", "torch.torch_version.TorchVersion", "numpy.dtype",
-           "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "torchmetrics.", "omegaconf.",
+            "easydict.", "addict.", "yacs.", "ml_collections.", "ldm.", "taming.", "diffusers.",
+            "transformers.", "datetime.", "pathlib.", "uuid.", "numpy.dtypes.")
+DICTS = (".AttributeDict", ".EasyDict", ".CfgNode", ".FrozenDict", "addict.addict.Dict")
+CLASSES = {"argparse.Namespace", "types.SimpleNamespace", "typing.Any", "numpy.dtype",
+           "torch.torch_version.TorchVersion", "numpy.ndarray",
+           "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
            "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"}
 
 
@@ -88,26 +91,25 @@ def read_pickle(path):
     path, known = Path(path), {}
     try:
         with path.open("rb") as file:
-            if file.read(2) != b"PK":
-                mend = f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')"
-                raise unreadable(path, None, "no safetensors and no checkpoint of PyTorch 1.6 or "
-                                 "later", f"convert it: {mend}")
+            if (start := file.read(2)) != b"PK":
+                raise unreadable(
+                    path, ValueError(f"it starts with {start}"), "no safetensors and no checkpoint "
+                    "of PyTorch 1.6 or later", "convert an older one by torch.save(torch.load("
+                    f"'{path.name}', weights_only=True), 'new.pt')")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
                 raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
                                 "code, not weights")
-            # A pickle fills Lightning's AttributeDict as it fills a dict.
-            known[name] = dict if name.endswith(".AttributeDict") else CONTAINERS.get(name, StandIn)
+            # A pickle fills a subclass of dict as it fills an OrderedDict.
+            known[name] = OrderedDict if name.endswith(DICTS) else CONTAINERS.get(name, StandIn)
         with torch.serialization.safe_globals([(kind, name) for name, kind in known.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # torch maps no file whose name is not UTF-8.
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=str(path).isprintable())
     except UserError:
         raise
     except Exception as error:               # a damaged pickle can raise anything at all
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path, error, remedy="get the file again"):
-    return unreadable(path, error, "truncated or no checkpoint", remedy)
+        raise unreadable(path, error) from None
 
 
 def _one_line(text):
@@ -117,16 +119,20 @@ def _one_line(text):
 
 # The .safetensors format: 8 bytes with the header's length, a header in JSON, the numbers.
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-         "U8": torch.uint8, "BOOL": torch.bool}
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+         "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """Read {name: tensor} from the file `path`, on the CPU, mapped. Raises UserError."""
+    """Read {name: tensor} from the file `path`, on the CPU, mapped. Raises UserError.
+
+    In the place of a tensor whose type is not in TYPES is a UserError: it may not be needed.
+    """
     path, tensors = Path(path), {}
     try:
         # The mapping is private: writing into a tensor does not change the file.
-        data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+        data = torch.from_numpy(np.memmap(path, mode="c"))       # torch's maps no name in Latin-1
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         entries = json.loads(data[8:start].numpy().tobytes())
         entries.pop("__metadata__", None)
@@ -134,22 +140,24 @@ def read_safetensors(path):
             first, last = entry["data_offsets"]
             if not 0 <= first <= last <= len(data) - start:
                 raise ValueError(f"the numbers of {name} are not all there")
-            numbers, dtype = data[start + first:start + last], TYPES[entry["dtype"]]
+            numbers, dtype = data[start + first:start + last], TYPES.get(entry["dtype"])
+            if dtype is None:
+                tensors[name] = UserError(f"{path}: {name} is of type {entry['dtype']!r}, which "
+                                          "is not read; convert it to F16 or F32")
+                continue
             if numbers.data_ptr() % dtype.itemsize:      # a view of dtype must be aligned
                 numbers = numbers.clone()
             tensors[name] = numbers.view(dtype).view(entry["shape"])
         return tensors
     except Exception as error:               # a damaged header can ask for anything
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def read_tensors(path):
     """Read {name: tensor} in either format, told by the file's first bytes. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    start = b""
+    with suppress(OSError), open(path, "rb") as file:    # read_pickle tells why it cannot be read
+        start = file.read(9)
     return read_safetensors(path) if start[8:] == b"{" else read_pickle(path)
 
 
@@ -165,7 +173,7 @@ def read_shards(index):
     except UserError:                        # of a shard, which it names
         raise
     except Exception as error:               # a damaged index can say anything
-        raise _unreadable(index, error) from None
+        raise unreadable(index, error) from None
 
 
 def write_safetensors(path, weights):
@@ -186,7 +194,22 @@ def write_safetensors(path, weights):
     os.replace(part, path)
 
 
+def as_float32(path, name, value):
+    """Copy a tensor of the file `path`, floats as float32. Raises UserError for anything else."""
+    if isinstance(value, UserError):
+        raise value
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"{path}: {name} is not a tensor; save the model's state_dict()")
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    # A copy no longer needs the mapped file.
+    return value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 PREFIXES = ("first_stage_model.", "vae.", "")        # that may precede encoder. and decoder.
+# Keys around the weights of a trainer's checkpoint, and what DDP, torch.compile and FSDP put into
+# the weights' names.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
+INSERTED = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 
 
 @dataclass
@@ -221,17 +244,18 @@ def read_public(path):
     else:
         raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
     weights = read_shards(file) if file.suffix == ".json" else read_tensors(file)
-    for wrapper in ("state_dict", "model"):              # a trainer's keys around the weights
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+    weights = weights if isinstance(weights, dict) else {}
+    for wrapper in WRAPPERS:
+        if isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
+    weights = {INSERTED.sub("", str(key)): value for key, value in weights.items()}
     # Find the first stage by how its keys start: decoder.encoder. is the condition branch, and
     # text encoders have an encoder. inside their names.
-    keys = list(weights) if isinstance(weights, dict) else []
     found = [p for p in PREFIXES
-             if any(str(key).startswith((f"{p}encoder.", f"{p}decoder.")) for key in keys)]
-    if len(found) != 1 or not all(isinstance(key, str) and key.isprintable() for key in keys):
-        names = [f"{prefix}decoder." for prefix in found] if len(found) > 1 else keys[:3]
-        names = _one_line(", ".join(map(str, names))) or "no keys"
+             if any(key.startswith((f"{p}encoder.", f"{p}decoder.")) for key in weights)]
+    if len(found) != 1 or not all(map(str.isprintable, weights)):
+        names = [f"{prefix}decoder." for prefix in found] if len(found) > 1 else [*weights][:3]
+        names = _one_line(", ".join(names)) or "no keys"
         raise UserError(f"{file}: needs one first stage, whose keys start with encoder. or "
                         f"decoder.; it holds {names}: save that model's state_dict()")
     # Keep it in float32, without the weights that only training needs.
@@ -242,13 +266,9 @@ def read_public(path):
                 or name.startswith(("loss.", "model_ema."))):
             dropped[key.split(".")[0] if "." in key else "single buffers"] += 1
             continue
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{file}: {name} is not a tensor; save the model's state_dict()")
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        if dtype != value.dtype:
+        state[name] = as_float32(file, name, value)
+        if state[name].dtype != value.dtype:
             dtypes.add(str(value.dtype).removeprefix("torch."))
-        # A copy no longer needs the mapped file.
-        state[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if dropped:
         counts = ", ".join(f"{family} ({count})" for family, count in dropped.items())
         notes.append(f"keys that are not used, left out: {counts}")
@@ -264,7 +284,7 @@ def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
         except (OSError, ValueError) as error:
             if not os.path.lexists(folder / "config.json"):      # a link to nothing is told of
                 continue
-            raise unreadable(folder / "config.json", error) from None
+            raise unreadable(folder / "config.json", error, "cannot be decoded") from None
         if isinstance(config, dict) and "_class_name" in config:
             return folder, config
     return None, None
@@ -328,7 +348,7 @@ def read_weights(name, wanted, folder=None, ignore=None):
         shapes = {key: tuple(value.shape) for key, value in state.items()
                   if not (ignore and key.startswith(ignore))}
     except Exception as error:               # a damaged file can raise anything
-        raise _unreadable(path, error, remedy) from None
+        raise unreadable(path, error, remedy=remedy) from None
     wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
     wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" if key in shapes
               else f"no key {key}" for key, value in wanted.items()

@@ -174,6 +174,13 @@ def test_half_precision_files_are_read_in_float32_and_may_change_afterwards(stat
     assert all(torch.equal(own[key], stored[key].float()) for key in own)
 
 
+def test_a_type_that_is_not_read_is_named(state, tmp_path):
+    path = written(tmp_path / "clip", state) / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F99"', 1))
+    with pytest.raises(UserError, match=r"model\.safetensors: .* is of type 'F99', which is"):
+        CLIPImageEncoder(tmp_path / "clip")
+
+
 def test_sizes_that_config_json_leaves_out_are_those_of_vit_b_32(tmp_path):
     config = TINY | {"hidden_size": 768, "intermediate_size": 3072, "image_size": 128,
                      "patch_size": 32, "num_hidden_layers": 1, "num_attention_heads": 12}

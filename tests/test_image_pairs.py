@@ -395,7 +395,7 @@ def test_folders_that_cannot_be_used_are_refused_and_nothing_is_lost(photos, tmp
             (photos, "photos", "is not empty"),
             ("none", "out", r"none: cannot be read \(No such file"),
             ("empty", "out", "no pictures in it"),
-            ("bad", "out", "none of 1 photos can be used; the first is .*/a.jpg: cannot be dec")):
+            ("bad", "out", "none of 1 photos can be used")):
         before = contents(tmp_path)
         with pytest.raises(UserError, match=words):
             write_evaluation_set(tmp_path / source, tmp_path / out, size=SIZE)

@@ -53,6 +53,18 @@ def test_the_same_settings_continue_and_every_command_is_noted(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sizes"] == [1, 2]
 
 
+def test_names_that_are_not_utf_8_are_bytes_in_the_command_and_escapes_in_a_text(tmp_path,
+                                                                                monkeypatch):
+    name = os.fsdecode(b"M\xfcnchen")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--root", name])
+    begin(tmp_path / name, CONFIG | {"root": name})
+    begin(tmp_path / name, CONFIG | {"root": name})
+    command = b"python train.py --root 'M\xfcnchen'\n"
+    assert (tmp_path / name / "command.txt").read_bytes() == 2 * command
+    write_text(tmp_path / "report.md", f"{name}, ∞")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "M\\udcfcnchen, ∞"
+
+
 def test_other_settings_are_listed_down_to_the_number(tmp_path):
     begin(tmp_path / "run")
     changed = {"lr": 0.2, "sizes": (1, 2), "recipes": {"vqgan": {"steps": 7}}, "new": True}
