@@ -72,9 +72,12 @@ def setup(device="auto"):
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_freed_memory()
-    if "RANK" in os.environ and not dist.is_initialized():
+    if os.environ.get("RANK") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        STOP.store, number, world = next(dist.rendezvous("env://", timeout=JOINING))
+        try:
+            STOP.store, number, world = next(dist.rendezvous("env://", timeout=JOINING))
+        except ValueError as error:
+            raise UserError(f"RANK is set: {error}; start torchrun, or unset RANK") from None
         dist.init_process_group(backend, store=STOP.store, rank=number, world_size=world,
                                 timeout=GROUP_TIMEOUT)
     return device
@@ -102,7 +105,7 @@ def close():
 
 def rank():
     """Give this process's number, from torchrun's RANK before `setup` and after `close`."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
 
 
 def world_size():

@@ -158,7 +158,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     if unfinished:
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
 
-    # Print the tables.
+    # Make the tables.
     report = tables.make_report(means, n, device, masks_drawn, config.get("seed"), notes,
                                 codebooks[-1] if codebooks else None, prior, pairs)
     if distributed.rank() > 0:
@@ -175,9 +175,8 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     elif "prior" in notes:
         texts.append(f"prior: {notes['prior']}")
     text = "\n\n".join(texts)
-    print0(f"\n{text}")
 
-    # Write the report and its pictures.
+    # Write the report and its pictures, then print it.
     if columns:
         image_grid(columns, out / "report.png")
         links = {"report.png": "the first images by each decoder"} | links
@@ -188,12 +187,13 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     run_folder.write_text(out / "report.json", json.dumps(
         report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     if per_image:
-        with open(per_image, "w", newline="", encoding="utf-8") as file:
+        with open(per_image, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             head = ["index", "file", "run", "decoder", "protocol", "bucket", "area", "group",
                     "seconds", *metrics.MEASURES]
             writer = csv.DictWriter(file, head, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["decoder"] != metrics.REAL)
+    print0(f"\n{text}")
     written = [*(out / name for name in ("report.md", "report.json", *links)), per_image]
     print0(f"wrote {', '.join(str(path) for path in written if path)}")
     return report

@@ -9,13 +9,20 @@ Small images are enlarged by a whole number, because a smooth enlargement would 
 
 import json
 import math
+import os
+import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# A notebook hands MPLBACKEND to the programs that it starts, where matplotlib may refuse it.
+if "ipykernel" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from PIL import Image, ImageDraw, ImageFont
 
 GAP, LINE, INK = 6, 21, (30, 30, 30)                 # px, px of a line of text, its colour
 TITLES = {                                           # in the order of the panels
@@ -103,6 +110,7 @@ def _wrapped(caption, font, room):
     return "\n".join(lines)
 
 
+@style.context("default")        # not a matplotlibrc of the user, which may ask for LaTeX
 def curves(log_path, png_path):
     """Draw a panel for each number of a run's log, train and val together.
 

@@ -179,11 +179,11 @@ def main():
         make_folder(out.parent, "-o")
         with exact_float32(), torch.inference_mode():
             rows, images = measure_steps(prior, model, steps, args.n, args.seed, args.batch_size)
+        across = math.isqrt(args.n - 1) + 1 if len(steps) == 1 else None
+        image_rows([(f"{S} steps", list(shown)) for S, shown in zip(steps, images)], out, across)
         print0(f"\n{steps_table(rows, min(args.batch_size, args.n))}\n\nnats per map: the prior's "
                "own bound on -log p(codes). Far less than held-out images have, which eval.py "
                "measures, may mean too little variety.")
-        across = math.isqrt(args.n - 1) + 1 if len(steps) == 1 else None
-        image_rows([(f"{S} steps", list(shown)) for S, shown in zip(steps, images)], out, across)
     print0(f"wrote {out}")
 
 

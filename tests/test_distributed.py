@@ -209,6 +209,30 @@ def test_freed_memory_is_kept_for_the_next_step(keep, expected):
     assert out.split() == expected.split()
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8"])
+def test_printing_never_fails_for_a_character(encoding, tmp_path, monkeypatch):
+    """A file or pipe on Windows is cp1252; a name that is not UTF-8 has lone surrogates."""
+    stream = open(tmp_path / "out", "w", encoding=encoding)  # noqa: SIM115  (replaced, not closed)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "__stdout__", stream)
+    with pytest.raises(SystemExit) as left:
+        distributed.exit_on_user_error(lambda: distributed.print0("∞ dB, x̂, M\udcfcnchen"))
+    assert not left.value.code
+    shown = (tmp_path / "out").read_text(encoding)
+    assert shown.strip() == ("∞ dB, x̂, M\\udcfcnchen" if encoding == "utf-8" else
+                             "\\u221e dB, x\\u0302, M\\udcfcnchen")
+
+
+def test_a_rank_that_is_left_over_in_the_environment_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=r"RANK is set: .*WORLD_SIZE.*torchrun, or unset RANK"):
+        distributed.setup("cpu")
+    monkeypatch.setenv("RANK", "")
+    assert distributed.setup("cpu").type == "cpu"
+    assert distributed.rank() == 0
+
+
 # -- two processes ---------------------------------------------------------------------------------
 
 def gradients_of_a_share(folder, full, sgd):

@@ -675,6 +675,39 @@ def test_the_report_stands_beside_the_pictures_however_their_folder_is_named(
     assert [path.name for path in folders.rglob("*report")] == ["pred-report"]
 
 
+def test_a_terminal_that_fails_costs_no_report(folders, monkeypatch):
+    """The report is of hours of work, and is written before the first line of it is printed."""
+    def broken(text, **_):
+        if "psnr_known" in text or "dB" in text:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(program, "print0", broken)
+    flags = "--pred pred --real real --masks masks --no-fid --lpips none --per-image rows.csv"
+    with pytest.raises(BrokenPipeError):
+        _call(monkeypatch, flags)
+    for name in ("pred-report/report.md", "pred-report/report.json", "rows.csv"):
+        assert Path(name).stat().st_size > 100
+
+
+def test_a_program_works_in_a_hostile_environment_on_names_that_are_not_utf_8(folders):
+    """The C locale, warnings as errors, no home, a notebook's backend, stdout in Latin-1."""
+    name = os.fsdecode(b"M\xfcnchen")
+    Path(name).mkdir()
+    Path("real").rename(Path(name, "real"))
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                   "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "latin-1", "HOME": "/dev/null",
+                   "MPLCONFIGDIR": "/dev/null", "MPLBACKEND": "nonsense"}
+    real = os.path.join(name, "real")
+    flags = ["--masks", "masks", "--no-fid", "--lpips", "none", "--per-image", "rows.csv"]
+    run = subprocess.run([sys.executable, ROOT / "eval.py", "--pred", real, "--real", real, *flags],
+                         env=os.environ | environment, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr               # matplotlib says that it has no home
+    assert b"evaluating M\\udcfcnchen/real: 5 of 5" in run.stdout
+    text = Path(f"{real}-report", "report.md").read_text(encoding="utf-8")
+    assert "M\\udcfcnchen" in text
+    assert "M\\udcfcnchen" in Path("rows.csv").read_text(encoding="utf-8")
+
+
 def test_runs_that_cannot_share_a_table_are_refused(two_runs, tmp_path):
     _, parent = write_first_stage(tmp_path / "other", seed=5)
     write_decoder(tmp_path / "other", parent)

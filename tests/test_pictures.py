@@ -1,9 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 import warnings
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
@@ -133,3 +138,21 @@ def test_a_picture_is_made_where_there_is_something_to_draw(records, made, tmp_p
     assert (tmp_path / "new" / "curves.png").exists() == made
     if made:
         assert np.array(Image.open(tmp_path / "new" / "curves.png").convert("L")).std() > 10
+
+
+def test_a_users_matplotlibrc_changes_no_curves(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "pixel": 0.5}\n{"step": 2, "pixel": 0.4}\n')
+    curves(tmp_path / "log.jsonl", tmp_path / "a.png")
+    with mpl.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "red"}):
+        curves(tmp_path / "log.jsonl", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(("before", "left"), [
+    ("", "None"), ("sys.modules['ipykernel'] = sys", "agg")])
+def test_a_notebooks_backend_is_no_matter_but_in_its_own_kernel(before, left):
+    backend = "agg" if before else "nonsense"            # which matplotlib refuses at import
+    program = f"import os, sys; {before}\nimport pictures; print(os.environ.get('MPLBACKEND'))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"MPLBACKEND": backend}, check=False)
+    assert (run.stdout.strip(), run.stderr) == (left, "")
