@@ -9,6 +9,7 @@ v3 of 2015 in pytorch-fid's conversion. torchvision's has other classes, pools a
 distance falls as n grows. This is bias, not quality, and it is large below D = 2048 images.
 """
 
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -32,34 +33,18 @@ class InceptionV3(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         with torch.device("meta"):  # all numbers come from the file; none is drawn at random
-            self._build()
+            self.Conv2d_1a_3x3 = conv(3, 32, 3, stride=2)
+            self.Conv2d_2a_3x3 = conv(32, 32, 3)
+            self.Conv2d_2b_3x3 = conv(32, 64, 3, padding=1)
+            self.Conv2d_3b_1x1 = conv(64, 80, 1)
+            self.Conv2d_4a_3x3 = conv(80, 192, 3)
+            for name, (channels, pool, branches) in BLOCKS.items():
+                self.add_module(name, Block(channels, pool, branches))
+            self.fc = nn.Linear(2048, 1008)
         if not isinstance(weights, dict):
             weights = read_weights(FILE, self.state_dict(), weights)
         self.load_state_dict(weights, assign=True)
         self.requires_grad_(False).eval()
-
-    def _build(self):
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = BlockA(192, 32)
-        self.Mixed_5c = BlockA(256, 64)
-        self.Mixed_5d = BlockA(288, 64)
-        self.Mixed_6a = BlockB()
-        self.Mixed_6b = BlockC(128)
-        self.Mixed_6c = BlockC(160)
-        self.Mixed_6d = BlockC(160)
-        self.Mixed_6e = BlockC(192)
-        self.Mixed_7a = BlockD()
-        self.Mixed_7b = BlockE(1280, average_pool)
-        self.Mixed_7c = BlockE(2048, maximum_pool)
-        self.fc = nn.Linear(2048, 1008)
-
-    def train(self, mode=True):
-        """Stay in eval mode, because a parent's `.train()` must not change a frozen network."""
-        return super().train(False)
 
     def forward(self, images):
         """Compute features and logits of images as they are, neither clamped nor rounded.
@@ -78,136 +63,87 @@ class InceptionV3(nn.Module):
         h = F.max_pool2d(h, 3, 2)                                              # (B, 64, 73, 73)
         h = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(h))                          # (B, 192, 71, 71)
         h = F.max_pool2d(h, 3, 2)                                              # (B, 192, 35, 35)
-        h = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(h)))                     # (B, 288, 35, 35)
-        h = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(h)))                     # (B, 768, 17, 17)
-        h = self.Mixed_6e(self.Mixed_6d(h))
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(h)))                  # (B, 2048, 8, 8)
+        for name in BLOCKS:
+            h = self.get_submodule(name)(h)
+        return h                                                               # (B, 2048, 8, 8)
 
 
-class Conv(nn.Module):
-    """Apply a convolution without bias, batch normalisation by stored statistics, and ReLU."""
+def conv(channels, width, kernel, stride=1, padding=0):
+    """Build a convolution without bias, batch normalisation by stored statistics, and ReLU."""
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(channels, width, kernel, stride, padding, bias=False),
+        bn=nn.BatchNorm2d(width, eps=0.001), relu=nn.ReLU(inplace=True)))
 
-    def __init__(self, channels, width, kernel=1, stride=1, padding=0):
+
+class Block(nn.Module):
+    """Concatenate branches of convolutions and a pool, which "branch_pool" begins with.
+
+    branches: {name: steps}; a step is (width, kernel), or (width, kernel, kernel) for two side by
+    side. Without "branch_pool", the pool and the last step of each branch halve the map.
+    """
+
+    def __init__(self, channels, pool, branches):
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=0.001)
+        self.pool, self.chains = pool, {}                # {branch: the names of each step}
+        self.halves = "branch_pool" not in branches
+        for branch, steps in branches.items():
+            inputs, self.chains[branch] = channels, []
+            for n, (width, *kernels) in enumerate(steps, 1):
+                numbered = branch if len(steps) == 1 else f"{branch}_{n}"   # branch5x5_1
+                names = [numbered + side for side in ("ab" if len(kernels) > 1 else [""])]
+                stride, padding = (2, 0) if self.halves and n == len(steps) else (1, "same")
+                for name, kernel in zip(names, kernels):
+                    self.add_module(name, conv(inputs, width, kernel, stride, padding))
+                self.chains[branch].append(names)
+                inputs = width
 
     def forward(self, h):
-        return F.relu(self.bn(self.conv(h)), inplace=True)
+        pooled, outputs = self.pool(h), []
+        for branch, (*first, last) in self.chains.items():
+            out = pooled if branch == "branch_pool" else h
+            for (name,) in first:
+                out = getattr(self, name)(out)
+            outputs += [getattr(self, name)(out) for name in last]
+        return torch.cat([*outputs, pooled] if self.halves else outputs, 1)
 
 
 # Pool each 3x3 window; at the border the average is over the pixels that exist.
-average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-maximum_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+AVERAGE = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+HALVING = partial(F.max_pool2d, kernel_size=3, stride=2)
+ROW, COLUMN = (1, 7), (7, 1)
 
 
-class BlockA(nn.Module):
-    """Concatenate 1x1, 5x5, two 3x3 convolutions and the average pool: Mixed_5b to 5d."""
-
-    def __init__(self, channels, pool_width):
-        super().__init__()
-        self.branch1x1 = Conv(channels, 64)
-        self.branch5x5_1 = Conv(channels, 48)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(channels, 64)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(channels, pool_width)
-
-    def forward(self, h):
-        one = self.branch1x1(h)                                                # (B, 64, 35, 35)
-        five = self.branch5x5_2(self.branch5x5_1(h))                           # (B, 64, 35, 35)
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(h)))   # (B, 96, ...)
-        pool = self.branch_pool(average_pool(h))                               # (B, 32|64, 35, 35)
-        return torch.cat((one, five, three, pool), 1)                          # (B, 256|288, ...)
+def _block_a(pool_width):
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pool_width, 1)]}
 
 
-class BlockB(nn.Module):
-    """Halve the map and widen it from 288 to 768 channels: Mixed_6a."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3 = Conv(288, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(288, 64)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, h):
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(h)))   # (B, 96, 17, 17)
-        return torch.cat((self.branch3x3(h), three, F.max_pool2d(h, 3, 2)), 1)  # (B, 768, 17, 17)
+def _block_c(width):
+    row, column = (width, ROW), (width, COLUMN)
+    return {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), row, (192, COLUMN)],
+            "branch7x7dbl": [(width, 1), column, row, column, (192, ROW)],
+            "branch_pool": [(192, 1)]}
 
 
-class BlockC(nn.Module):
-    """Factor 7x7 convolutions into rows and columns of 7: Mixed_6b to 6e."""
-
-    def __init__(self, width):
-        super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = Conv(768, 192)
-        self.branch7x7_1 = Conv(768, width)
-        self.branch7x7_2 = Conv(width, width, **row)
-        self.branch7x7_3 = Conv(width, 192, **column)
-        self.branch7x7dbl_1 = Conv(768, width)
-        self.branch7x7dbl_2 = Conv(width, width, **column)
-        self.branch7x7dbl_3 = Conv(width, width, **row)
-        self.branch7x7dbl_4 = Conv(width, width, **column)
-        self.branch7x7dbl_5 = Conv(width, 192, **row)
-        self.branch_pool = Conv(768, 192)
-
-    def forward(self, h):
-        one = self.branch1x1(h)                                                # (B, 192, 17, 17)
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(h)))        # (B, 192, 17, 17)
-        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(h)))
-        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))                # (B, 192, 17, 17)
-        pool = self.branch_pool(average_pool(h))                               # (B, 192, 17, 17)
-        return torch.cat((one, seven, twice, pool), 1)                         # (B, 768, 17, 17)
-
-
-class BlockD(nn.Module):
-    """Halve the map and widen it from 768 to 1,280 channels: Mixed_7a."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = Conv(768, 192)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(768, 192)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, h):
-        three = self.branch3x3_2(self.branch3x3_1(h))                          # (B, 320, 8, 8)
-        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(h)))
-        seven = self.branch7x7x3_4(seven)                                      # (B, 192, 8, 8)
-        return torch.cat((three, seven, F.max_pool2d(h, 3, 2)), 1)             # (B, 1280, 8, 8)
-
-
-class BlockE(nn.Module):
-    """End branches in a row and a column of 3: Mixed_7b, 7c. pool: average or maximum."""
-
-    def __init__(self, channels, pool):
-        super().__init__()
-        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
-        self.pool = pool
-        self.branch1x1 = Conv(channels, 320)
-        self.branch3x3_1 = Conv(channels, 384)
-        self.branch3x3_2a = Conv(384, 384, **row)
-        self.branch3x3_2b = Conv(384, 384, **column)
-        self.branch3x3dbl_1 = Conv(channels, 448)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, **row)
-        self.branch3x3dbl_3b = Conv(384, 384, **column)
-        self.branch_pool = Conv(channels, 192)
-
-    def forward(self, h):
-        three = self.branch3x3_1(h)                                            # (B, 384, 8, 8)
-        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(h))                    # (B, 384, 8, 8)
-        return torch.cat((
-            self.branch1x1(h),                                                 # (B, 320, 8, 8)
-            self.branch3x3_2a(three), self.branch3x3_2b(three),                # (B, 384, 8, 8) each
-            self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice),          # (B, 384, 8, 8) each
-            self.branch_pool(self.pool(h)),                                    # (B, 192, 8, 8)
-        ), 1)                                                                  # (B, 2048, 8, 8)
+_BLOCK_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, (1, 3), (3, 1))],
+            "branch3x3dbl": [(448, 1), (384, 3), (384, (1, 3), (3, 1))],
+            "branch_pool": [(192, 1)]}
+BLOCKS = {                                       # {name: (input channels, pool, branches)}
+    "Mixed_5b": (192, AVERAGE, _block_a(32)),
+    "Mixed_5c": (256, AVERAGE, _block_a(64)),
+    "Mixed_5d": (288, AVERAGE, _block_a(64)),                                  # (B, 288, 35, 35)
+    "Mixed_6a": (288, HALVING, {"branch3x3": [(384, 3)],
+                                "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}),
+    "Mixed_6b": (768, AVERAGE, _block_c(128)),
+    "Mixed_6c": (768, AVERAGE, _block_c(160)),
+    "Mixed_6d": (768, AVERAGE, _block_c(160)),
+    "Mixed_6e": (768, AVERAGE, _block_c(192)),                                 # (B, 768, 17, 17)
+    "Mixed_7a": (768, HALVING, {"branch3x3": [(192, 1), (320, 3)],
+                                "branch7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3)]}),
+    "Mixed_7b": (1280, AVERAGE, _BLOCK_E),
+    "Mixed_7c": (2048, MAXIMUM, _BLOCK_E),                                     # (B, 2048, 8, 8)
+}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -217,14 +153,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     mu (D,), sigma (D,D). With R = sigma1^(1/2), the symmetric R sigma2 R has the eigenvalues of
     sigma1 sigma2, and the last trace is the sum of their roots. Source: Heusel et al., arXiv
-    1706.08500. Raises ValueError for other shapes and for values that are not finite.
+    1706.08500.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
-    if mu1.ndim != 1 or shapes != 2 * [mu1.shape, 2 * mu1.shape]:
-        raise ValueError(f"mu and sigma {shapes}: expected (D,), (D, D), (D,), (D, D)")
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("mu or sigma is not finite: there is no distance")
     values, vectors = np.linalg.eigh(sigma1)
     R = vectors * np.sqrt(values.clip(0)) @ vectors.T                          # (D, D)
     root = np.sqrt(np.linalg.eigvalsh(R @ sigma2 @ R).clip(0)).sum()
@@ -233,13 +163,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def moments(features):
-    """Compute mean (D,) and unbiased covariance (D,D) of features (N,D), numpy float64.
-
-    Raises ValueError for other shapes and for fewer than 2 features.
-    """
+    """Compute mean (D,) and unbiased covariance (D,D) of features (N,D), numpy float64."""
     rows = np.asarray(features, np.float64)                                    # (N, D)
-    if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"features {rows.shape}: expected (N, D), N at least 2")
     mu = rows.mean(0)                                                          # (D,)
     rows = rows - mu
     return mu, rows.T @ rows / (len(rows) - 1)
@@ -255,16 +180,12 @@ def inception_score(logits, splits=10):
     A split of images that are sorted by class has few classes, hence a far too low score. So the
     images are first put in torch-fidelity's order, a permutation by a fixed seed, the same for each
     N. With fewer images than splits, each image is a split; std is the population's. Source:
-    Salimans et al., arXiv 1606.03498. ValueError: no images, not finite values.  deviation D53
+    Salimans et al., arXiv 1606.03498.  deviation D53
     """
     p, entropy = logits.detach().cpu().double().softmax(1), torch.special.entr
     n, splits = len(p), min(splits, len(p))
-    if splits < 1:
-        raise ValueError(f"{n} images, {splits} splits: there is nothing to score")
     p = p[np.random.RandomState(2020).permutation(n)]      # its stream is the same in every numpy
     parts = [p[s * n // splits:(s + 1) * n // splits] for s in range(splits)]
     scores = torch.stack([(entropy(part.mean(0)).sum() - entropy(part).sum(1).mean()).exp()
                           for part in parts])                                  # (splits,)
-    if not scores.isfinite().all():
-        raise ValueError("logits hold values that are not finite: there is no score")
     return scores.mean().item(), scores.std(correction=0).item()
