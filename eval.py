@@ -70,14 +70,14 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     if unpaired:       # sets, by FID and inception score  [AVQ Sec. 4.3] [AVQ Tab. 6] [AVQ Tab. 10]
         images = PictureFolder("--pred", pred, n)
         others = (PictureFolder("--real", real) if real else
-                  open_dataset(data, root, split, size or images.read(0).shape[-1]))
+                  open_dataset(data, root, split, size or images.read(0)[0].shape[-1]))
         n_others = len(others) if real else min(len(images), len(others))
         about = (f"{len(images):,} pictures in {pred} against {n_others:,} of "
                  f"{real or others.describe()}")
         networks.empty |= dict.fromkeys(("lpips", "clip_score"), "not computed: no pairs")
     elif real:
         images = MatchedFolders(real, pred, masks, refs, invert_mask=invert_mask, limit=n)
-        about = images.describe()
+        about = images.about
     else:
         data, root = data or config.get("data", "imagenet"), root or config.get("root")
         size = size or config.get("size", 256)
@@ -102,7 +102,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
     batch_size = batch_size or max(1, min(most, (2**21 if real else 2**18) // area))
 
     def batches(images, n, *ranks):
-        if isinstance(images, MatchedFolders | PictureFolder):
+        if isinstance(images, MatchedFolders):
             return images.batches(batch_size, device)
         return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired)
 
@@ -159,15 +159,16 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         notes["run"] = f"training is not finished: {', '.join(unfinished)}"
 
     # Make the tables.
-    report = tables.make_report(means, n, device, masks_drawn, config.get("seed"), notes,
-                                codebooks[-1] if codebooks else None, prior, pairs)
+    report = tables.make_report(
+        device, notes, n=n, seed=config.get("seed"), masks=masks_drawn, rows=means,
+        differences=pairs, codebook=codebooks[-1] if codebooks else None, prior=prior)
     if distributed.rank() > 0:
         return report
     texts = [tables.report_text(report, about, table)]
     if codebooks:
         texts += [f"Codes in use ({notes['codebook']}):", tables.codebook_table(codebooks)]
     if table in tables.DDM_TABLES:
-        texts.append(tables.ddm_table(table))
+        texts.append(tables.DDM_TABLES[table])
     if prior:
         texts += [f"-log p of a held-out map of codes ({prior['maps']:,} maps):",
                   tables.prior_table(prior, first_stage.config.K)]

@@ -58,29 +58,26 @@ class MatchedFolders:
         self.refs = _match("--refs", refs, names, real)
         self.names, self.invert_mask = names[:limit], invert_mask
         self.warned = 0                          # warnings about files so far
-        self.about = f"{pred} beside {real}" if pred else str(real)
+        self.about = f"{len(self):,} pictures in {f'{pred} beside ' if pred else ''}{real}"
         if masks:
             self.about += f", masks in {masks}"
 
     def __len__(self):
         return len(self.names)
 
-    def describe(self):
-        return f"{len(self):,} pictures in {self.about}"
-
     def sizes(self):
         """Yield (file, width, height) of the originals as stored, without reading their pixels."""
-        for name in self.names:
-            with suppress(Exception), Image.open(self.real[name]) as image:   # read tells of them
-                yield self.real[name], *image.size
+        for file in self.real[:len(self)]:
+            with suppress(Exception), Image.open(file) as image:              # read tells of them
+                yield file, *image.size
 
     def read(self, index):
         """Read (real, pred, mask, ref), uint8 (C,H,W) or None. UserError: sizes that differ."""
-        name, mask, warnings = self.names[index], None, []
-        real, pred, ref = images = [files and load_image(files[name])
+        mask, warnings = None, []
+        real, pred, ref = images = [files and load_image(files[index])
                                     for files in (self.real, self.pred, self.refs)]
         if self.masks:
-            hole, warnings = fit_mask(self.masks[name], real, self.real[name], self.invert_mask)
+            hole, warnings = fit_mask(self.masks[index], real, self.real[index], self.invert_mask)
             mask = torch.from_numpy(hole)[None]                                     # (1, H, W)
         for image in filter(None, images):
             warnings += image.info["remarks"]
@@ -90,50 +87,34 @@ class MatchedFolders:
         if pred and pred.size != real.size:
             (w, h), (W, H), turned = pred.size, real.size, real.info["turn"] > 4
             cure = "turn it by its EXIF tag" if turned and w == H else "make them of one size"
-            raise UserError(f"{self.pred[name]} is {w} x {h} px, {self.real[name]} is {W} x {H}; "
+            raise UserError(f"{self.pred[index]} is {w} x {h} px, {self.real[index]} is {W} x {H}; "
                             + cure)
-        return _tensor(real), pred and _tensor(pred), mask, ref and _tensor(ref)
+        real, pred, ref = (image and torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                           for image in images)                                     # (3, H, W)
+        return real, pred, mask, ref
 
     def batches(self, batch_size, device):
-        """Yield this process's share of the images as PairBatches."""
-        for index, items in _batches(self.read, len(self), batch_size, lambda item: item[0].shape):
-            real, pred, mask, refs = zip(*items)
-            yield PairBatch(
-                index, pixels(torch.stack(real), device),
-                torch.stack(mask).to(device).float() if self.masks else None,
-                [self.names[i] for i in index],
-                pixels(torch.stack(pred), device) if self.pred else None,
-                [pixels(ref[None], device)[0] for ref in refs] if self.refs else None)
+        """Yield this process's images, every world_size()-th, in PairBatches of one size each."""
+        items = ((i, *self.read(i)) for i in range(rank(), len(self), world_size()))
+        for _, alike in groupby(items, lambda item: item[1].shape):
+            while batch := list(islice(alike, batch_size)):
+                index, real, pred, mask, refs = zip(*batch)
+                yield PairBatch(
+                    list(index), pixels(torch.stack(real), device),
+                    torch.stack(mask).to(device).float() if self.masks else None,
+                    [self.names[i] for i in index],
+                    pixels(torch.stack(pred), device) if self.pred else None,
+                    [pixels(ref[None], device)[0] for ref in refs] if self.refs else None)
 
 
-class PictureFolder:
+class PictureFolder(MatchedFolders):
     """List the pictures of one folder, for sets that are not paired."""
 
     def __init__(self, flag, folder, limit=None):
-        self.name, self.files = str(folder), _listed(flag, folder)[:limit]
-
-    def __len__(self):
-        return len(self.files)
-
-    def read(self, index):
-        return _tensor(load_image(os.path.join(self.name, self.files[index])))
-
-    def batches(self, batch_size, device):
-        for index, items in _batches(self.read, len(self), batch_size, lambda item: item.shape):
-            names = [_stem(self.files[i]) for i in index]
-            yield PairBatch(index, pixels(torch.stack(items), device), names=names)
-
-
-def _batches(read, n, batch_size, shape):
-    """Read every world_size()-th item: yield lists of indices and of items of one shape."""
-    items = ((i, read(i)) for i in range(rank(), n, world_size()))
-    for _, alike in groupby(items, lambda pair: shape(pair[1])):
-        while batch := list(islice(alike, batch_size)):
-            yield [i for i, _ in batch], [item for _, item in batch]
-
-
-def _tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)                       # (3, H, W)
+        files = _listed(flag, folder)[:limit]
+        self.names, self.warned = [_stem(file) for file in files], 0
+        self.real = [os.path.join(folder, file) for file in files]
+        self.pred = self.masks = self.refs = None
 
 
 def _stem(file):
@@ -148,7 +129,7 @@ def _listed(flag, folder):
 
 
 def _match(flag, folder, names, real, exact=False):
-    """Find {name: path} for the originals' names, None without a folder. exact: no other files."""
+    """List the path of each name of an original; None without a folder. exact: no other files."""
     if not folder:
         return None
     files = _listed(flag, folder)
@@ -173,7 +154,7 @@ def _match(flag, folder, names, real, exact=False):
         more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
         raise UserError(f"{lacks} has no file for {', '.join(alone[:3])}{more}; files are matched "
                         "by name (a mask may be NAME_mask.png)")
-    return found
+    return [found[name] for name in names]
 
 
 def write_evaluation_set(photos, out, kind="thick", size=512):

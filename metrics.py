@@ -18,7 +18,7 @@ import torch
 
 from asym_decoder import AsymVQGAN
 from clip_score import CLIPImageEncoder, clip_score
-from distributed import UserError, gather_objects, rank, wait_for, world_size
+from distributed import UserError, gather_objects, on_rank0, wait_for
 from fid import InceptionV3, frechet_distance, inception_score, moments
 from losses import LPIPS
 from masks import area_bucket
@@ -126,20 +126,15 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
     networks = Networks()
 
     def opened(build, *columns, needed=False):
-        network = reason = None
-        for turn in ([0], range(1, world_size())):   # rank 0 downloads, the others find the file
-            if rank() in turn:
-                try:
-                    network = build()
-                except UserError as error:
-                    reason = str(error)
-            reason = next(filter(None, gather_objects(reason)), None)
-            if reason and needed:
-                raise UserError(reason)
-            if reason:
-                networks.empty |= dict.fromkeys(columns, f"n/a: {reason}")
-                return None
-        return network.to(device)
+        built = []
+        try:
+            on_rank0(lambda: built.append(build()))      # downloads; the others then find the file
+        except UserError as error:
+            if needed:
+                raise
+            networks.empty |= dict.fromkeys(columns, f"n/a: {error}")
+            return None
+        return (built[0] if built else build()).to(device)
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips", needed=asked)
     else:

@@ -11,7 +11,6 @@ import math
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,13 +99,11 @@ NOTES = {
 }
 
 
-def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, prior=None,
-                differences=()):
-    """Collect the contents of report.json.
+def make_report(device, notes, **fields):
+    """Collect the contents of report.json: the caller's fields, and what made them.
 
-    rows: metrics.report_rows; n: images measured; masks: {"kind", "size", "seed"}; notes: {column:
-    reason} besides NOTES; codebook: an eval.codebook_row; prior: of eval.draw_by_prior;
-    differences: of metrics.
+    fields: `rows` of metrics.report_rows, `masks` as {"kind", "size", "seed"} and more; notes:
+    {column: reason} besides NOTES.
     """
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
@@ -118,30 +115,27 @@ def make_report(rows, n, device, masks, seed=None, notes=None, codebook=None, pr
     except OSError:                      # no git
         commit = ""
     return {"version": 2, "command": shlex.join(["python", *sys.argv]), "commit": commit or None,
-            "device": name, "seed": seed, "n": n, "range": "[0,1]", "masks": masks, "rows": rows,
-            "differences": list(differences), "codebook": codebook, "prior": prior,
-            "notes": NOTES | (notes or {})}
+            "device": name, "range": "[0,1]", "notes": NOTES | notes, **fields}
 
 
 def table(report, protocol="full"):
-    """Write the rows over all masks of one protocol."""
+    """Write the rows over all masks of one protocol, in two tables, as one would be too wide."""
     rows = [row for row in _distinct(report, protocol) if row["bucket"] == "all"]
     rows.sort(key=lambda row: row["decoder"] == "paste")                        # paste comes last
-    first = rows[0]["pre_error"] if rows[0]["decoder"] == "vanilla" else None
-    parts = [{}, {}]                     # {head: function} of two tables, as one would be too wide
+    errors, others = {}, {}                                             # {head: texts of a column}
     for name in _shown(report):
-        columns = parts[name not in _ERRORS]
-        columns[COLUMNS[name][0]] = partial(cell, name=name)
+        columns = errors if name in _ERRORS else others
+        columns[COLUMNS[name][0]] = [cell(row, name) for row in rows]
         if name == "pre_error_median":
-            columns["in [-1,1]"] = partial(cell, name="pre_error", factor=4)
-            if first is not None:
-                columns["gain"] = lambda row: _written(
-                    row["pre_error"], lambda v: f"{short(first / v)}x" if v else "∞")
+            columns["in [-1,1]"] = [cell(row, "pre_error", factor=4) for row in rows]
+            if rows[0]["decoder"] == "vanilla":
+                means = [row["pre_error"] for row in rows]
+                columns["gain"] = [f"{short(means[0] / one)}x" if one else "∞" for one in means]
     if any(row["images_per_s"] is not None for row in rows):
-        parts[1]["images/s"] = lambda row: _written(row["images_per_s"], short)
-    return "\n\n".join(markdown(["decoder", *part], [
-        [row_name(report, row), *(write(row) for write in part.values())] for row in rows])
-        for part in parts if part)
+        others["images/s"] = [_written(row["images_per_s"], short) for row in rows]
+    names = [row_name(report, row) for row in rows]
+    return "\n\n".join(markdown(["decoder", *part], [*zip(names, *part.values())])
+                       for part in (errors, others) if part)
 
 
 def bucket_table(report):
@@ -201,7 +195,6 @@ def report_text(report, about, number=None):
     lines = [f"{about}; {report['device']}.", "", table(report), ""]
     if any(row["protocol"] == "shifted" for row in report["rows"]):
         lines += [ABOUT_SHIFTED, "", table(report, "shifted"), ""]
-
     # Explain the columns, below the table.
     if masks["kind"]:
         if report["rows"][0]["decoder"] == "vanilla":
@@ -212,13 +205,11 @@ def report_text(report, about, number=None):
     lines += [f"±: {NOTES['<measure>_se']}; of IS: deviation over the splits.", ""]
     if pairs := difference_table(report):
         lines += ["Differences on the same images, image by image:", "", pairs, ""]
-
     # Add the paper's table and the one by mask area.
     if number in PAPER_TABLES:
         lines += [paper_table(report, number), ""]
     if buckets := bucket_table(report):
         lines += ["By the share of the image that is to be generated:", "", buckets, ""]
-
     # Say why columns are empty, in one line for all that lack the same file.
     empty = {}
     for name, (head, *_) in COLUMNS.items():
@@ -302,33 +293,33 @@ def _shown(report):
             or any(row[name] is not None for row in report["rows"])]
 
 
-# {--table: (head and rows as DDM prints them, what to know)}
+# {--table: DDM's own table, and what to know}
 DDM_TABLES = {
     # [DDM Tab. 1]
-    "ddm1": ((
+    "ddm1": markdown(
         ("paper", "latent", "K", "usage, CelebA-HQ", "usage, ImageNet", "rFID, CelebA-HQ",
          "rFID, ImageNet"),
-        ("VQ-VAE-2", "Cascade", "512", "~65%", "-", "-", "~10"),
-        ("DALL-E", "32x32", "8192", "-", "-", "-", "32.01"),
-        ("VQ-GAN", "16x16", "16384", "-", "5.96%", "-", "4.98"),
-        ("VQ-GAN", "16x16", "1024", "31.85%", "33.67%", "10.18", "7.94"),
-        ("ours (P = 100k)", "16x16", "1024", "-", "100%", "-", "4.98"),
-        ("ours (P = 20k)", "16x16", "1024", "97.07%", "100%", "5.59", "5.99"),
-        ("ours (P = 20k)", "16x16", "512", "93.06%", "100%", "5.64", "6.95")),
-        "The paper counts usage on \"the test set or training set\". Its rFID is against training "
-        "images of CelebA-HQ, validation images of ImageNet; ours against held-out ones."),
+        (("VQ-VAE-2", "Cascade", "512", "~65%", "-", "-", "~10"),
+         ("DALL-E", "32x32", "8192", "-", "-", "-", "32.01"),
+         ("VQ-GAN", "16x16", "16384", "-", "5.96%", "-", "4.98"),
+         ("VQ-GAN", "16x16", "1024", "31.85%", "33.67%", "10.18", "7.94"),
+         ("ours (P = 100k)", "16x16", "1024", "-", "100%", "-", "4.98"),
+         ("ours (P = 20k)", "16x16", "1024", "97.07%", "100%", "5.59", "5.99"),
+         ("ours (P = 20k)", "16x16", "512", "93.06%", "100%", "5.64", "6.95")))
+    + "\n\nThe paper counts usage on \"the test set or training set\". Its rFID is against training"
+      " images of CelebA-HQ, validation images of ImageNet; ours against held-out ones.",
     # [DDM Tab. 2]
-    "ddm2": ((
+    "ddm2": markdown(
         ("paper", "FID", "Params", "FLOPs"),
-        ("GLOW", "60.9", "220 M", "540 G"), ("NVAE", "40.3", "1.26 G", "185 G"),
-        ("ours (K = 1024 w/o ReFiT)", "22.6", "117 M", "1.06 G"),
-        ("VAEBM", "20.4", "127 M", "8.22 G"),
-        ("ours (K = 512 w/ ReFiT)", "18.8", "117 M", "1.04 G"), ("DC-VAE", "15.8", "-", "-"),
-        ("ours (K = 1024 w/ ReFiT)", "13.2", "117 M", "1.06 G"),
-        ("DDIM(T=100)", "10.9", "114 M", "124 G"),
-        ("VQ-GAN + Transformer", "10.2", "802 M", "102 G"), ("PG-GAN", "8.0", "46.1 M", "14.1 G")),
-        "The paper's FID is of CelebA-HQ at 256 px. convert.py RUN --layers counts a run's prior; "
-        "VQ-DDM's FLOPs fit the multiplications of one of its T reverse steps (PAPERS.md, D37)."),
+        (("GLOW", "60.9", "220 M", "540 G"), ("NVAE", "40.3", "1.26 G", "185 G"),
+         ("ours (K = 1024 w/o ReFiT)", "22.6", "117 M", "1.06 G"),
+         ("VAEBM", "20.4", "127 M", "8.22 G"),
+         ("ours (K = 512 w/ ReFiT)", "18.8", "117 M", "1.04 G"), ("DC-VAE", "15.8", "-", "-"),
+         ("ours (K = 1024 w/ ReFiT)", "13.2", "117 M", "1.06 G"),
+         ("DDIM(T=100)", "10.9", "114 M", "124 G"),
+         ("VQ-GAN + Transformer", "10.2", "802 M", "102 G"), ("PG-GAN", "8.0", "46.1 M", "14.1 G")))
+    + "\n\nThe paper's FID is of CelebA-HQ at 256 px. convert.py RUN --layers counts a run's prior;"
+      " VQ-DDM's FLOPs fit the multiplications of one of its T reverse steps (PAPERS.md, D37).",
 }
 HOURS_FOR = 50_000       # samples, for which DDM's Figs. 5 and 6 give hours
 
@@ -342,12 +333,6 @@ def codebook_table(rows):
           *(_written(row[name], "{:.1%}".format) for name in ("usage_train", "usage_val")),
           _written(row["perplexity_val"], "{:,.1f}".format),
           _written(row["rfid"], "{:.2f}".format)] for row in rows])
-
-
-def ddm_table(name):
-    """Write a table of DDM with the paper's own figures."""
-    rows, about = DDM_TABLES[name]
-    return f"{markdown(rows[0], rows[1:])}\n\n{about}"
 
 
 def prior_table(prior, K):

@@ -64,7 +64,7 @@ def test_files_match_by_their_path_without_the_extension(here):
     fill(here / "pred", "a/x.bmp", "b/x.PNG", "b/y.z.tif")
     matched = MatchedFolders("real", "pred")
     assert matched.names == ["a/x", "b/x", "b/y.z"]              # by name first, then by path
-    assert matched.describe() == "3 pictures in pred beside real"
+    assert matched.about == "3 pictures in pred beside real"
     for k in range(3):
         real, pred, mask, ref = matched.read(k)
         assert colour(pred) == colour(real) == [k, 2 * k, 3 * k]
@@ -365,8 +365,8 @@ def test_photos_of_one_stem_get_a_file_each_and_eval_py_finds_their_masks(photos
         assert set(contents(tmp_path / "out" / folder)) == set(names)
     images, masks = tmp_path / "out/images", tmp_path / "out/masks"
     matched = MatchedFolders(images, pred=images, masks=masks)
-    areas = {matched.real[name]: matched.read(i)[2].float().mean().item()
-             for i, name in enumerate(matched.names)}
+    areas = {file: matched.read(i)[2].float().mean().item()
+             for i, file in enumerate(matched.real)}
     assert areas == {str(images / entry["name"]): pytest.approx(entry["area"])
                      for entry in manifest["files"]}
 

@@ -465,12 +465,20 @@ def test_a_network_whose_file_is_missing_leaves_its_column_empty_and_says_what_g
 
 
 def test_a_process_does_not_look_for_a_file_that_the_first_one_could_not_get(monkeypatch):
-    monkeypatch.setattr(metrics, "rank", lambda: 1)
-    monkeypatch.setattr(metrics, "gather_objects", lambda own: ["it is not to be had", own])
+    def refused(build):
+        raise UserError("it is not to be had")
+
+    monkeypatch.setattr(metrics, "on_rank0", refused)
     monkeypatch.setattr(metrics, "InceptionV3", lambda weights: pytest.fail("looked for"))
     networks = open_networks(CPU, lpips="none")
     assert networks.inception is None
     assert networks.empty["fid"] == "n/a: it is not to be had"
+
+
+def test_every_process_opens_the_networks_after_the_first_one(monkeypatch):
+    monkeypatch.setattr(metrics, "on_rank0", lambda build: None)             # as on rank 1
+    monkeypatch.setattr(metrics, "InceptionV3", lambda weights: torch.nn.Identity())
+    assert isinstance(open_networks(CPU, lpips="none").inception, torch.nn.Identity)
 
 
 def test_what_was_not_asked_for_says_so(tmp_path):

@@ -35,8 +35,8 @@ def example_report(**changes):
     """Two runs on one first stage; changes: {measure: value} of every row."""
     table = example_table(KEYS)
     rows = [row | changes for row in report_rows(table, RUNS)]
-    return make_report(rows, 6, CPU, {"kind": "thick", "size": SIZE, "seed": 0}, 0,
-                       differences=differences(table))
+    return make_report(CPU, {}, n=6, seed=0, masks={"kind": "thick", "size": SIZE, "seed": 0},
+                       rows=rows, differences=differences(table), codebook=None, prior=None)
 
 
 def assert_alike(a, b, rel, but=("images_per_s",)):
