@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pconv import PartialConv2d
-from vqgan import Decoder, check_image
+from vqgan import Decoder
 
 # Relative to the first stage: width factor, ResBlocks per level (the decoder adds one).
 # A size without a recipe in recipes.py trains by tiny's on a tiny first stage, else by base's.
@@ -93,17 +93,21 @@ class AsymDecoder(Decoder):
 
     @classmethod
     def from_preset(cls, config, preset, blend="add"):
-        """Build a row of ASYM_PRESETS for a first stage. Raises ValueError for another name."""
-        if preset not in ASYM_PRESETS:
-            raise ValueError(f"unknown decoder size {preset!r}; choose from "
-                             f"{', '.join(ASYM_PRESETS)}")
+        """Build a row of ASYM_PRESETS for a first stage."""
         factor, num_res_blocks = ASYM_PRESETS[preset]
         return cls(config, round(factor * config.ch), num_res_blocks, blend)
 
+    def split_parameters(self):
+        """Split the parameters by name: those of the vanilla decoder, too, and the branch's."""
+        parts = {}, {}
+        for name, parameter in self.named_parameters():
+            parts[name.startswith(("encoder.", "fuse."))][name] = parameter
+        return parts
+
     def load_trunk(self, decoder):
         """Copy the first stage's `decoder` into the trunk if the sizes agree; tell if they do."""
-        ours = {name: p.shape for name, p in self.named_parameters() if not _in_branch(name)}
-        fits = ours == {name: p.shape for name, p in decoder.named_parameters()}
+        ours, theirs = self.split_parameters()[0], dict(decoder.named_parameters())
+        fits = {k: p.shape for k, p in ours.items()} == {k: p.shape for k, p in theirs.items()}
         if fits:
             self.load_state_dict(self.state_dict() | decoder.state_dict())
         return fits
@@ -152,14 +156,6 @@ class AsymDecoder(Decoder):
         norm.weight.copy_(norm.weight.cpu() * scale.repeat_interleave(width))
         norm.bias.copy_(norm.bias.cpu() - norm.weight.cpu() * shift)
 
-    def trunk_parameters(self):
-        """List the parameters that the vanilla decoder has as well."""
-        return [p for name, p in self.named_parameters() if not _in_branch(name)]
-
-    def branch_parameters(self):
-        """List the parameters that only the asymmetric decoder has."""
-        return [p for name, p in self.named_parameters() if _in_branch(name)]
-
     def last_features(self, z, image=None, mask=None):
         """Compute what enters the last layer, (B,ch,H,W), with the known pixels blended in."""
         return F.silu(self.norm_out(self.blended(z, image, mask)))          # (B, ch, H, W)
@@ -202,11 +198,6 @@ class AsymDecoder(Decoder):
         return self.fuse[index](joined)                                     # (B, C, h, w)
 
 
-def _in_branch(name):
-    """Tell whether a parameter of AsymDecoder is one that the vanilla decoder lacks."""
-    return name.startswith(("encoder.", "fuse."))
-
-
 class AsymVQGAN(nn.Module):
     """Join a frozen first stage and its asymmetric decoder. [AVQ Sec. 3.2]
 
@@ -238,13 +229,10 @@ class AsymVQGAN(nn.Module):
         if (image is None) != (mask is None):
             raise ValueError("image and mask go together: give both, or neither")
         if image is not None:
-            check_image(image, f)
-            if image.shape != (B, 3, z.shape[2] * f, z.shape[3] * f):
-                raise ValueError(f"image {tuple(image.shape)} does not fit latent {tuple(z.shape)} "
-                                 f"at f={f}")
-            if mask.shape != (B, 1, *image.shape[2:]):
-                raise ValueError(f"mask {tuple(mask.shape)} must be {(B, 1, *image.shape[2:])}, "
-                                 "one channel as large as the image")
+            H, W = z.shape[2] * f, z.shape[3] * f
+            if image.shape != (B, 3, H, W) or mask.shape != (B, 1, H, W):
+                raise ValueError(f"image {tuple(image.shape)} and mask {tuple(mask.shape)} must be "
+                                 f"{(B, 3, H, W)} and {(B, 1, H, W)} for latent {tuple(z.shape)}")
             checked = not (self.training or torch.compiler.is_compiling())
             if checked and not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("mask has values other than 0 and 1; threshold it: "

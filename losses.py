@@ -33,7 +33,7 @@ class LPIPS(nn.Module):
     (default: torch hub's cache), or a state dict with the float32 weights of both.
     Eq. 5 prints no normalisation of the features. Here phi^k has unit length over its channels, as
     in LPIPS, which the paper cites and measures with [42].  deviation D5
-    Frozen, always in eval mode, and in float32 even under autocast.
+    Frozen, and in float32 even under autocast.
     """
 
     def __init__(self, net="vgg", weights=None):
@@ -59,10 +59,6 @@ class LPIPS(nn.Module):
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        """Stay in eval mode, even when a parent module calls `.train()`."""
-        return super().train(False)
 
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):

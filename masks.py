@@ -38,10 +38,6 @@ def random_mask(kind, size, seed, index, stream=MASK_SHAPE):
     kind: one of MASK_KINDS. Sizes below 512 px show LaMa's mask of 256 px, larger ones its mask of
     512 px, in the nearest pixels. seed: ints >= 0, one or a tuple. stream: of seeding.py.
     """
-    if kind not in MASK_KINDS:
-        raise ValueError(f"mask kind {kind!r}: choose from {', '.join(MASK_KINDS)}")
-    if size < 8:
-        raise ValueError(f"a mask of {size} px is too small to draw; the least size is 8")
     side = 512 if size >= 512 else 256
     strokes, boxes = LAMA_MASKS[kind, side]
     rng = _generator(stream, seed, index)

@@ -26,12 +26,8 @@ class PartialConv2d(nn.Conv2d):
         """Map x (B,C,H,W), valid (B,1,H,W) in {0,1} to y (B,C',H',W') and valid_out (B,1,H',W').
 
         valid_out is float32. A window without a valid pixel gives exactly 0, without bias. The
-        arithmetic is the published layer's for a mask that is the same in all channels. Raises
-        ValueError for another shape of valid.
+        arithmetic is the published layer's for a mask that is the same in all channels.
         """
-        expected = (x.shape[0], 1, *x.shape[2:])
-        if valid.shape != expected:
-            raise ValueError(f"valid is {tuple(valid.shape)}; x {tuple(x.shape)} needs {expected}")
         # Sums of at most k*k ones, in float32: exact.  deviation D16
         count = F.avg_pool2d(valid.float(), self.kernel_size, self.stride, self.padding,
                              divisor_override=1)                            # (B, 1, H', W')

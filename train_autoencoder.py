@@ -273,8 +273,8 @@ class DecoderStage(Autoencoder):
         last = [*decoder.norm_out.parameters(), *decoder.conv_out.parameters()]
         first = list(decoder.encoder.layers[0].parameters())
         known = {id(p) for p in last + first}
-        trunk, branch = ([p for p in parameters if id(p) not in known] for parameters in
-                         (decoder.trunk_parameters(), decoder.branch_parameters()))
+        trunk, branch = ([p for p in part.values() if id(p) not in known]
+                         for part in decoder.split_parameters())
         groups = [(trunk, trunk_factor), (last, 1.0 if pinned else trunk_factor),
                   (first, recipe.known_factor if pinned else 1.0), (branch, 1.0)]
         if pinned and state is None:

@@ -8,6 +8,7 @@ AVQ Sec. 3.1 and Appendix B, with h = H/f, f = 2^(levels - 1):
 Names are those of taming's and latent-diffusion's checkpoints. `up[0]` is the highest resolution.
 """
 
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -155,17 +156,11 @@ class Level(nn.Module):
         return h if self.upsample is None else self.upsample(h)             # (B, out, 2H, 2W)
 
 
-class Middle(nn.Module):
-    """Apply the blocks of the lowest resolution: ResBlock, AttnBlock, ResBlock."""
-
-    def __init__(self, channels, norm_groups):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, norm_groups)
-        self.attn_1 = AttnBlock(channels, norm_groups)
-        self.block_2 = ResBlock(channels, channels, norm_groups)
-
-    def forward(self, h):
-        return self.block_2(self.attn_1(self.block_1(h)))
+def middle(channels, norm_groups):
+    """Build the blocks of the lowest resolution: ResBlock, AttnBlock, ResBlock."""
+    return nn.Sequential(OrderedDict(block_1=ResBlock(channels, channels, norm_groups),
+                                     attn_1=AttnBlock(channels, norm_groups),
+                                     block_2=ResBlock(channels, channels, norm_groups)))
 
 
 class Encoder(nn.Module):
@@ -182,7 +177,7 @@ class Encoder(nn.Module):
             if i < len(widths) - 1:
                 level.downsample = Downsample(b)
             self.down.append(level)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = middle(widths[-1], groups)
         self.norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
@@ -209,7 +204,7 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.in_widths = [*widths[1:], widths[-1]]     # input width of level i
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(zip(self.in_widths, widths)):
             level = Level(a, b, num_res_blocks + 1, i in config.attn_levels, groups)
@@ -244,8 +239,6 @@ class VQGAN(nn.Module):
 
     def __init__(self, config, own_decoder=True):
         super().__init__()
-        if config.latent not in ("vq", "kl"):
-            raise ValueError(f'latent must be "vq" or "kl", not {config.latent!r}')
         self.config = config
         d, z = config.embed_dim, config.z_channels
         twice = 2 if config.latent == "kl" else 1        # a KL latent has mean and logvar
@@ -264,7 +257,10 @@ class VQGAN(nn.Module):
 
     def moments(self, x):
         """Encode x (B,3,H,W) in [-1,1]: z_e (B,d,h,w) to be quantised, or a DiagonalGaussian."""
-        check_image(x, self.config.f)
+        f = self.config.f
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"an image batch is (B,3,H,W) with H and W multiples of f={f}, not "
+                             f"{tuple(x.shape)}; pad or resize the images")
         z_e = self.quant_conv(self.encoder(x)).float()                      # (B, d|2d, h, w)
         return DiagonalGaussian(z_e) if self.config.latent == "kl" else z_e
 
@@ -276,18 +272,18 @@ class VQGAN(nn.Module):
         return latent.sample(generator) if sample else latent.mode()
 
     def indices(self, x):
-        """Encode x (B,3,H,W) in [-1,1]: indices (B,h,w). Raises ValueError for a KL latent."""
-        self._needs_codebook()
+        """Encode x (B,3,H,W) in [-1,1] by a VQ latent: indices (B,h,w)."""
         return self.quantize(self.moments(x))[1]                            # (B, h, w)
 
     def decode(self, z):
         """Decode z (B,d,h,w): x_hat (B,3,H,W), about [-1,1], not clamped."""
-        self._needs_decoder()
+        if self.decoder is None:
+            raise ValueError("this first stage came without a decoder of its own; decode with "
+                             "AsymVQGAN.decode, or load the first stage's own file")
         return self.decoder(self.post_quant_conv(z)).float()                # (B, 3, H, W)
 
     def decode_indices(self, indices):
-        """Decode indices (B,h,w) in [0,K): x_hat (B,3,H,W). Raises ValueError for a KL latent."""
-        self._needs_codebook()
+        """Decode indices (B,h,w) in [0,K) of a VQ latent: x_hat (B,3,H,W)."""
         return self.decode(self.quantize.lookup(indices))
 
     def forward(self, x, generator=None):
@@ -296,7 +292,6 @@ class VQGAN(nn.Module):
         decoder.conv_out(h) is x_hat. The latent loss is the last two terms of Eq. 2. A KL latent is
         sampled instead, and its loss is Eq. 10's mean over images.
         """
-        self._needs_decoder()
         # ReFiT's frozen encoder is in float32 under autocast too: rounding would exchange codes.
         trains = self.quant_conv.weight.requires_grad
         with nullcontext() if trains else torch.autocast(x.device.type, enabled=False):
@@ -306,21 +301,3 @@ class VQGAN(nn.Module):
         else:
             z, latent_loss = latent.sample(generator), latent.kl().mean()
         return self.decoder.last_features(self.post_quant_conv(z)), latent_loss
-
-    def _needs_codebook(self):
-        if self.config.latent != "vq":
-            raise ValueError("a KL latent has no codebook; use encode and decode")
-
-    def _needs_decoder(self):
-        if self.decoder is None:
-            raise ValueError("this first stage came without a decoder of its own; decode with "
-                             "AsymVQGAN.decode, or load the first stage's own file")
-
-
-def check_image(x, f):
-    """Raise ValueError unless x is (B,3,H,W) with H and W multiples of f."""
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"an image batch is (B,3,H,W), not {tuple(x.shape)}")
-    if x.shape[2] % f or x.shape[3] % f:
-        raise ValueError(f"image size {x.shape[2]}x{x.shape[3]} is not a multiple of f={f}; "
-                         "pad or resize the image")

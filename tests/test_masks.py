@@ -184,10 +184,3 @@ def test_a_box_covers_its_rows_and_columns():
 def test_a_box_outside_the_picture_is_an_error(box):
     with pytest.raises(ValueError, match="does not fit into 16 x 16"):
         box_mask(16, *box)
-
-
-@pytest.mark.parametrize(("kind", "size", "complaint"), [
-    ("fat", 64, "'fat': choose from thin, medium, thick"), ("thin", 7, "7 px is too small")])
-def test_an_unknown_kind_or_a_tiny_size_is_an_error(kind, size, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        random_mask(kind, size, 0, 0)

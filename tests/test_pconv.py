@@ -152,12 +152,6 @@ def test_gradients_are_those_of_the_explicit_loop_and_of_finite_differences(shap
     assert torch.autograd.gradcheck(lambda *_: layer(x, valid)[0], inputs)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 9, 11), (2, 3, 9, 11), (2, 1, 9, 10)])
-def test_a_valid_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"valid is .* needs"):
-        PartialConv2d(3, 5, 3)(example()[0], torch.ones(shape))
-
-
 def test_it_compiles_without_a_graph_break_and_keeps_its_numbers():
     layer = PartialConv2d(3, 5, 3, padding=1)
     x, valid = example()

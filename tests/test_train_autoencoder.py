@@ -231,7 +231,7 @@ def test_training_moves_what_it_should_and_leaves_the_rest_bit_identical(name, m
 def test_a_batch_of_full_masks_gives_the_branch_zeros_not_nothing():
     stage = decoder()
     stage.step(batch(full=(True,) * 4), gan_on=False)
-    for p in stage.model.decoder.branch_parameters():
+    for p in stage.model.decoder.split_parameters()[1].values():
         assert p.grad is not None
         assert not p.grad.any()
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import warnings
 
 import pytest
@@ -198,13 +199,11 @@ def test_a_kl_latent_is_its_mode_or_a_sample():
     assert torch.equal(latent_loss, gaussian.kl().mean())
 
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((2, 3, 18, 16), "18x16 is not a multiple of f=4"), ((2, 3, 16, 17), "16x17 is not a multiple"),
-    ((2, 1, 16, 16), r"\(B,3,H,W\)"), ((3, 16, 16), r"\(B,3,H,W\)")])
-def test_images_that_do_not_fit_are_refused(shape, message):
+@pytest.mark.parametrize("shape", [(2, 3, 18, 16), (2, 3, 16, 17), (2, 1, 16, 16), (3, 16, 16)])
+def test_images_that_do_not_fit_are_refused(shape):
     model = VQGAN(SMALL)
     for use in (model, model.encode, model.moments, model.indices):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"multiples of f=4, not {re.escape(str(shape))}"):
             use(torch.zeros(shape))
 
 
@@ -216,15 +215,9 @@ def test_the_quantiser_takes_its_settings_from_the_config():
     assert 1 < quantizer.embedding.weight.abs().max() <= 2
 
 
-@pytest.mark.parametrize(("use", "message"), [
-    (lambda: VQGAN(dataclasses.replace(SMALL, latent="gumbel")), "latent must be"),
-    (lambda: Decoder(SMALL, ch=6), "multiples of norm_groups=4"),
-    (lambda: VQGAN(SMALL_KL).indices(image()), "no codebook"),
-    (lambda: VQGAN(SMALL_KL).decode_indices(torch.zeros(1, 2, 2, dtype=torch.int64)),
-     "no codebook")], ids=["latent", "groups", "indices", "decode"])
-def test_impossible_settings_and_codes_of_a_kl_latent_are_refused(use, message):
-    with pytest.raises(ValueError, match=message):
-        use()
+def test_a_width_that_the_groups_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiples of norm_groups=4"):
+        Decoder(SMALL, ch=6)
 
 
 @LATENTS
@@ -313,9 +306,8 @@ def test_a_first_stage_without_its_decoder_still_encodes_and_says_so_when_it_sho
     with torch.no_grad():
         z = bare.encode(x)
         assert torch.equal(z, whole.encode(x))
-        for decodes in (lambda: bare.decode(z), lambda: bare(x)):
-            with pytest.raises(ValueError, match="without a decoder of its own"):
-                decodes()
+        with pytest.raises(ValueError, match="without a decoder of its own"):
+            bare.decode(z)
 
 
 # ---------------------------------------------------------------- compiled
