@@ -36,6 +36,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from distributed import gather_objects
 from seeding import per_image, uniforms
@@ -52,10 +53,8 @@ softplus = partial(F.softplus, threshold=40.0)
 def known_cells(mask, f):
     """Find the cells with no pixel to be generated: True = the code is given. [DDM Sec. 4.4]
 
-    mask (B,1,H,W), f: pixels a cell -> bool (B,H/f,W/f). Raises ValueError unless f divides H, W.
+    mask (B,1,H,W), f: pixels a cell, which divides H and W -> bool (B,H/f,W/f).
     """
-    if mask.shape[2] % f or mask.shape[3] % f:
-        raise ValueError(f"a mask of {tuple(mask.shape[2:])} px: pad it to multiples of f = {f}")
     return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
 
 
@@ -95,8 +94,6 @@ class MultinomialDiffusion:
     """
 
     def __init__(self, K, T, residual="none"):
-        if K < 2 or T < 1:
-            raise ValueError(f"K = {K}, T = {T}: give at least 2 codes and 1 step")
         if residual not in ("none", "onehot"):
             raise ValueError(f"residual {residual!r}: choose from none, onehot")
         self.K, self.T, self.residual = K, T, residual
@@ -170,10 +167,6 @@ class MultinomialDiffusion:
     def logits(self, model, z_t, t):
         """Run the network on z_t at times t (B,): logits (B,K,h,w), float32 or wider."""
         logits = model(z_t, t.to(z_t.device))
-        B, h, w = z_t.shape
-        if logits.shape != (B, self.K, h, w):
-            raise ValueError(f"the denoiser gave {tuple(logits.shape)}, not logits for K = "
-                             f"{self.K}: {(B, self.K, h, w)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_x0_hat(self, logits, z_t):
@@ -306,15 +299,11 @@ class MultinomialDiffusion:
         """Fill in the cells of indices (B,h,w) that are not `known`, bool: int64. [DDM Sec. 4.4]
 
         Before each step the known cells are drawn from q(z_t|z_0) of the given codes. At the end
-        they are these codes. Raises ValueError for shapes that differ or numbers out of range.
-
+        they are these codes. Raises ValueError for numbers out of range.
         resample: U of RePaint. A step draws unknown and known cells independently, so after one
         pass (1, the paper) they fit each other only loosely. With U each step is undone by fresh
         noise and repeated, U times in all.  deviation D35
         """
-        if known.shape != indices.shape or known.dtype != torch.bool:
-            raise ValueError(f"known must be bool {tuple(indices.shape)}, like the indices, not "
-                             f"{known.dtype} {tuple(known.shape)}")
         if resample < 1:
             raise ValueError(f"resample = {resample}: each step is taken at least once")
         B, h, w = indices.shape
@@ -333,7 +322,7 @@ class MultinomialDiffusion:
         return torch.where(known, indices, z)
 
 
-class Timesteps:
+class Timesteps(nn.Module):
     """Draw the t that a training image is noised to, by importance. [DDM App.]  deviation D34
 
     The bound's terms L_{t-1} differ by orders of magnitude, and each image is noised to one t. So t
@@ -345,10 +334,10 @@ class Timesteps:
     """
 
     def __init__(self, T):
-        self.T = T
-        self.losses = torch.zeros(T, HISTORY, dtype=torch.float64)      # ring buffers
-        self.counts = torch.zeros(T, dtype=torch.int64)                 # losses ever seen
-        self.observed = []
+        super().__init__()             # a module without weights, for its state_dict
+        self.T, self.observed = T, []
+        self.register_buffer("losses", torch.zeros(T, HISTORY, dtype=torch.float64))    # rings
+        self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))       # losses ever seen
 
     def probabilities(self):
         """Compute p_t for t = 1..T: (T,) float64, index 0 is t = 1."""
@@ -378,15 +367,6 @@ class Timesteps:
             if abs(loss) < math.inf:                         # one that is not would poison all p
                 self.losses[t - 1, self.counts[t - 1] % HISTORY] = loss
                 self.counts[t - 1] += 1
-
-    def state_dict(self):
-        """Copy what a checkpoint must hold so that a run continues with the same draws."""
-        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
-
-    def load_state_dict(self, state):
-        """Restore a state_dict of the same T."""
-        self.losses.copy_(state["losses"])
-        self.counts.copy_(state["counts"])
 
 
 def held_out_bound(diffusion, model, indices, first, training=False):

@@ -266,8 +266,7 @@ def _street_along(scene):
                 for left in (0.12, 0.42, 0.72):
                     patch(edge, near + left * length, near + (left + 0.16) * length,
                           2.5 - 10 * level, 8 - 10 * level, scene.glass())
-            patch(edge, near + 0.35 * length, near + 0.65 * length, 13, 25,
-                  scene.lit((70, 48, 40)))
+            patch(edge, near + 0.35 * length, near + 0.65 * length, 13, 25, scene.lit((70, 48, 40)))
     # Hang a banner on a rope across the street, and blades on the walls.
     lines, rope = _words(scene, pair_share=0.3), rng.uniform(8, 20)
     scene.box(0, rope, 64, rope + 1, scene.lit((60, 60, 66)))

@@ -61,11 +61,9 @@ def sinusoids(t, width):
     return torch.cat([angles.sin(), angles.cos()], dim=1)                   # (B, width)
 
 
-class ConvNormMish(nn.Sequential):
-    """Compute mish(norm(conv(x))): (B,in,h,w) -> (B,out,h,w)."""
-
-    def __init__(self, in_channels, out_channels, norm_groups):
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
+def conv_norm_mish(in_channels, out_channels, norm_groups):
+    """Build mish(norm(conv(x))): (B,in,h,w) -> (B,out,h,w)."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1),
                          GroupNorm(norm_groups, out_channels), nn.Mish())
 
 
@@ -74,9 +72,9 @@ class Block(nn.Module):
 
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.block1 = ConvNormMish(in_channels, out_channels, config.norm_groups)
+        self.block1 = conv_norm_mish(in_channels, out_channels, config.norm_groups)
         self.time = nn.Linear(config.time_width, out_channels)
-        self.block2 = ConvNormMish(out_channels, out_channels, config.norm_groups)
+        self.block2 = conv_norm_mish(out_channels, out_channels, config.norm_groups)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -124,18 +122,6 @@ class Level(nn.Module):
         return self.attention(h)
 
 
-class Middle(nn.Module):
-    """Apply block, attention, block at the lowest resolution."""
-
-    def __init__(self, channels, config):
-        super().__init__()
-        self.first = Level(channels, channels, 1, True, config)
-        self.last = Level(channels, channels, 1, False, config)
-
-    def forward(self, h, time):
-        return self.last(self.first(h, time), time)
-
-
 class Trunk(nn.Module):
     """Go down the levels, through the middle, and up with the skip connection of each level.
 
@@ -153,14 +139,16 @@ class Trunk(nn.Module):
         self.down = nn.ModuleList(
             level(i, a, b) for i, (a, b) in enumerate(pairwise([config.width, *widths])))
         self.downsample = nn.ModuleList(nn.Conv2d(a, a, 3, 2, padding=1) for a in widths[:-1])
-        self.middle = Middle(widths[-1], config)
+        self.middle = nn.ModuleDict({                            # block, attention, block
+            name: Level(widths[-1], widths[-1], 1, name == "first", config)
+            for name in ("first", "last")})
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(1, len(widths))):                # up[0] is the lowest level's
             self.up.append(level(i, 2 * widths[i], widths[i - 1]))
             self.upsample.append(
                 nn.ConvTranspose2d(widths[i - 1], widths[i - 1], 4, stride=2, padding=1))
         self.top = level(0, 2 * widths[0], widths[0]) if config.top_skip else None
-        self.out = ConvNormMish(widths[0], widths[0], config.norm_groups)
+        self.out = conv_norm_mish(widths[0], widths[0], config.norm_groups)
 
     def forward(self, h, time):
         """h (B,C,h,w), time (B,time_width) -> (B,C',h,w)."""
@@ -170,7 +158,7 @@ class Trunk(nn.Module):
                 h = self.downsample[i - 1](h)                               # (B, C, h/2, w/2)
             h = level(h, time)                                              # (B, C', h, w)
             skips.append(h)
-        h = self.middle(h, time)
+        h = self.middle.last(self.middle.first(h, time), time)
         for level, upsample in zip(self.up, self.upsample):
             h = level(torch.cat([h, skips.pop()], dim=1), time)             # (B, C', h, w)
             h = upsample(h)                                                 # (B, C', 2h, 2w)
