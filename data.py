@@ -440,7 +440,7 @@ def _load(read, positions, workers, pin=False, ahead=64):
     if not workers:
         yield from (stack([read(position) for position in some]) for some in positions)
         return
-    pool, lengths, coming, items = None, deque(), deque(), []
+    pool, lengths, coming, items, patience = None, deque(), deque(), [], 10 * SILENCE
     flat = chain.from_iterable(lengths.append(len(some)) or some for some in positions)
     try:
         pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(read,))
@@ -450,10 +450,11 @@ def _load(read, positions, workers, pin=False, ahead=64):
             if not coming:
                 return
             item = coming.popleft()
-            if not any(wait([item], 1).done for _ in heed(range(SILENCE))):
-                problem = f"no image for {SILENCE} s: a disk, network folder or worker hangs"
+            if not any(wait([item], 1).done for _ in heed(range(patience))):
+                problem = f"no image for {patience} s: a disk, network folder or worker hangs"
                 break
             items.append(item.result())
+            patience = SILENCE                   # more for the first, which may import torch before
             if len(items) == lengths[0]:
                 yield stack(items)
                 lengths.popleft()
