@@ -75,9 +75,14 @@ def setup(device="auto"):
     if os.environ.get("RANK") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            STOP.store, number, world = next(dist.rendezvous("env://", timeout=JOINING))
+            store, number, world = next(dist.rendezvous("env://", timeout=JOINING))
         except ValueError as error:
             raise UserError(f"RANK is set: {error}; start torchrun, or unset RANK") from None
+        # After a restart torchrun's store still has the addresses of the dead, and gloo may wait
+        # for them. Several machines may count restarts differently, so there they stay.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        STOP.store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, store=STOP.store, rank=number, world_size=world,
                                 timeout=GROUP_TIMEOUT)
     return device

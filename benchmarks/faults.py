@@ -136,7 +136,10 @@ program.exit_on_user_error(program.main)
         time.sleep(0.01)
     os.kill(int(dict(map(str.split, pids.read_text().splitlines()))[rng.choice("01")]),
             signal.SIGKILL)
-    text = torchrun.communicate()[0]
+    try:
+        text = torchrun.communicate(timeout=300)[0]
+    finally:
+        torchrun.terminate()
     check(torchrun.returncode == 0 and "from step" in text, "no restart:", text)
     assert_same_run(folder / "undisturbed-2", out, "vqgan")
     seen["torchrun --max-restarts 2, one of two killed: went on by itself, same bits"] += 1
@@ -271,7 +274,7 @@ def main(argv=None, kinds=(restart, disks, vanishing, bad_images, bad_checkpoint
             kind = kinds.pop(0) if kinds else partial(disturbed_run, longest=longest)
             try:
                 kind(rng, folder, seen)
-            except (Fault, AssertionError) as fault:
+            except (Fault, AssertionError, subprocess.TimeoutExpired) as fault:
                 faults.append(f"{kind}: {fault}")
     print(f"seed {args.seed}, {(time.monotonic() - start) / 60:.0f} minutes\n\n"
           "| what was tried, and what happened | times |\n|---|--:|")
