@@ -200,7 +200,7 @@ _, axis = plt.subplots(figsize=(8, 3))
 axis.semilogy(ratio, "oC1", label="as it is")
 axis.semilogy(lam * ratio, "oC0", label=f"times λ = {lam:.4f}")
 axis.set(title=f"GAN / pixel gradient: {ratio.median():.0f}, then {lam * ratio.median():.2f}",
-         xlabel="convolutions, in the order of parameters()", ylim=(0.3, 1000)), axis.legend()
+         xlabel="the convolutions, in order", ylabel="ratio", ylim=(0.3, 1000)), axis.legend()
 assert 0.5 < (lam * ratio).min() < (lam * ratio).max() < 2 < 50 < ratio.min()
 
 # %% [markdown]
@@ -363,7 +363,7 @@ for name, judge, colour in (("a judge who cannot tell", dull, "C2"), ("the run's
     assert (judge is D) == (seen.abs().max() > 1).item()
 axis.axvline(lam.item(), 0, 0.65, ls=":", color="k"), axis.axhline(0, color="k"), axis.legend()
 axis.set(title=f"the run's λ = {lam:.4f}: the pull is reversed", xlabel="λ",
-         xscale="log"), axis.set_yscale("symlog", linthresh=0.01)
+         ylabel="what is left", xscale="log"), axis.set_yscale("symlog", linthresh=0.01)
 
 # %%
 line, disc = best_line("l1 + GAN, leak")
