@@ -161,8 +161,8 @@ def _public(path):
         config = public_names.first_stage_config(weights, groups)
         size = public_names.asym_decoder_size(weights, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{public.path}: no autoencoder of this kind "
-                        f"({type(error).__name__}: {error})") from None
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{public.path}: no autoencoder of this kind ({kind}{error})") from None
     model = _network(public.path, weights, config, size)
     settings = {"first_stage": asdict(config), "decoder": size, **stated}
     state = {"stage": "decoder" if size else "vqgan", "config": settings, "step": 0,
@@ -441,8 +441,9 @@ def main():
     stated = public_names.stated(loaded.config)
     maps = ", ".join(f"{name} {value}" for name, value in stated.items() if name != "sample_size")
     if config.latent == "kl":
+        unstated = f"scaling_factor {public_names.SCALING_FACTOR}, as none is stated"
         print0("  for a diffusion model: "
-               + (maps or f"scaling_factor {public_names.SCALING_FACTOR}, as none is stated"))
+               + (maps or (unstated if config.z_channels == 4 else "no scaling_factor is stated")))
     for note in loaded.notes:
         print0(f"  note         {note}")
     # Write what is asked for. to_diffusers refuses before -o writes anything.

@@ -102,6 +102,12 @@ UNUSED = {                                       # parts of the names of weights
 }
 
 
+# How keys start that only other autoencoders have, and diffusers' name for these.
+OTHERS = {"bn.running_": "AutoencoderKLFlux2 (Flux.2's)",
+          "encoder.layers.": "AutoencoderTiny (TAESD)",
+          ("encoder.stages.", "encoder.down_blocks.0.0."): "AutoencoderDC (Sana's)"}
+
+
 def tidy(state, config=None):
     """Drop unused weights from a public state dict with taming's names: (weights, notes).
 
@@ -109,6 +115,11 @@ def tidy(state, config=None):
     so or is None: identities are added. Else raises ValueError; KeyError for no autoencoder.
     """
     kept, notes = dict(state), []
+    found = [kind for start, kind in OTHERS.items() if any(key.startswith(start) for key in state)]
+    if any(value.ndim == 5 for value in state.values()):         # (out, in, time, height, width)
+        found.append("a video's autoencoder")
+    if found:
+        raise ValueError(f"it is {found[0]}, which is not supported")
     for part, reason in UNUSED.items():
         if names := [name for name in state if part in name]:
             kept = {name: value for name, value in kept.items() if part not in name}
@@ -192,7 +203,8 @@ def diffusers_config(config, size=None, **others):
     """Make the dict of the config.json from which diffusers builds this model.
 
     config: a VQGANConfig. size: None for an AutoencoderKL or VQModel; of an AsymmetricAutoencoderKL
-    the result of asym_decoder_size. others: STATED fields, if not Stable Diffusion's and 256 px.
+    the result of asym_decoder_size. others: STATED fields, if not Stable Diffusion's and 256 px;
+    a KL latent needs its scaling_factor where it is not 4 wide, as Stable Diffusion's.
     Raises ValueError for a model that diffusers cannot build.
     """
     levels = range(len(config.ch_mult))
@@ -205,6 +217,10 @@ def diffusers_config(config, size=None, **others):
     if config.latent == "kl" and config.z_channels != config.embed_dim:
         raise ValueError(f"diffusers' KL autoencoders have one latent width, this one has two: "
                          f"z_channels {config.z_channels}, embed_dim {config.embed_dim}")
+    if config.latent == "kl" and config.z_channels != 4 and "scaling_factor" not in others:
+        raise ValueError(f"no scaling_factor is stated for these {config.z_channels} channels: put "
+                         "the config.json of the VAE beside its file (Stable Diffusion 3 has "
+                         "scaling_factor 1.5305 and shift_factor 0.0609, Flux 0.3611 and 0.1159)")
     if not size:
         fields |= {"block_out_channels": config.widths, "layers_per_block": config.num_res_blocks}
         if config.latent == "kl":

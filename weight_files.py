@@ -205,6 +205,7 @@ def as_float32(path, name, value):
     return value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+AUTOENCODERS = ("AutoencoderKL", "VQModel", "AsymmetricAutoencoderKL")  # diffusers' that are read
 PREFIXES = ("first_stage_model.", "vae.", "")        # that may precede encoder. and decoder.
 # Keys around the weights of a trainer's checkpoint, and what DDP, torch.compile and FSDP put into
 # the weights' names.
@@ -277,7 +278,10 @@ def read_public(path):
 
 
 def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
-    """Find diffusers' autoencoder below `path`: (folder, its config.json), or (None, None)."""
+    """Find diffusers' autoencoder below `path`: (folder, its config.json), or (None, None).
+
+    Raises UserError for a config.json that cannot be read or is of another class of diffusers.
+    """
     for folder in (path / place for place in places):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -285,7 +289,10 @@ def diffusers_folder(path, places=("", "vae", "movq", "vqvae")):
             if not os.path.lexists(folder / "config.json"):      # a link to nothing is told of
                 continue
             raise unreadable(folder / "config.json", error, "cannot be decoded") from None
-        if isinstance(config, dict) and "_class_name" in config:
+        if isinstance(config, dict) and (name := config.get("_class_name")):
+            if name not in AUTOENCODERS:
+                raise UserError(f"{folder / 'config.json'}: {_one_line(str(name))} is not "
+                                f"supported, only {', '.join(AUTOENCODERS)}")
             return folder, config
     return None, None
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,6 +10,7 @@ import torch
 from tiny_runs import SIZE, settings, write_decoder, write_first_stage, write_prior, write_stage
 
 import convert
+import public_names
 import run_folder
 import weight_files
 from asym_decoder import AsymDecoder, AsymVQGAN
@@ -502,6 +504,25 @@ def test_the_map_of_a_folders_latents_is_said_and_kept_also_by_what_is_trained_o
         assert fields["sample_size"] == (512 if folder in "bc" else SIZE)    # a run has its own
 
 
+def test_a_wide_latent_goes_to_diffusers_with_the_scale_in_the_config_beside_its_file(
+        tmp_path, monkeypatch, capsys):
+    model = VQGAN(dataclasses.replace(KL, ch_mult=(1, 2, 4, 4), z_channels=16, embed_dim=16))
+    torch.save({name: value for name, value in model.state_dict().items()
+                if "quant_conv" not in name}, tmp_path / "ae.sft")
+    text = run_main(monkeypatch, capsys, tmp_path / "ae.sft")
+    assert "for a diffusion model: no scaling_factor is stated\n" in text
+    with pytest.raises(UserError, match="no scaling_factor is stated for these 16 channels: put"):
+        run_main(monkeypatch, capsys, tmp_path / "ae.sft", "--to-diffusers", tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()
+    (tmp_path / "config.json").write_text(json.dumps({
+        "_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159,
+        "use_quant_conv": False, "use_post_quant_conv": False}))
+    run_main(monkeypatch, capsys, tmp_path / "ae.sft", "--to-diffusers", tmp_path / "vae")
+    fields = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert (fields["scaling_factor"], fields["shift_factor"]) == (0.3611, 0.1159)
+    assert same_pictures(load_model(tmp_path / "vae"), load_model(tmp_path / "ae.sft"))
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("act_fn", "gelu"), ("norm_type", "spatial"), ("mid_block_add_attention", False)])
 def test_what_no_shape_tells_and_is_not_implemented_is_refused_by_name(tmp_path, name, value):
@@ -647,6 +668,144 @@ def test_diffusers_reads_ours_and_we_theirs_and_all_compute_the_same(tmp_path, n
                              safe_serialization=safe)
         assert len(list((tmp_path / f"{safe}-shards").glob("*-of-*"))) > 1
         agree(load_model(tmp_path / f"{safe}-shards"), peer)
+
+
+# What the config.json of first stages in wide use says of their latents. The networks are those of
+# Stable Diffusion apart from the width of the latent and the convolutions around it.
+NO_CONVOLUTIONS = {"use_quant_conv": False, "use_post_quant_conv": False}
+LATENTS = {
+    "sd": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
+    "playground": {"latent_channels": 4, "scaling_factor": 0.5, "latents_std": [8.4, 5.1, 4.4, 4.8],
+                   "latents_mean": [-1.6, 1.1, -0.2, 0.7]},
+    "sd3": {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+            **NO_CONVOLUTIONS},
+    "flux": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+             **NO_CONVOLUTIONS}}
+SMALL = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 1}
+
+
+def published(name, sizes=SMALL, seed=0):
+    """A first stage of that layout with random weights, by diffusers' own class."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4,
+                                    up_block_types=("UpDecoderBlock2D",) * 4,
+                                    **{**LATENTS[name], **sizes}).eval()
+    for weight in model.parameters():                    # norms and biases are no longer 1 and 0
+        torch.nn.init.normal_(weight, std=0.1) if weight.ndim == 1 else None
+    return model
+
+
+def original_names(model):
+    """A diffusers autoencoder's weights by the names in the file that its authors published.
+
+    Written out from these, module by module: the encoder's levels from the highest resolution on,
+    the decoder's numbered likewise, attention by convolutions.
+    """
+    levels, blocks = len(model.config.block_out_channels), model.config.layers_per_block
+    names = {}
+    for half, level, mine, extra in (("encoder", "down", "down_blocks", 0),
+                                     ("decoder", "up", "up_blocks", 1)):
+        names |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out",
+                  f"{half}.norm_out": f"{half}.conv_norm_out"}
+        places = {f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for i in (0, 1)}
+        for i in range(levels):
+            number = i if half == "encoder" else levels - 1 - i
+            places |= {f"{half}.{level}.{i}.block.{j}": f"{half}.{mine}.{number}.resnets.{j}"
+                       for j in range(blocks + extra)}
+            names[f"{half}.{level}.{i}.{level}sample.conv"] = (
+                f"{half}.{mine}.{number}.{level}samplers.0.conv")
+        for theirs, ours in places.items():
+            names |= {f"{theirs}.{part}": f"{ours}.{part}"
+                      for part in ("norm1", "conv1", "norm2", "conv2")}
+            names[f"{theirs}.nin_shortcut"] = f"{ours}.conv_shortcut"
+        attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
+                     "proj_out": "to_out.0"}
+        names |= {f"{half}.mid.attn_1.{a}": f"{half}.mid_block.attentions.0.{b}"
+                  for a, b in attention.items()}
+    names |= {name: name for name in ("quant_conv", "post_quant_conv")}
+    state, original = model.state_dict(), {}
+    for theirs, ours in names.items():
+        for kind in ("weight", "bias"):
+            if f"{ours}.{kind}" in state:
+                value = state.pop(f"{ours}.{kind}")
+                linear = ".attn_1." in theirs and value.ndim == 2
+                original[f"{theirs}.{kind}"] = value[:, :, None, None] if linear else value
+    assert not state                                     # every weight has a name
+    return original
+
+
+def whole_checkpoint(model):
+    """What lies in an all-in-one file: the first stage in half precision, and other networks."""
+    weights = {f"first_stage_model.{name}": value.half()
+               for name, value in original_names(model).items()}
+    return weights | {
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(2, 2),
+        "text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight": torch.zeros(2)}
+
+
+def save_as(form, model, folder):
+    """Write diffusers' model in a form in which such first stages are published: its path."""
+    half = form.endswith("16")
+    if form.startswith("folder"):
+        model = copy.deepcopy(model).half() if half else model
+        model.save_pretrained(folder / "vae", variant="fp16" if half else None,
+                              max_shard_size="2MB" if "shards" in form else "10GB")
+        return folder
+    contents = whole_checkpoint(model) if form == "whole" else original_names(model)
+    if half:
+        contents = {name: value.bfloat16() for name, value in contents.items()}
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({k: v.contiguous() for k, v in contents.items()}, folder / "ae.sft")
+    return folder / "ae.sft"
+
+
+def as_published(form, model, path, tmp_path):
+    """The same file or folder, read by diffusers, in float32."""
+    kind = type(model)
+    if path.is_dir():
+        return kind.from_pretrained(path / "vae", variant="fp16" if "16" in form else None,
+                                    torch_dtype=torch.float32).eval()
+    model.save_config(tmp_path / "config")
+    named = shutil.copy(path, tmp_path / "config" / "ae.safetensors")     # .sft is not known there
+    return kind.from_single_file(str(named), config=str(tmp_path / "config"), local_files_only=True,
+                                 torch_dtype=torch.float32).eval()
+
+
+FORMS = ("folder", "folder-fp16", "folder-shards", "folder-shards-fp16", "whole", "file",
+         "file-bf16")
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    *(("flux", form) for form in FORMS), ("sd3", "folder"), ("sd3", "whole"), ("sdxl", "whole"),
+    ("sdxl", "folder"), ("playground", "folder")])
+def test_first_stages_in_wide_use_are_read_in_the_forms_they_come_in(tmp_path, name, form):
+    model = published(name)
+    path = save_as(form, model, tmp_path)
+    peer, loaded = as_published(form, model, path, tmp_path), load(path)
+    agree(loaded.model, peer)
+    assert ("shards" in form) == any(tmp_path.rglob("*-of-*"))
+    assert len([note for note in loaded.notes if "an identity was added" in note]) == (
+        2 if name in ("sd3", "flux") else 0)
+    fields = {key: value for key, value in LATENTS[name].items()
+              if key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    stated = {key: loaded.config[key] for key in fields if key in loaded.config}
+    assert stated == (fields if path.is_dir() else {})
+
+
+@pytest.mark.parametrize("name", ["sd3", "playground"])
+def test_a_decoder_on_a_shifted_latent_is_written_with_the_shift_and_computes_the_same(
+        tmp_path, name):
+    diffusers = pytest.importorskip("diffusers")
+    published(name).save_pretrained(tmp_path)
+    first_stage = load(tmp_path)
+    model = asymmetric(first_stage.model, num_res_blocks=2)
+    fields = public_names.stated(first_stage.config)
+    to_diffusers(model, tmp_path / "asym", **fields)
+    peer = diffusers.AsymmetricAutoencoderKL.from_pretrained(tmp_path / "asym").eval()
+    agree(model, peer)
+    assert {key: peer.config[key] for key in fields} == fields
 
 
 def tiny_pipeline(folder, vae):

@@ -219,7 +219,29 @@ def test_a_file_that_lost_a_convolution_is_refused_whatever_it_decodes_to(config
     assert tidy(without_convolutions(config), stated)[1] == []
 
 
+@pytest.mark.parametrize(("key", "shape", "kind"), [
+    ("bn.running_mean", (8,), r"AutoencoderKLFlux2 \(Flux\.2's\)"),
+    ("encoder.layers.0.weight", (8, 3, 3, 3), r"AutoencoderTiny \(TAESD\)"),
+    ("encoder.stages.0.op_list.0.weight", (8,), r"AutoencoderDC \(Sana's\)"),
+    ("encoder.down_blocks.0.0.conv1.weight", (8, 8, 3, 3), r"AutoencoderDC \(Sana's\)"),
+    ("encoder.conv1.weight", (8, 3, 3, 3, 3), "a video's autoencoder")])
+def test_another_autoencoder_is_refused_by_its_name(key, shape, kind):
+    for state in ({key: torch.zeros(shape)}, weights(KL) | {key: torch.zeros(shape)}):
+        with pytest.raises(ValueError, match=f"^it is {kind}, which is not supported"):
+            tidy(taming_names(state))
+
+
 # ---------------------------------------------------------------- what diffusers can build
+
+
+def test_only_latents_as_wide_as_stable_diffusions_have_its_scale_unless_another_is_stated():
+    wide = dataclasses.replace(KL, z_channels=16, embed_dim=16)
+    assert diffusers_config(KL, size())["scaling_factor"] == 0.18215
+    for config, widths in ((wide, None), (wide, size())):
+        with pytest.raises(ValueError, match=r"^no scaling_factor is stated for these 16 channels"):
+            diffusers_config(config, widths)
+        assert diffusers_config(config, widths, scaling_factor=0.5)["scaling_factor"] == 0.5
+    assert diffusers_config(VQ)["scaling_factor"] == 0.18215
 
 
 @pytest.mark.parametrize(("config", "changed"), [

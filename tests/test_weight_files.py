@@ -658,6 +658,20 @@ def test_a_folder_without_what_is_needed_says_what_is_missing(tmp_path, files, r
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [
+    "AutoencoderDC", "AutoencoderKLWan", "AutoencoderKLFlux2", "AutoencoderTiny",
+    "FluxTransformer2DModel"])
+def test_another_class_of_diffusers_is_refused_by_its_name_before_its_weights_are_read(
+        tmp_path, name):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": name}))
+    (tmp_path / "vae" / "ae.sft").write_bytes(b"not read")
+    for path in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "ae.sft"):
+        with pytest.raises(UserError, match=rf"config\.json: {name} is not supported, only "
+                                            "AutoencoderKL, VQModel, AsymmetricAutoencoderKL"):
+            read_public(path)
+
+
 def test_a_config_that_is_a_link_to_nothing_is_not_passed_over(tmp_path):
     """Without its config.json a folder's weights would be read with other norms and scales."""
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", first_stage())
