@@ -26,7 +26,8 @@ tests/textbook/dense_diffusion.py has the same by K x K matrices.
 
 `model`: codes (B,h,w), t (B,) int64 on their device -> logits (B,K,h,w). Other times are int64 (B,)
 on the CPU, like the float64 tables. `generator`: a CPU torch.Generator, a list with one for each
-image, or None. With a list an image does not depend on the batch it is drawn in.
+image, or None. With a list an image does not depend on the batch it is drawn in. `add_noise` and
+`loss` also take the uniforms themselves, (2,B,h,w) float64.
 """
 
 import math
@@ -38,13 +39,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distributed import gather_objects
+from distributed import gather
 from seeding import per_image, uniforms
 
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
 STRATA = 4                # parts of 2..T, with one t each, that bound a held-out map in training
 ALL_T, FINAL_STRATA = 200, 64       # in reports: every t for T up to 200, else so many parts
+MOST_LOGITS = 2**24       # in float64 at once on a GPU: 128 MiB, and several times that in sums
 
 # log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
 softplus = partial(F.softplus, threshold=40.0)
@@ -63,6 +65,11 @@ def float64(x):
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def beside(x, like):
+    """Copy x to `like`'s device. A CUDA device is not waited for, so that it is never idle."""
+    return x.to(like.device, non_blocking=like.is_cuda)
+
+
 def draw_codes(log_p, u):
     """Draw a code in each cell by inverting the cumulative sums of p: log_p (B,K,h,w) -> (B,h,w).
 
@@ -70,8 +77,8 @@ def draw_codes(log_p, u):
     probability 0 is never drawn. The sums are float64, because near t = 1 a code may have 1e-8.
     """
     cumulative = float64(log_p.exp()).cumsum(1)                                     # (B, K, h, w)
-    level = (1 - u)[:, None].to(cumulative.device) * cumulative[:, -1:]             # (B, 1, h, w)
-    return (cumulative < level).sum(1).to(log_p.device)                             # (B, h, w)
+    level = beside((1 - u)[:, None], cumulative) * cumulative[:, -1:]               # (B, 1, h, w)
+    return beside((cumulative < level).sum(1), log_p)                               # (B, h, w)
 
 
 def cosine_schedule(T):
@@ -108,7 +115,7 @@ class MultinomialDiffusion:
         log_a = self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s]                   # (B)
         b = -torch.expm1(log_a) / self.K     # 1 - exp(log a) would lose the first steps' digits
         log_b = b.log().clamp(min=-1e4)      # for s = t = 0: 0 · -1e4 is 0, and 0 · -inf is NaN
-        return [log.to(like.dtype).to(like.device).view(-1, 1, 1, 1) for log in (log_a, log_b)]
+        return [beside(log.to(like.dtype), like).view(-1, 1, 1, 1) for log in (log_a, log_b)]
 
     def log_q(self, z_t, z_s, s, t, like):
         """Compute log q(z_t|z_s) = log (a 1[z_t=z_s] + b), symmetric in the two. [DDM Eq. 16]
@@ -128,10 +135,11 @@ class MultinomialDiffusion:
         Keep the code with probability a, else draw one of all K. The test is u < 1 - a and not
         u > a, because floats are finer near 0 than near 1.
         """
-        u, v = uniforms(per_image(generator, len(z_s)), 2, *z_s.shape[1:])          # (B, h, w)
+        u, v = generator if torch.is_tensor(generator) else (                       # (B, h, w)
+            uniforms(per_image(generator, len(z_s)), 2, *z_s.shape[1:]))
         lose = -torch.expm1(self.log_alpha_bar_t[t] - self.log_alpha_bar_t[s])      # (B), 1 - a
-        lost = (u < lose[:, None, None]).to(z_s.device)                             # (B, h, w)
-        return torch.where(lost, (v * self.K).long().to(z_s.device), z_s)
+        lost, drawn = u < beside(lose[:, None, None], u), (v * self.K).long()       # (B, h, w)
+        return torch.where(beside(lost, z_s), beside(drawn, z_s), z_s)
 
     def q_sample(self, z_0, t, generator=None):
         """Draw z_t ~ q(z_t|z_0) = Cat(alpha_bar_t z_0 + (1 - alpha_bar_t)/K): (B,h,w).
@@ -166,7 +174,7 @@ class MultinomialDiffusion:
 
     def logits(self, model, z_t, t):
         """Run the network on z_t at times t (B,): logits (B,K,h,w), float32 or wider."""
-        logits = model(z_t, t.to(z_t.device))
+        logits = model(z_t, beside(t, z_t))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_x0_hat(self, logits, z_t):
@@ -191,7 +199,7 @@ class MultinomialDiffusion:
         log_q = self.log_posterior(z_t, z_0, t - 1, t, log_p)                       # (B, K, h, w)
         L_0 = -log_p.gather(1, z_0[:, None])[:, 0]       # -log p(z_0|z_1), (B, h, w)
         KL = (log_q.exp() * (log_q - log_p)).sum(1)      # sum_k q (log q - log p), (B, h, w)
-        return torch.where((t == 1).to(KL.device)[:, None, None], L_0, KL)
+        return torch.where(beside(t == 1, KL)[:, None, None], L_0, KL)
 
     def closed_terms(self, logits, z_t, z_0, t):
         """Compute `terms` without forming log q and log p, for training: (B,h,w). [DDM Eq. 24]
@@ -247,7 +255,7 @@ class MultinomialDiffusion:
         """
         z_t = self.q_sample(z_0, t, generator)
         terms = self.closed_terms(self.logits(model, z_t, t), z_t, z_0, t).sum((1, 2))      # (B)
-        weighted = terms / p.to(terms.dtype).to(terms.device)
+        weighted = terms / beside(p.to(terms.dtype), terms)
         return weighted.mean() / z_0[0].numel() + self.prior_kl(), terms.detach()
 
     @torch.no_grad()
@@ -261,14 +269,16 @@ class MultinomialDiffusion:
         B, h, w = z_0.shape
         generators = per_image(generator, B)
 
-        def term(t):                                     # L_{t-1}: (B,) on the CPU
+        def term(t):                                     # L_{t-1}: (B,)
             z_t = self.q_sample(z_0, t, generators)
             logits, terms = self.logits(model, z_t, t), []
-            for n in range(B):           # one map at a time: in float64 the sum over k is large
-                wide = float64(logits[n:n + 1])                                     # (1, K, h, w)
-                codes = (z[n:n + 1].to(wide.device) for z in (z_t, z_0))
-                terms.append(self.terms(wide, *codes, t[n:n + 1]).sum().cpu())
-            return torch.stack(terms)                                               # (B)
+            # Few maps at a time: in float64 the sum over k is large.
+            most = max(1, MOST_LOGITS // logits[0].numel()) if logits.is_cuda else 1
+            for part, *codes, when in zip(*(x.split(most) for x in (logits, z_t, z_0, t))):
+                wide = float64(part)                                                # (b, K, h, w)
+                codes = (beside(z, wide) for z in codes)
+                terms.append(self.terms(wide, *codes, when).sum((1, 2)))
+            return torch.cat(terms)                                                 # (B)
 
         L_0 = term(torch.ones(B, dtype=torch.int64))
         KL, strata = torch.zeros_like(L_0), strata or self.T - 1
@@ -309,7 +319,7 @@ class MultinomialDiffusion:
         B, h, w = indices.shape
         generators = per_image(generator, B)
         (u,) = uniforms(generators, 1, h, w)                                        # (B, h, w)
-        z = (u * self.K).long().to(indices.device)                                  # (B, h, w)
+        z = beside((u * self.K).long(), indices)                                    # (B, h, w)
         for now, then in self.reverse_times(steps):
             t, s = torch.full((B,), now), torch.full((B,), then)                    # (B) each
             for repeat in range(resample if then > 0 else 1):
@@ -347,23 +357,23 @@ class Timesteps(nn.Module):
         weights = weights.clamp(min=torch.finfo(torch.float64).tiny)    # all zero is uniform
         return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.T
 
-    def draw(self, generators):
-        """Draw a t (B,) from each image's generator; also give its probability p (B,) float64."""
+    def draw(self, u):
+        """Draw a t (B,) by uniforms u (B,) float64; also give its probability p (B,) float64."""
         p = self.probabilities()                                                    # (T)
         cumulative = p.cumsum(0)
-        (u,) = uniforms(generators, 1)                                              # (B)
         index = torch.searchsorted(cumulative, (1 - u) * cumulative[-1])            # (B)
         return index + 1, p[index]
 
     def observe(self, t, losses):
         """Note the losses of a micro-batch: t (B,), L_{t-1} (B,) in nats, on any device."""
-        self.observed += zip(t.tolist(), losses.tolist())
+        self.observed.append(torch.stack([beside(t.to(losses.dtype), losses), losses], 1))  # (B, 2)
 
     def update(self):
         """Enter what all processes observed since the last update. Every process must call this."""
-        observed, self.observed = self.observed, []
-        shares = gather_objects(observed)                    # rank by rank is image by image
-        for t, loss in (pair for share in shares for pair in share):
+        pairs = gather(torch.cat(self.observed))             # rank by rank is image by image
+        self.observed = []
+        for t, loss in pairs.tolist():
+            t = int(t)
             if abs(loss) < math.inf:                         # one that is not would poison all p
                 self.losses[t - 1, self.counts[t - 1] % HISTORY] = loss
                 self.counts[t - 1] += 1
@@ -377,7 +387,7 @@ def held_out_bound(diffusion, model, indices, first, training=False):
     """
     strata = STRATA if training else FINAL_STRATA if diffusion.T > ALL_T else None
     generators = [torch.Generator().manual_seed(first + n) for n in range(len(indices))]
-    return diffusion.vlb(model, indices, generators, strata)["vlb"]                 # (B)
+    return diffusion.vlb(model, indices, generators, strata)["vlb"].cpu()           # (B)
 
 
 def frequency_nats(codes, held_out, K):

@@ -2,7 +2,7 @@
 
 `python train.py` is one process, where every function here does nothing or next to nothing;
 `torchrun --nproc_per_node=8 train.py` is eight with DistributedDataParallel. NCCL moves tensors
-between GPUs. gloo moves numbers between CPUs, so a decision about stopping waits for no GPU.
+between GPUs, gloo between CPUs.
 """
 
 import ctypes
@@ -134,10 +134,16 @@ def mean_over_ranks(tensor):
 
 def any_rank(flag):
     """Tell every rank whether any rank's flag is true."""
-    vote = torch.tensor(float(bool(flag)))
-    if world_size() > 1:
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote)
+    return mean_over_ranks(torch.tensor(float(bool(flag)))).item() > 0
+
+
+def gather(tensor):
+    """Join all processes' tensors of one shape (B,...) in the order of ranks: (world·B,...)."""
+    if world_size() == 1:
+        return tensor
+    joined = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(joined, tensor)
+    return joined
 
 
 def on_rank0(function):
@@ -182,7 +188,7 @@ def wrap(module, device):
     # Without copying buffers: they are D's running statistics, which training never reads.
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
-    return DDP(module, device_ids=ids, **{flag: False})
+    return DDP(module, device_ids=ids, gradient_as_bucket_view=True, **{flag: False})
 
 
 def no_sync(module, last):

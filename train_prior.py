@@ -27,7 +27,7 @@ from data import Order, pixels, views
 from diffusion import Timesteps, frequency_nats, held_out_bound
 from distributed import gather_objects, heed, on_rank0, print0, rank, world_size, wrap
 from recipes import adam
-from seeding import STAGE_IDS, image_generators
+from seeding import STAGE_IDS, image_generators, uniforms
 from train_autoencoder import trained_first_stage
 
 VALIDATION_MAPS = 256
@@ -40,6 +40,8 @@ class CodeBatch:
     """Hold one micro-batch of maps on the device."""
     index:   list              # positions in the run, or indices of held-out images
     indices: torch.Tensor      # (B,h,w) int64, z_0
+    u_t:     torch.Tensor = None       # (B,) uniforms of the training's t, on the CPU
+    u:       torch.Tensor = None       # (2,B,h,w) those of its noise
 
 
 class PriorStage:
@@ -90,7 +92,10 @@ class PriorStage:
 
     def batch(self, items):
         """Bring a training loader's dict to the device."""
-        return CodeBatch(items["position"], items["indices"].to(self.run.device, non_blocking=True))
+        device = self.run.device
+        wide = device if device.type == "cuda" else "cpu"                   # MPS has no float64
+        return CodeBatch(items["position"], items["indices"].to(device, non_blocking=True),
+                         items["u_t"], items["u"].to(wide, non_blocking=True).transpose(0, 1))
 
     def step(self, batch, gan_on, scale=1.0):
         """Add one micro-batch's gradients to .grad: one draw of the bound. [DDM Eq. 7]
@@ -98,10 +103,9 @@ class PriorStage:
         Each map has one t, drawn by importance. Returns {"vlb": the bound in nats a map, as this
         draw estimates it}, detached. gan_on: without meaning for a prior.
         """
-        generators = image_generators(self.run.settings["seed"], "prior", batch.index)
-        t, p = self.timesteps.draw(generators)                              # (B), (B)
+        t, p = self.timesteps.draw(batch.u_t)                               # (B), (B)
         with self.run.autocast():        # of the network; the diffusion computes in float32
-            loss, terms = self.diffusion.loss(self.ddp_model, batch.indices, t, p, generators)
+            loss, terms = self.diffusion.loss(self.ddp_model, batch.indices, t, p, batch.u)
         (loss * scale).backward()
         self.timesteps.observe(t, terms)
         return {"vlb": loss.detach() * batch.indices[0].numel()}
@@ -255,17 +259,22 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
 
 
 class CodeItems:
-    """Give the map of a position of the run: indices int64 (h,w), position.
+    """Give the map of a position of the run: indices int64 (h,w), position, uniforms u_t and u.
 
-    codes: (n,h,w), any integers. The order is that of data.TrainingItems.
+    codes: (n,h,w), any integers. The order is that of data.TrainingItems. The uniforms, of which
+    t () and noise (2,h,w) are made, are drawn here because a GPU is then still busy with the step
+    before.
     """
 
     def __init__(self, codes, seed):
-        self.codes, self.order = codes, Order(len(codes), (seed, STAGE_IDS["prior"]))
+        self.codes, self.seed = codes, seed
+        self.order = Order(len(codes), (seed, STAGE_IDS["prior"]))
 
     def __getitem__(self, position):
         indices = self.codes[self.order[position]].astype(np.int64)         # (h, w)
-        return {"indices": indices, "position": position}
+        generators = image_generators(self.seed, "prior", [position])
+        u_t, u = uniforms(generators, 1)[0, 0], uniforms(generators, 2, *indices.shape)[:, 0]
+        return {"indices": indices, "position": position, "u_t": u_t.numpy(), "u": u.numpy()}
 
 
 class EMA:
@@ -285,8 +294,8 @@ class EMA:
     def update(self, model):
         """Move the average towards the model's weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in model.named_parameters():
-            self.weights[name].lerp_(parameter.float(), 1 - decay)
+        now = [parameter.float() for _, parameter in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)   # few kernels for all
         self.updates += 1
 
     def state_dict(self):

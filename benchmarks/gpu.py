@@ -218,7 +218,9 @@ def drawn(stage, B, size, seed=0):
     if stage.name == "prior":
         K, side = stage.first_stage.config.K, size_of(16, 8)
         indices = torch.randint(0, K, (B, side, side), generator=generator)
-        return {"indices": indices, "position": position}
+        u_t, u = (torch.rand(B, *shape, dtype=torch.float64, generator=generator)
+                  for shape in ((), (2, side, side)))
+        return {"indices": indices, "position": position, "u_t": u_t, "u": u}
     mask = torch.ones(B, 1, size, size, dtype=torch.uint8)
     mask[::2, :, size // 4:, :size // 2] = 0
     image = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)

@@ -490,7 +490,7 @@ def test_the_loss_descends_to_the_best_denoiser():
     for step in range(100):
         z_0 = data[torch.multinomial(JOINT.flatten(), 64, replacement=True)]
         draws = generators(64, step)
-        t, p = steps.draw(draws)
+        t, p = steps.draw(uniforms(draws, 1)[0])
         loss, terms = diffusion.loss(table, z_0, t, p, draws)
         optimizer.zero_grad()
         loss.backward()
@@ -521,7 +521,8 @@ def test_the_t_and_terms_of_an_image_do_not_depend_on_its_batch():
 
     def terms(images):
         draws = [generators(5)[n] for n in images]
-        return diffusion.loss(agreeing(8, 3), z_0[images], *steps.draw(draws), draws)[1]
+        t, p = steps.draw(uniforms(draws, 1)[0])
+        return diffusion.loss(agreeing(8, 3), z_0[images], t, p, draws)[1]
 
     torch.testing.assert_close(torch.cat([terms([3, 0]), terms([4])]), terms(range(5))[[3, 0, 4]])
 
@@ -745,7 +746,7 @@ def test_t_is_drawn_in_1_to_t_with_its_probability():
     steps = filled(5, losses)
     expected = (1 - UNIFORM_SHARE) * torch.tensor(losses).double() / 15 + UNIFORM_SHARE / 5
     torch.testing.assert_close(steps.probabilities(), expected)
-    t, p = steps.draw(generators(2000))
+    t, p = steps.draw(torch.rand(2000, dtype=torch.float64))
     torch.testing.assert_close(p, expected[t - 1])
     assert (t.min(), t.max()) == (1, 5)
     seen = torch.bincount(t - 1, minlength=5) / 2000
@@ -805,8 +806,8 @@ def test_processes_and_micro_batches_make_no_difference(monkeypatch):
     ranks = [after([slice(0, 2), slice(2, 4)]), after([slice(4, 6), slice(6, 8)])]
     whole.update()
     micro.update()
-    shares = [rank.observed for rank in ranks]
-    monkeypatch.setattr(module, "gather_objects", lambda own: shares)
+    shares = torch.cat([torch.cat(rank.observed) for rank in ranks])
+    monkeypatch.setattr(module, "gather", lambda own: shares)
     for rank in ranks:
         rank.update()
     for steps in [micro, *ranks]:
@@ -819,7 +820,8 @@ def test_a_restored_history_goes_on_with_the_same_draws(tmp_path):
     torch.save(steps.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for seed in range(3):
-        draws = [each.draw(generators(8, seed)) for each in (steps, other)]
+        u = uniforms(generators(8, seed), 1)[0]
+        draws = [each.draw(u) for each in (steps, other)]
         for each, (t, _) in zip((steps, other), draws):
             each.observe(t, t * 0.5)
             each.update()

@@ -35,6 +35,7 @@ def test_one_process_is_its_own_group():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.wrap(module, torch.device("cpu")) is module
     assert distributed.mean_over_ranks(tensor) is tensor
+    assert distributed.gather(tensor) is tensor
     assert (distributed.any_rank(True), distributed.any_rank([])) == (True, False)
     assert distributed.on_rank0(lambda: 5) == 5
     assert distributed.gather_objects("a") == ["a"]
@@ -277,6 +278,7 @@ def talk(folder):
     rank = distributed.rank()
     assert (distributed.any_rank(rank == 1), distributed.any_rank(False)) == (True, False)
     assert distributed.mean_over_ranks(torch.tensor(float(rank))).item() == 0.5
+    assert distributed.gather(torch.full((1, 2), rank)).tolist() == [[0, 0], [1, 1]]
     assert distributed.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert distributed.on_rank0(lambda: f"from {rank}") == "from 0"
 

@@ -18,7 +18,7 @@ import train_prior
 from data import ImageFiles, Order, Signs, held_out_batches, training_batches
 from diffusion import MultinomialDiffusion, frequency_nats
 from recipes import RECIPES, Recipe
-from seeding import image_generators
+from seeding import image_generators, uniforms
 from train_prior import EMA, CodeBatch, CodeItems, PriorStage, code_maps, start_from_codes
 from unet import UNET_PRESETS, UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
@@ -43,7 +43,9 @@ def prior(out="nowhere", recipe=RECIPES["prior"]["tiny"], device="cpu", **more):
 def code_batch(low=0, high=4):
     generator = torch.Generator().manual_seed(1)
     indices = torch.randint(CONFIG.K, (4, 8, 8), generator=generator)
-    return CodeBatch(list(range(low, high)), indices[low:high])
+    generators = image_generators(0, "prior", range(low, high))
+    return CodeBatch(list(range(low, high)), indices[low:high], uniforms(generators, 1)[0],
+                     uniforms(generators, 2, 8, 8))
 
 
 def test_a_prior_starts_from_its_codes_on_any_device(monkeypatch):
@@ -61,7 +63,7 @@ def test_a_step_descends_on_the_bound_at_the_times_of_its_images():
     stage, slow, data = prior(), prior(), code_batch()
     values = stage.step(data, gan_on=False)
     generators = image_generators(0, "prior", range(4))
-    t, p = slow.timesteps.draw(generators)
+    t, p = slow.timesteps.draw(uniforms(generators, 1)[0])
     z_t = slow.diffusion.q_sample(data.indices, t, generators)
     terms = slow.diffusion.terms(slow.model(z_t, t), z_t, data.indices, t).sum((1, 2))
     nats = (terms / p).sum() / 4
@@ -337,6 +339,9 @@ def test_items_are_the_maps_in_the_order_of_images_and_leave_the_file_alone():
     assert batch["position"] == list(range(6))
     for position, indices in enumerate(batch["indices"]):
         np.testing.assert_array_equal(indices, maps[order[position]])
+        generators = image_generators(5, "prior", [position])
+        assert batch["u_t"][position] == uniforms(generators, 1)[0, 0]
+        assert torch.equal(batch["u"][position], uniforms(generators, 2, 2, 2)[:, 0])
     batch["indices"] += 1
     assert maps.max() == 11
 
