@@ -12,6 +12,7 @@ and --micro-batch. Otherwise, and on a GPU, rounding may differ.
 
 import argparse
 import math
+import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -39,6 +40,7 @@ STAGES = {"vqgan": FirstStage, "refit": Refit, "decoder": DecoderStage, "prior":
 SAMPLE_IMAGES = 6              # rows of samples/step_N.png
 VALIDATION_BATCH = 8           # held-out images at once
 OVERFIT_STEPS = 500
+RHYTHM, TINY_RHYTHM = (1000, 600), (200, 0)      # steps to validation, least seconds to saving
 
 # Flags that may differ when the same run is continued.
 MAY_CHANGE = {"device", "workers", "micro_batch", "save_every", "max_hours", "stage", "out",
@@ -49,6 +51,7 @@ def main():
     args = parse()
     settings, trained = resolve(args)
     device = setup(args.device)
+    torch.backends.cudnn.benchmark = True        # shapes repeat, so trying kernels once pays
     names = chosen_stages(args, settings, trained)
     for name in names:               # before training, so that a later stage's mistake shows now
         micro_batch_size(args.micro_batch, None, settings, name, device)
@@ -127,14 +130,17 @@ def train_stage(run, name, args):
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
     log = Log(folder / "log.jsonl", done if state else None)
     first_score, score = extra.get("first_score"), extra.get("score")
+    rhythm = TINY_RHYTHM if settings["decoder"]["preset"] == "tiny" else RHYTHM
+    validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
+    saved, drawn = -math.inf, 0                  # time of the last checkpoint, step of the curves
 
-    def keep(record, due=True):
-        """Log the step and save a checkpoint, if `due` after validation and sample images.
+    def keep(record, due=True, leave=False):
+        """Log the step; if `due`, validate and draw sample images; save a checkpoint if it is time.
 
-        When asked to stop, leave those for the next start: launchers wait for seconds only. The
-        checkpoint then has the unlogged record as `owed`. Returns whether it has.
+        When asked to stop, leave what is due for the next start: launchers wait for seconds only.
+        The checkpoint then has the unlogged record as `owed`. Returns whether it has.
         """
-        nonlocal first_score, score
+        nonlocal first_score, score, saved, drawn
         measured, owed = record.copy(), None
         try:
             if due:
@@ -150,15 +156,19 @@ def train_stage(run, name, args):
         # Write the log before the checkpoint: resuming can cut a log back but not fill it up.
         if owed is None:
             log.write(measured, durable=True)
-        parts = stage.state_dict()
-        parts["extra"] |= {"finished": record["step"] == steps and owed is None, "owed": owed,
-                           "micro_batch": micro_batch, "score": score, "first_score": first_score}
-        run_folder.save(folder / "last.pt", {
-            "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
-            "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
-            "images": record["images"], "step": record["step"], "parent": stage.parent, **parts})
-        if due and owed is None:
+        step = record["step"]
+        if owed or leave or step == steps or time.monotonic() >= saved + pause:
+            parts = stage.state_dict()
+            parts["extra"] |= {"finished": step == steps and owed is None, "owed": owed, "score":
+                               score, "first_score": first_score, "micro_batch": micro_batch}
+            run_folder.save(folder / "last.pt", {
+                "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
+                "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
+                "images": record["images"], "step": step, "parent": stage.parent, **parts})
+            saved = time.monotonic()
+        if due and owed is None and (step == steps or step >= 1.1 * drawn):
             curves(folder / "log.jsonl", folder / "curves.png")
+            drawn = step
         return owed is not None
 
     # Try now what may fail only later: saving, and the memory of a step with the discriminator.
@@ -173,27 +183,28 @@ def train_stage(run, name, args):
         stage.model.compile()
 
     # Train.
-    save_every = args.save_every or (200 if settings["decoder"]["preset"] == "tiny" else 1000)
     batches = training_batches(items, done, steps, recipe.batch_size, rank(), world_size(),
                                run.workers if stage.reads_files else 0, run.device.type == "cuda")
     with closing(batches), closing(log), \
             closing(Progress(name, done, steps, recipe.batch_size)) as progress:
-        batch, leave, error = upcoming(batches)
+        batch, error = upcoming(batches)
+        leave = distributed.any_rank(distributed.asked() or error)
         while done < steps and not leave:
             # Compute the gradients of generator and discriminator, then move their weights.
             lr = set_learning_rates(stage.optimizers, recipe, done, steps, disc_start)
             gan_on = done >= disc_start
             terms, micro_batch = gradients(stage, batch, gan_on, micro_batch)
+            batch, error = upcoming(batches)             # while a GPU is busy with this one
+            terms, leave = agree(terms, distributed.asked() or error)
             stop_unless_finite(name, done + 1, terms)
             stage.update(gan_on)
             # Show and log the step. Validate and save now and then, and at the end.
             done += 1
             progress.show(done, terms)
             record = {"step": done, "images": done * recipe.batch_size, "lr": lr, **terms}
-            due = done == steps or done % save_every == 0
-            batch, leave, error = upcoming(batches)
+            due = done == steps or done % validate_every == 0
             if due or leave:
-                leave = on_rank0(partial(keep, record, due)) or leave
+                leave = on_rank0(partial(keep, record, due, leave)) or leave
             else:
                 log.write(record)
 
@@ -211,24 +222,36 @@ def train_stage(run, name, args):
 
 
 def upcoming(batches):
-    """Give the next batch, or None; whether all processes are to leave; this one's UserError.
+    """Give the next batch, or None at the end and when asked to stop, and a UserError or None.
 
     A process that cannot go on must not end before the others have heard of it and saved.
     """
-    batch = error = None
     try:
-        batch = next(batches, None)
-    except (UserError, distributed.Leaving) as trouble:
-        error = trouble if isinstance(trouble, UserError) else None
-    return batch, distributed.any_rank(distributed.asked() or error), error
+        return next(batches, None), None
+    except UserError as error:
+        return None, error
+    except distributed.Leaving:
+        return None, None
+
+
+def agree(terms, leave):
+    """Average {name: tensor ()} over all processes; tell whether any is to leave. It is one wait.
+
+    leave: whether this process is, as any true or false value.
+    """
+    values = torch.stack([*terms.values()])
+    votes = torch.cat([values, values.new_full((1,), bool(leave))])
+    *means, leaving = distributed.mean_over_ranks(votes).tolist()
+    return dict(zip(terms, means)), leaving > 0
 
 
 def gradients(stage, batch, gan_on, micro_batch):
     """Compute one step's gradients, `micro_batch` images at a time, or fewer if memory is short.
 
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
-    Returns ({term of the losses, or "grad_norm": mean over the global batch}, the micro-batch that
-    fitted). Raises UserError where one image does not fit, or a micro-batch of several processes.
+    Returns ({term of the losses, or "grad_norm": mean over this process's images}, the micro-batch
+    that fitted). Raises UserError where one image does not fit, or a micro-batch of several
+    processes.
     """
     local, before = len(batch["position"]), stage.snapshot()
     while True:
@@ -256,14 +279,12 @@ def gradients(stage, batch, gan_on, micro_batch):
         micro_batch = smaller
         undo(stage, before)
         torch.cuda.empty_cache()
-    # Average the terms over micro-batches and processes. One NaN makes a mean NaN.
+    # Average the terms over micro-batches. One NaN makes a mean NaN.
     parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    names = sorted(terms[0])
-    values = torch.stack([torch.stack([term[name].float() for term in terms]).mean()
-                          for name in names] + [norm.float()])
-    means = distributed.mean_over_ranks(values).tolist()
-    return dict(zip([*names, "grad_norm"], means)), micro_batch
+    means = {name: torch.stack([term[name].float() for term in terms]).mean()
+             for name in sorted(terms[0])}
+    return means | {"grad_norm": norm.float()}, micro_batch
 
 
 def undo(stage, before):
@@ -403,7 +424,7 @@ def parse(argv=None):
     add("--checkpointing", action="store_true", help="less memory, more time in decoders (off)")
     add("--workers", type=number(int, 0), help="data workers per process (signs: 1, else 4)")
     add("--save-every", type=count, metavar="STEPS",
-        help="steps between checkpoints, each with validation (tiny: 200, else 1000)")
+        help="steps from save to save, with validation (tiny: 200; else 1000 and 10 minutes)")
     add("--max-hours", type=number(float), metavar="H", help="save and stop after H hours (never)")
     add("-h", "--help", action="help", help="show this help and exit")
     return parser.parse_args(argv)

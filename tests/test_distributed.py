@@ -252,6 +252,7 @@ def gradients_of_a_share(folder, full, sgd):
         stage.batch = lambda items: data
         for _ in range(10 if sgd else 1):
             terms, _ = program.gradients(stage, {"position": data.index}, True, share)
+            terms, _ = program.agree(terms, False)
             if sgd:
                 stage.update(gan_on=True)
         networks = {"": stage.model.decoder, "D.": stage.discriminator}

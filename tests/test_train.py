@@ -216,6 +216,28 @@ def test_a_kill_inside_a_save_changes_no_bit(stage, call, count, whole, tmp_path
     assert_same_run(whole[0], out, stage)
 
 
+def pause(seconds):
+    """For `prepare`: validation after each step, checkpoints so many seconds apart."""
+    program.RHYTHM = 1, seconds
+    note_curves()
+
+
+def test_checkpoints_are_ten_minutes_apart_unless_save_every_is_given(whole, tmp_path):
+    more = ["--stage", "decoder", "--preset", "tiny2", "--vqgan", str(whole[0]), "--steps", "14"]
+    rare = {"args": [word for word in ARGS if word not in ("--save-every", "2")],
+            "prepare": partial(pause, 600)}
+    assert program.RHYTHM[1] == 600
+    finish(tmp_path / "often", *more, "--save-every", "1")
+    finish(tmp_path / "rare", *more, **rare)
+    assert_same_run(tmp_path / "often", tmp_path / "rare", "decoder")
+    folder = tmp_path / "rare" / "decoder"
+    assert all("val_pixel" in line for line in log_lines(folder))
+    assert run_folder.load(folder / "previous.pt")["step"] == 0
+    assert run_folder.load(tmp_path / "often" / "decoder" / "previous.pt")["step"] == 13
+    # After steps 0 to 11 the log has grown by a tenth, after 12 it has not.
+    assert len((folder / "curves.png").read_text()) == 14
+
+
 @pytest.mark.parametrize("stage", ["decoder", "prior"])
 def test_a_truncated_last_falls_back_to_previous_and_ends_the_same(stage, whole, tmp_path):
     out = tmp_path / "run"
