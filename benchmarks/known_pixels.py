@@ -54,11 +54,18 @@ class GatedDecoder(AsymDecoder):
         return super()._blend(index, h, conditions)
 
 
-class LastGatedDecoder(GatedDecoder):
-    """The same at feature 0 alone."""
+class PassingDecoder(AsymDecoder):
+    """Start each fusion as h + f_E in place of h + W f_E, W random."""
 
-    def _blend(self, index, h, conditions):
-        return (GatedDecoder if index == 0 else AsymDecoder)._blend(self, index, h, conditions)
+    def pass_trunk(self):
+        super().pass_trunk()
+        for fuse in self.fuse:
+            width = len(fuse.weight)
+            torch.nn.init.dirac_(fuse.weight[:, width:2 * width])       # of [h, f_E, m]: f_E
+
+
+class GatedPassingDecoder(PassingDecoder, GatedDecoder):
+    """Both, so that known pixels start from f_E alone, as in Eq. 4."""
 
 
 class PartialDecoder(AsymDecoder):
@@ -81,7 +88,8 @@ VARIANTS = {
     "partial": ({}, {"AsymDecoder": PartialDecoder}, "add"),
     "concat": ({}, {}, "concat"),
     "concat, gated": ({}, {"AsymDecoder": GatedDecoder}, "concat"),
-    "concat, gated at feature 0": ({}, {"AsymDecoder": LastGatedDecoder}, "concat"),
+    "concat, f passed": ({}, {"AsymDecoder": PassingDecoder}, "concat"),
+    "concat, gated, f passed": ({}, {"AsymDecoder": GatedPassingDecoder}, "concat"),
 }
 
 

@@ -122,8 +122,8 @@ def test_only_a_gated_concatenation_switches_the_latent_off_at_known_pixels(monk
     module = run("known_pixels", ["--constants", "-n", "2", "--size", "32"], monkeypatch)
     x, known = torch.rand(1, 3, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
     z = torch.randn(2, TINY.z_channels, SIZE // TINY.f, SIZE // TINY.f)
-    for name, off in {"concat": False, "concat, gated": True,
-                      "concat, gated at feature 0": True}.items():
+    for name, off in {"concat": False, "concat, f passed": False, "concat, gated": True,
+                      "concat, gated, f passed": True}.items():
         decoder = module.VARIANTS[name][1].get("AsymDecoder", AsymDecoder)(TINY, 8, 1, "concat")
         a, b = (decoder.blended(one[None], x, known) for one in z)
         assert torch.equal(a, b) == off
