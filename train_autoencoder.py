@@ -304,7 +304,14 @@ class DecoderStage(Autoencoder):
 
 @torch.no_grad()
 def pin_statistics(run, model):
-    """Pin the last GroupNorm's statistics by the first training images, whole ones."""
+    """Pin the last GroupNorm's statistics by the first training images, whole ones.
+
+    Raises UserError if its groups are single channels, which AsymDecoder.pin_statistics cannot pin.
+    """
+    norm = model.decoder.norm_out
+    if norm.num_groups == norm.num_channels:
+        raise UserError("--start pinned: the highest level has one channel in each group of "
+                        "its GroupNorm, and two are needed; give --start plain")
     images = next(views(run.train_set, [range(min(PINNED_IMAGES, len(run.train_set)))]))
     z = torch.cat([model.encode(pixels(image[None], run.device)) for image in images])
     model.decoder.pin_statistics(model.first_stage.post_quant_conv(z))      # (N, z, h, w)

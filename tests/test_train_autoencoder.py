@@ -12,6 +12,7 @@ from train_process import SMALL
 from training_step import latent_diffusion_step, textbook_step
 
 import train_autoencoder
+from asym_decoder import AsymDecoder, AsymVQGAN
 from data import Batch, Signs, pixels, views
 from distributed import UserError
 from losses import discriminator_loss
@@ -489,3 +490,10 @@ def test_usage_is_counted_over_all_held_out_images_with_both_codebooks(tmp_path)
     model.quantize.embedding = torch.nn.Embedding.from_pretrained(codebook)
     assert facts["val"]["after"]["usage"] == len(model.indices(x).unique()) / 5
     assert facts["inertia"][1] <= facts["inertia"][0]
+
+
+def test_a_decoder_whose_groups_are_single_channels_cannot_be_pinned():
+    config = VQGANConfig(**SMALL | {"norm_groups": SMALL["ch"]})
+    model = AsymVQGAN(VQGAN(config), AsymDecoder(config, config.ch, 1))
+    with pytest.raises(UserError, match=r"--start pinned: .* give --start plain"):
+        train_autoencoder.pin_statistics(None, model)
