@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed import gather
+from quantize import float64
 from seeding import per_image, uniforms
 
 HISTORY = 10              # latest losses of each t, as in Improved DDPM
@@ -58,11 +59,6 @@ def known_cells(mask, f):
     mask (B,1,H,W), f: pixels a cell, which divides H and W -> bool (B,H/f,W/f).
     """
     return F.max_pool2d((mask > 0).float(), f)[:, 0] == 0                           # (B, h, w)
-
-
-def float64(x):
-    """Convert a tensor to float64, on the CPU where its device has none (MPS)."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def beside(x, like):

@@ -38,7 +38,7 @@ from seeding import SHIFT, numpy_generator
 
 EXAMPLES, SAMPLES, REPORT_STEPS = 6, 16, 25      # images in report.png; samples, steps of each
 MOST_PIXELS, MOST_CELLS = 2**22, 2**16           # of an image that runs decode
-WORKERS = 2                                      # processes that read photos for --table ddm1
+WORKERS = 2                                      # that read photos for a GPU or --table ddm1
 CAPTIONS = {"paste": "vanilla, pasted", "asym": "ours w/ mask", "asym-nomask": "ours w/o mask"}
 
 
@@ -99,12 +99,15 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
                                    f"smaller and left out, the first is {small[0]}")
         print0(f"warning: LPIPS: {networks.empty['lpips']}")
     area, most = max((w * h for _, w, h in sides), default=1), 8 if pred else 4 if real else 16
-    batch_size = batch_size or max(1, min(most, (2**21 if real else 2**18) // area))
+    at_once = max(1, min(most, (2**21 if real else 2**18) // area))
+    on_gpu = device.type == "cuda" and dataset is not None       # which holds and needs more
+    batch_size = batch_size or at_once * (4 if on_gpu else 1)
 
     def batches(images, n, *ranks):
         if isinstance(images, MatchedFolders):
             return images.batches(batch_size, device)
-        return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired)
+        return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired,
+                                workers=WORKERS if on_gpu else 0)
 
     # Choose the report's folder.
     if pred:
@@ -406,7 +409,8 @@ def main():
         "(default: both, if the network's file can be had)")
     add("--per-image", metavar="FILE", help="write each image's measures as CSV (default: do not)")
     add("--batch-size", type=int, metavar="B", help="images at once (default: 16 up to 128 px, 4 "
-        "at 256, 1 at 512; 8 with --pred; 4 for RUN with --real; fewer if large)")
+        "at 256, 1 at 512, on CUDA four times as many; 8 with --pred; 4 for RUN with --real; fewer "
+        "if large)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--out", metavar="DIR", help="the report's folder (default: RUN, RUN/compare for several, "
         "test/ in it for --split test; PRED-report)")

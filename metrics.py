@@ -22,6 +22,7 @@ from distributed import UserError, gather_objects, on_rank0, wait_for
 from fid import InceptionV3, frechet_distance, inception_score, moments
 from losses import LPIPS
 from masks import area_bucket
+from quantize import float64
 
 DECODERS = ("vanilla", "asym", "asym-nomask", "paste", "files")
 SHARED = ("vanilla", "paste")            # equal for all runs on one first stage: their run is None
@@ -34,8 +35,8 @@ FEWEST_FOR_FID = 2048                    # features: FID of fewer images is most
 
 
 def _unit(image):
-    """Clamp (B,3,H,W) in [-1,1], of any device and float type, to float64 in [0,1] on the CPU."""
-    return (image.detach().cpu().double().clamp(-1, 1) + 1) / 2
+    """Clamp (B,3,H,W) in [-1,1], of any float type, to float64 in [0,1]."""
+    return (float64(image.detach()).clamp(-1, 1) + 1) / 2
 
 
 def pre_error(x_hat, x, mask):
@@ -45,7 +46,7 @@ def pre_error(x_hat, x, mask):
     Here it is sum((1-m)(x_hat-x)^2) / (3 sum(1-m)) with images in [0,1]; in [-1,1] it would be 4
     times as large. An image without a known pixel gives NaN.
     """
-    known = 1 - mask.cpu().double()                                         # (B, 1, H, W)
+    known = 1 - float64(mask)                                               # (B, 1, H, W)
     squared = known * (_unit(x_hat) - _unit(x)) ** 2                        # (B, 3, H, W)
     return squared.sum((1, 2, 3)) / (3 * known.sum((1, 2, 3)))              # (B,)
 
@@ -63,7 +64,7 @@ def seam(x_hat, x, mask):
     that blur, a lost step, and misfit, an added one, both count and cannot cancel. An image without
     such a pair gives NaN.
     """
-    mask, error = mask.cpu().double(), _unit(x_hat) - _unit(x)              # (B, 1|3, H, W)
+    mask, error = float64(mask), _unit(x_hat) - _unit(x)              # (B, 1|3, H, W)
     total = pairs = 0
     for axis in (2, 3):
         crosses = mask.diff(dim=axis).abs()                    # (B, 1, H-1, W) or (B, 1, H, W-1)

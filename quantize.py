@@ -127,6 +127,11 @@ def code_statistics(counts):
             "perplexity": torch.special.entr(frequency).sum().exp().item()}
 
 
+def float64(x):
+    """Convert a tensor to float64, on the CPU where its device has none (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 @contextmanager
 def exact_float32():
     """Switch off TF32 and oneDNN's bf16 products in the block: they round to 10 and 7 bits."""

@@ -7,6 +7,7 @@ from torch import nn
 
 import train_autoencoder
 import train_prior
+from metrics import pre_error, psnr_known, seam
 from unet import UNetConfig
 from vqgan import GroupNorm
 
@@ -72,3 +73,13 @@ def test_group_norms_stay_in_bf16_under_cudas_autocast(fake):
         for norm, dtype in ((GroupNorm(2, 8), torch.bfloat16), (nn.GroupNorm(2, 8), torch.float32)):
             assert norm.to(fake.DEVICE)(x).dtype == dtype
         assert GroupNorm(2, 8).to(fake.DEVICE)(x.float()).dtype == torch.float32
+
+
+def test_errors_of_known_pixels_are_computed_on_the_gpu(fake):
+    with fake.fake_cuda() as counts:
+        x, mask = torch.zeros(2, 3, 8, 8, device=fake.DEVICE), torch.zeros(2, 1, 8, 8)
+        mask = mask.to(fake.DEVICE)
+        for measure in (pre_error, psnr_known, seam):
+            counts.clear()
+            assert measure(x, x, mask).device == fake.DEVICE
+            assert counts.waits == 0
