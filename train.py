@@ -107,8 +107,8 @@ def train_stage(run, name, args):
     stage = STAGES[name](run, recipe, state)
 
     # Load the last checkpoint, if there is one.
-    done, extra = 0, {}
-    if state is not None:
+    done, extra, fresh = 0, {}, state is None
+    if not fresh:
         if state["parent"] != stage.parent:
             where = stage.config.get("vqgan") or settings["vqgan"] or run.out
             raise UserError(f"{folder} was trained on another first stage than {where} holds now; "
@@ -117,7 +117,7 @@ def train_stage(run, name, args):
         stage.load_state_dict(state)
         for key, optimizer in stage.optimizers.items():
             run_folder.load_optimizer(optimizer, state["optimizers"][key])
-        done, extra = state["step"], state["extra"]
+        done, extra, state = state["step"], state["extra"], None         # which frees its memory
     if done == steps and not extra.get("owed"):
         print0(f"{name}: finished before, {done} steps; {folder / 'last.pt'}")
         return
@@ -128,7 +128,7 @@ def train_stage(run, name, args):
     items = stage.items(steps)
     announce(run, stage, steps, disc_start, done, micro_batch)
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
-    log = Log(folder / "log.jsonl", done if state else None)
+    log = Log(folder / "log.jsonl", None if fresh else done)
     first_score, score = extra.get("first_score"), extra.get("score")
     rhythm = TINY_RHYTHM if settings["decoder"]["preset"] == "tiny" else RHYTHM
     validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
@@ -172,7 +172,7 @@ def train_stage(run, name, args):
         return owed is not None
 
     # Try now what may fail only later: saving, and the memory of a step with the discriminator.
-    if state is None or extra.get("owed"):
+    if fresh or extra.get("owed"):
         on_rank0(partial(keep, extra.get("owed") or {"step": 0, "images": 0}))
     if run.device.type == "cuda":
         trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
@@ -417,7 +417,7 @@ def parse(argv=None):
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda or mps; auto takes CUDA, else MPS, else the CPU (auto)")
     choice(run, "--precision", ["fp32", "bf16"],
-           ": in training; losses, discriminator, frozen parts: fp32 (fp32)", "fp32")
+           ": of what trains; losses, D, frozen parts fp32, on CUDA TF32 (fp32)", "fp32")
     add("--micro-batch", type=count, metavar="N",
         help="images that a process takes at once (all of its own; on a CPU 8 of 128 px)")
     add("--compile", action="store_true", help="run the networks through torch.compile (off)")

@@ -152,7 +152,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def validate(self, batches):
-        """Measure {"val_...": mean over held-out images}, with a KL latent's mode, in float32."""
+        """Measure {"val_...": mean over held-out images}, by a KL latent's mode, never in bf16."""
         self.model.eval()
         sums, count = {}, 0
         for batch in heed(batches):

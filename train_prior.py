@@ -87,7 +87,7 @@ class PriorStage:
 
     @torch.no_grad()
     def encode(self, image):
-        """Encode uint8 (b,3,H,W) in float32, as sampling and inpainting do: codes (b,h,w)."""
+        """Encode uint8 (b,3,H,W): codes (b,h,w). On CUDA by TF32 convolutions, unlike eval.py."""
         return self.first_stage.indices(pixels(image, self.run.device, self.run.channels_last))
 
     def batch(self, items):

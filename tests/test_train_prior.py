@@ -14,6 +14,7 @@ from torch import nn
 from train_process import SMALL, SMALL_UNET, call
 
 import distributed
+import train
 import train_prior
 from data import ImageFiles, Order, Signs, held_out_batches, training_batches
 from diffusion import MultinomialDiffusion, frequency_nats
@@ -111,6 +112,23 @@ def test_a_step_moves_model_average_and_history_and_nothing_else():
                for name, value in stage.model.state_dict().items())
     for name, value in stage.first_stage.state_dict().items():
         assert torch.equal(value, first_stage[name]), name
+
+
+def test_a_step_exchanges_its_numbers_once_and_a_priors_losses_once_more(monkeypatch):
+    stage, exchanges = prior(), []
+    stage.batch = lambda items: code_batch()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce",
+                        lambda numbers: exchanges.append(numbers.shape))
+    monkeypatch.setattr(distributed.dist, "all_gather_into_tensor", lambda joined, one: (
+        exchanges.append(one.shape), joined.copy_(torch.cat([one, one]))))
+    terms, _ = train.gradients(stage, {"position": range(4)}, False, 4)
+    means, leave = train.agree(terms, leave=True)
+    stage.update(gan_on=False)
+    assert exchanges == [(3,), (4, 2)]           # bound, norm of the gradients, vote; t and losses
+    assert leave
+    assert stage.timesteps.counts.sum() == 8
+    assert means.keys() == {"vlb", "grad_norm"}
 
 
 def test_a_prior_that_is_saved_and_loaded_continues_bit_for_bit(tmp_path):
