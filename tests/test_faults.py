@@ -35,6 +35,14 @@ def test_what_is_no_line_of_a_users_mistake_is_a_fault():
     faults.check_error(Ended(2, "error: lost"), "lost")
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_goes_on(tmp_path):
+    seen = Counter()
+    faults.finish(tmp_path / "undisturbed-2", 2)
+    faults.restart(random.Random(1), tmp_path, seen)
+    assert seen.total() == 1
+
+
 class Ended:
     def __init__(self, *result):
         self.end = lambda: result
