@@ -141,13 +141,13 @@ def train_stage(run, name, args):
         The checkpoint then has the unlogged record as `owed`. Returns whether it has.
         """
         nonlocal first_score, score, saved, drawn
-        measured, owed = record.copy(), None
+        step, measured, owed = record["step"], record.copy(), None
         try:
             if due:
                 measured |= stage.validate(val_batches)
-                stop_unless_finite(name, record["step"], measured)
+                stop_unless_finite(name, step, measured)
                 columns = stage.pictures(val_batches, SAMPLE_IMAGES)
-                image_grid(columns, folder / "samples" / f"step_{record['step']:07d}.png")
+                image_grid(columns, folder / "samples" / f"step_{step:07d}.png")
                 score = sum(value for key, value in measured.items()
                             if key.startswith(("val_pixel", "val_vlb")))
                 first_score = score if first_score is None else first_score
@@ -156,7 +156,6 @@ def train_stage(run, name, args):
         # Write the log before the checkpoint: resuming can cut a log back but not fill it up.
         if owed is None:
             log.write(measured, durable=True)
-        step = record["step"]
         if owed or leave or step == steps or time.monotonic() >= saved + pause:
             parts = stage.state_dict()
             parts["extra"] |= {"finished": step == steps and owed is None, "owed": owed, "score":

@@ -178,7 +178,7 @@ def lpips_weights(net):
                       for k, width in enumerate(widths)}
 
 
-def stage_of(name, config, device=None, precision="fp32", channels_last=True, perceptual="none",
+def stage_of(name, config, device=None, precision="fp32", channels_last=False, perceptual="none",
              preset="base", blend="add", unet="paper117"):
     """Build a stage of train.py with random weights, on a first stage with random weights."""
     device = device or DEVICE
