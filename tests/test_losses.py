@@ -246,7 +246,7 @@ class _Trap:
         return Path.touch, (Path("trapped"),)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut off", [1, 2],
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", [1, 2],
                                      {"features.0.bias": _Trap()}])
 def test_a_damaged_file_is_named_in_one_line_and_runs_no_code(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -254,6 +254,12 @@ def test_a_damaged_file_is_named_in_one_line_and_runs_no_code(content, tmp_path,
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert f"{path}: truncated or no checkpoint" in refusal(tmp_path)
     assert not Path("trapped").exists()
+
+
+def test_a_web_page_in_the_place_of_the_weights_is_named(tmp_path):
+    path, _ = write_files(tmp_path, "alex", random_weights("alex"))
+    path.write_bytes(b"<html>not found</html>")
+    assert f"{path}: a web page; download the file itself" in refusal(tmp_path)
 
 
 # ---------------------------------------------------------------- the discriminator

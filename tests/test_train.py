@@ -288,20 +288,14 @@ def test_the_codes_are_made_once_and_again_where_they_are_lost(whole, tmp_path):
 def test_signals_save_and_leave_and_the_same_command_continues(number, status, whole, tmp_path):
     out = tmp_path / "run"
     before("vqgan", whole[0], out)
-    started = Started(out, "--stage", "vqgan", "--save-every", "100")
-    log = out / "vqgan" / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 3:
-        time.sleep(0.01)
-    os.kill(started.process.pid, number)
-    found, text = started.end()
+    found, text = train(out, "--stage", "vqgan", "--save-every", "100",
+                        prepare=partial(signal_in, "step", 3, number, "vqgan"))
     assert found == status, text
-    step = run_folder.load(out / "vqgan" / "last.pt")["step"]
-    assert step >= 2
-    assert f"saved at step {step}" in text
-    if step < 6:
-        finish(out, "--stage", "vqgan")
-        weights = [run_folder.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run_folder.load(out / "vqgan" / "last.pt")["step"] == 3
+    assert "saved at step 3" in text
+    finish(out, "--stage", "vqgan")
+    weights = [run_folder.load(run / "vqgan" / "last.pt")["model"] for run in (whole[0], out)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def signal_in(method, count, number, stage):
