@@ -47,7 +47,6 @@ HISTORY = 10              # latest losses of each t, as in Improved DDPM
 UNIFORM_SHARE = 0.001     # of p_t, so that no t is forgotten
 STRATA = 4                # parts of 2..T, with one t each, that bound a held-out map in training
 ALL_T, FINAL_STRATA = 200, 64       # in reports: every t for T up to 200, else so many parts
-MOST_LOGITS = 2**24       # in float64 at once on a GPU: 128 MiB, and several times that in sums
 
 # log(1 + e^y), which torch replaces by y from a threshold on: at its usual 20 that costs 2e-9.
 softplus = partial(F.softplus, threshold=40.0)
@@ -268,8 +267,8 @@ class MultinomialDiffusion:
         def term(t):                                     # L_{t-1}: (B,)
             z_t = self.q_sample(z_0, t, generators)
             logits, terms = self.logits(model, z_t, t), []
-            # Few maps at a time: in float64 the sum over k is large.
-            most = max(1, MOST_LOGITS // logits[0].numel()) if logits.is_cuda else 1
+            # Few maps at a time, on a GPU up to 128 MiB: in float64 the sum over k is large.
+            most = max(1, 2**24 // logits[0].numel()) if logits.is_cuda else 1
             for part, *codes, when in zip(*(x.split(most) for x in (logits, z_t, z_0, t))):
                 wide = float64(part)                                                # (b, K, h, w)
                 codes = (beside(z, wide) for z in codes)

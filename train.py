@@ -248,9 +248,8 @@ def gradients(stage, batch, gan_on, micro_batch):
     """Compute one step's gradients, `micro_batch` images at a time, or fewer if memory is short.
 
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
-    Returns ({term of the losses, or "grad_norm": mean over this process's images}, the micro-batch
-    that fitted). Raises UserError where one image does not fit, or a micro-batch of several
-    processes.
+    Returns ({term of the losses, or "grad_norm": mean over its own images}, the micro-batch that
+    fitted). Raises UserError where one image does not fit, or a micro-batch of several processes.
     """
     local, before = len(batch["position"]), stage.snapshot()
     while True:

@@ -261,9 +261,8 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
 class CodeItems:
     """Give the map of a position of the run: indices int64 (h,w), position, uniforms u_t and u.
 
-    codes: (n,h,w), any integers. The order is that of data.TrainingItems. The uniforms, of which
-    t () and noise (2,h,w) are made, are drawn here because a GPU is then still busy with the step
-    before.
+    codes: (n,h,w), any integers. The order is that of data.TrainingItems. Of the uniforms t () and
+    noise (2,h,w) are made; they are drawn while a GPU is busy with the step before.
     """
 
     def __init__(self, codes, seed):
