@@ -157,7 +157,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
             wait_for(device)
         seconds = (time.perf_counter() - start) * math.prod(area) * f**2 / (rows * columns)
         seconds *= samples * len(pieces) * (1 + 2 * len(decoders))
-        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} pieces: about "
+        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} piece(s): about "
                f"{duration(seconds)} to decode; the rest is the photo's own pixels")
     if show and len(pieces) > 1:
         progress = Progress("pieces", 0, samples * len(pieces), 1 / len(pieces))

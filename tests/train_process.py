@@ -90,6 +90,7 @@ def _train(argv, text, env, prepare):
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a background job ignores it
     sys.argv = argv
     program = shrink()
     if prepare:
