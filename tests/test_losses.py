@@ -53,7 +53,7 @@ def write_files(folder, net, state, trunk_extra=(), dtype=torch.float32):
 
 @pytest.mark.parametrize("network", [*NETS, 1, 2, 3])
 def test_the_least_side_is_the_least_that_leaves_something_after_all_layers(network):
-    with torch.device("meta"):
+    with torch.device("meta" if network in NETS else "cpu"):     # torch 2.11's meta checks less
         if network in NETS:
             layers, least = TRUNKS[network][0](), LPIPS(network, random_weights(network)).least_side
         else:
