@@ -14,6 +14,8 @@ which metrics.seam measures, because the decoder's colours differ from the photo
 Fig. 4). This decoder draws both sides from joint features, so it can fit the hole to the photo.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -104,13 +106,27 @@ class AsymDecoder(Decoder):
             parts[name.startswith(("encoder.", "fuse."))][name] = parameter
         return parts
 
+    @torch.no_grad()
     def load_trunk(self, decoder):
-        """Copy the first stage's `decoder` into the trunk if the sizes agree; tell if they do."""
+        """Start the trunk as the first stage's `decoder` if it has as many blocks; tell if it has.
+
+        A trunk n times as wide begins with n copies of each channel, and computes the same. Of the
+        random weights that read n copies only the mean is replaced, so that the copies do not stay
+        equal in training: equal inputs times weights without their mean sum to 0.  deviation D10
+        """
         ours, theirs = self.split_parameters()[0], dict(decoder.named_parameters())
-        fits = {k: p.shape for k, p in ours.items()} == {k: p.shape for k, p in theirs.items()}
-        if fits:
-            self.load_state_dict(self.state_dict() | decoder.state_dict())
-        return fits
+        n, rest = divmod(len(self.conv_in.weight), len(decoder.conv_in.weight))
+        if ours.keys() != theirs.keys() or rest:
+            return False
+        for name, wide in ours.items():
+            weight = theirs[name].repeat_interleave(len(wide) // len(theirs[name]), 0)
+            if wide.ndim == 4:                                      # (out, in, k, k)
+                inputs = wide.unflatten(1, (weight.shape[1], -1))   # (out, in / n, n, k, k)
+                weight = weight[:, :, None] / inputs.shape[2] + (inputs - inputs.mean(2, True))
+            if ".q." in name:                    # q k^T / sqrt(C) sums over n times as many
+                weight = weight / math.sqrt(n)
+            wide.copy_(weight.reshape(wide.shape))
+        return True
 
     def pass_trunk(self):
         """Start each `fuse` of "concat" as h + W f_E, W random: under a full mask f_E is 0."""
@@ -131,8 +147,9 @@ class AsymDecoder(Decoder):
             s² + 2D²/c + 2D (m_1 - m_2)/c,    m_1, m_2: the means of these two channels
 
         The larger D, the less the terms that differ between images matter beside 2D²/c. D is `size`
-        times the mean of s over `latents` (N,z,h,w), after post_quant_conv. The norm's weight and
-        bias then undo the change: exactly for an image with the mean deviations, without a mask.
+        · sqrt(c)/2 times the mean of s over `latents` (N,z,h,w), after post_quant_conv, so that
+        2D²/c has the same share for any c. The norm's weight and bias then undo the change: exactly
+        for an image with the mean deviations, without a mask.
         """
         norm, means, variances = self.norm_out, [], []
         for z in latents:
@@ -142,7 +159,7 @@ class AsymDecoder(Decoder):
             variances.append(groups.var((1, 2, 3), correction=0) + norm.eps)    # (G)
         means, variances = torch.stack(means), torch.stack(variances)       # (N, G, c), (N, G)
         width, before = means.shape[2], variances.sqrt().mean(0)            # c, (G)
-        D = size * before
+        D = size * before * math.sqrt(width) / 2                            # (G)
         added = 2 * D * (D + means[..., 0] - means[..., 1]) / width         # (N, G)
         scale = (variances + added).sqrt().mean(0) / before                 # (G)
         constants = torch.zeros_like(means[0])                              # (G, c)

@@ -130,7 +130,7 @@ def train_stage(run, name, args):
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
     log = Log(folder / "log.jsonl", None if fresh else done)
     first_score, score = extra.get("first_score"), extra.get("score")
-    rhythm = TINY_RHYTHM if settings["decoder"]["preset"] == "tiny" else RHYTHM
+    rhythm = TINY_RHYTHM if settings["recipe_names"][name] == "tiny" else RHYTHM
     validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
     saved, drawn = -math.inf, 0                  # time of the last checkpoint, step of the curves
 

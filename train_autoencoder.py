@@ -250,7 +250,7 @@ class DecoderStage(Autoencoder):
     """Train an asymmetric decoder on a frozen first stage. [AVQ Sec. 3.2] [AVQ Fig. 3]
 
     The encoder sees the full image, and only the condition branch sees the masked one. If the
-    recipe says so and the sizes agree, the trunk starts from the first stage's decoder and learns
+    recipe says so and the sizes fit, the trunk starts from the first stage's decoder and learns
     at `trunk_factor` times the rate. The branch starts at random. A pinned start is AsymDecoder's
     pass_trunk and pin_statistics, and rates of its own.  deviations D10 D56
     """

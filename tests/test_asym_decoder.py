@@ -255,6 +255,22 @@ def test_the_trunk_loads_the_first_stages_decoder_one_to_one():
     assert all(torch.equal(loaded[name], value) for name, value in branch.items())
 
 
+@pytest.mark.parametrize("attn_levels", [(), (0, 1)])
+def test_a_trunk_twice_as_wide_starts_as_the_first_stages_decoder_and_its_copies_learn_apart(
+        attn_levels):
+    config = dataclasses.replace(CONFIG, attn_levels=attn_levels)
+    vanilla, decoder = VQGAN(config).decoder.double(), AsymDecoder(config, 16, 1).double()
+    assert decoder.load_trunk(vanilla)
+    z = latents(dtype=torch.float64)
+    torch.testing.assert_close(decoder(z), vanilla(z), rtol=0, atol=1e-12)
+    decoder(z).square().mean().backward()
+    for name, parameter in decoder.split_parameters()[0].items():
+        # The gradient of q is made of k and the other way round: they part when their inputs do.
+        if parameter.ndim == 4 and not name.endswith(("conv_out.weight", "q.weight", "k.weight")):
+            first, second = parameter.grad[0::2], parameter.grad[1::2]      # of the copies
+            assert (first - second).abs().max() > 1e-3 * first.abs().max(), name
+
+
 @pytest.mark.parametrize(("ch", "num_res_blocks"), [(12, 1), (8, 2)])
 def test_another_size_does_not_take_the_first_stages_decoder(ch, num_res_blocks):
     decoder = AsymDecoder(CONFIG, ch, num_res_blocks)
