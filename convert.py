@@ -14,7 +14,8 @@ import json
 import os
 import re
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Loaded:
     finished:    bool        # whether the stage was trained to its end
     parent:      str         # weights_hash of the first stage
     latent_hash: str         # weights_hash of encoder, quant_conv and codebook
-    notes:       list = field(default_factory=list)  # weights that were dropped, added or cast
+    notes:       list        # of weights that were dropped, added or cast
 
 
 def load(path, device="cpu", stages=IMAGE_STAGES):
@@ -62,20 +63,34 @@ def load(path, device="cpu", stages=IMAGE_STAGES):
     stage in a public asymmetric model has no decoder.
     """
     path = Path(path)
-    if _is_public(path):
-        loaded = _public(path)
-        _check_stage(path, loaded.stage, stages)
-    else:
-        state, first_stage = _read(path, stages), None
-        config = VQGANConfig(**_tuples(state["config"]["first_stage"]))
-        size = state["config"]["decoder"] if state["stage"] == "decoder" else None
-        if size and all(name.startswith("decoder.") for name in state["model"]):
-            parent = load_parent(state, path)                    # a file of -o holds its own
-            first_stage, config = parent.model, parent.model.config
-            state["config"] = public_names.stated(parent.config) | state["config"]
-        loaded = _loaded(_network(path, state["model"], config, size, first_stage), state)
-    loaded.model.to(device)
-    return loaded
+    state, first_stage = _read(path, stages), None
+    config, weights = VQGANConfig(**_tuples(state["config"]["first_stage"])), state["model"]
+    size = state["config"]["decoder"] if state["stage"] == "decoder" else None
+    if size and all(name.startswith("decoder.") for name in weights):    # other files hold it all
+        parent = load_parent(state, path)
+        first_stage, config = parent.model, parent.model.config
+        state["config"] = public_names.stated(parent.config) | state["config"]
+        weights = weights | first_stage.state_dict(prefix="first_stage.")
+    elif size:
+        weights = {name if name.startswith("decoder.") else f"first_stage.{name}": value
+                   for name, value in weights.items()}
+    # Build it without drawing random numbers.
+    try:
+        with torch.device("meta"):
+            model = VQGAN(config, own_decoder=size is None or first_stage is not None)
+            if size:
+                model = AsymVQGAN(model, AsymDecoder(config, size["ch"], size["num_res_blocks"],
+                                                     size["blend"]))
+        model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _misfit(path, error) from None
+    model.float().eval().requires_grad_(False)   # notebooks/run and others are in half precision
+    weights = model.first_stage.state_dict()
+    encodes = {name: value for name, value in weights.items()
+               if name.startswith(("encoder.", "quant_conv.", "quantize."))}
+    return Loaded(model.to(device), state["stage"], state["config"], state["step"],
+                  bool(state["extra"].get("finished")), run_folder.weights_hash(weights),
+                  run_folder.weights_hash(encodes), state.get("notes", []))
 
 
 def load_model(path, device="cpu"):
@@ -89,12 +104,15 @@ def load_first_stage(path):
 
 
 def _read(path, stages):
-    """Read a stage file, or the file of the first of `stages` that a run folder has."""
+    """Read a file, or that of the first of `stages` in a run folder, as a stage file's contents."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such run folder or checkpoint")
-    if not path.is_dir():
-        state = run_folder.load(path)
-        _check_stage(path, state["stage"], stages)
+    public = _is_public(path)
+    if public or not path.is_dir():
+        state = _read_public(path) if public else run_folder.load(path)
+        if state["stage"] not in stages:
+            raise UserError(f"{path} is a {state['stage']}, not a {' or '.join(stages)}; give a "
+                            "file of one")
         return state
     for stage in stages:
         state = run_folder.latest(path / stage)
@@ -103,11 +121,6 @@ def _read(path, stages):
     names = " or ".join(f"{stage}/last.pt" for stage in stages)
     raise UserError(f"{path}: {names} is not in it; give a folder that has one, or run train.py "
                     f"with --stage {stages[-1]} as this run was made")
-
-
-def _check_stage(path, stage, stages):
-    if stage not in stages:
-        raise UserError(f"{path} is a {stage}, not a {' or '.join(stages)}; give a file of one")
 
 
 def _tuples(fields):
@@ -151,63 +164,28 @@ def _is_public(path):
     return not (b"format" in head and b"stage" in head)
 
 
-def _public(path):
-    """Load a public model: a Loaded, with the sizes that the weights' shapes tell."""
+def _read_public(path):
+    """Read a public model as a stage file's contents, with the sizes that the shapes tell."""
     public = read_public(path)
     try:
         stated = public_names.stated(public.config or {})        # diffusers' config.json
-        weights, notes = public_names.tidy(public_names.taming_names(public.state), public.config)
+        weights, notes = public_names.complete(public_names.taming_names(public.state),
+                                               public.config)
         groups = (public.config or {}).get("norm_num_groups") or 32
         config = public_names.first_stage_config(weights, groups)
         size = public_names.asym_decoder_size(weights, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{public.path}: no autoencoder of this kind ({kind}{error})") from None
-    model = _network(public.path, weights, config, size)
-    settings = {"first_stage": asdict(config), "decoder": size, **stated}
-    state = {"stage": "decoder" if size else "vqgan", "config": settings, "step": 0,
-             "extra": {"finished": True}}
-    return _loaded(model, state, notes=public.notes + notes)
-
-
-def _loaded(model, state, notes=()):
-    """Make a Loaded from a model and the contents of its stage file."""
-    model.eval().requires_grad_(False)
-    weights = model.first_stage.state_dict()
-    encodes = {name: value for name, value in weights.items()
-               if name.startswith(("encoder.", "quant_conv.", "quantize."))}
-    return Loaded(model, state["stage"], state["config"], state["step"],
-                  bool(state["extra"].get("finished")), run_folder.weights_hash(weights),
-                  run_folder.weights_hash(encodes), list(notes))
-
-
-def _network(source, weights, config, size, first_stage=None):
-    """Build a VQGAN, or an AsymVQGAN of a decoder's `size`, without drawing random numbers.
-
-    weights: named as by _file_names; only the decoder's if `first_stage` (a VQGAN) is given.
-    """
-    if size:
-        weights = {name if name.startswith("decoder.") else f"first_stage.{name}": value
-                   for name, value in weights.items()}
-    if first_stage:
-        weights |= {f"first_stage.{name}": value
-                    for name, value in first_stage.state_dict().items()}
-    try:
-        with torch.device("meta"):
-            model = VQGAN(config, own_decoder=size is None or first_stage is not None)
-            if size:
-                model = AsymVQGAN(model, AsymDecoder(config, size["ch"], size["num_res_blocks"],
-                                                     size["blend"]))
-        model.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _misfit(source, error) from None
-    return model.float()                     # of notebooks/run and others in half precision
+    return {"stage": "decoder" if size else "vqgan", "model": weights, "step": 0,
+            "config": {"first_stage": asdict(config), "decoder": size, **stated},
+            "extra": {"finished": True}, "notes": public.notes + notes}
 
 
 def _misfit(source, error):
     reason = " ".join(str(error).split())[:400]
-    return UserError(f"{source}: its weights do not fit the network of its sizes; it is damaged or "
-                     f"of another version: get it or train it again ({reason})")
+    return UserError(f"{source}: its weights do not fit the network of its sizes; it is of another "
+                     f"kind, of another version or damaged: get it or train it again ({reason})")
 
 
 def _file_names(model):
@@ -235,14 +213,9 @@ class Prior:
 
 
 def denoiser(settings, K):
-    """Build a UNet and its diffusion for K codes. Raises UserError for a kind that was removed."""
-    net, T = _tuples(settings["net"]), settings["T"]
-    for name, ours in (("schedule", "cosine"), ("form", "theta"), ("layout", "multinomial"),
-                       ("attention", "linear")):                 # of files of earlier versions
-        found = net.pop(name, settings.get(name, ours))
-        if found != ours:
-            raise UserError(f"this prior has {name} {found!r}, which was removed; train a new one")
-    return UNet(UNetConfig(**net), K, T), MultinomialDiffusion(K, T, settings["residual"])
+    """Build the UNet and the diffusion of a run's settings["prior"], for K codes."""
+    unet = UNet(UNetConfig(**_tuples(settings["net"])), K, settings["T"])
+    return unet, MultinomialDiffusion(K, settings["T"], settings["residual"])
 
 
 def load_prior(path, device="cpu"):
@@ -385,22 +358,6 @@ def list_layers(model, stage, size):
             for name, row in rows.items() if name.startswith(start)]
 
 
-def print_layers(rows, size):
-    """Print the rows of list_layers, and the totals of each part."""
-    line = "{:>3} {:25} {:17} {:>12} {:>11} {:>17} {}"
-    print0(f"\nOne image of {size} x {size} px; l and the order of AVQ's Tables 7 and 8; "
-           "multiplications of\nconvolutions, linear layers and attention\n" + line.format(
-               "l", "name", "layer", "output", "parameters", "multiplications", ""))
-    for part in dict.fromkeys(row[0] for row in rows):
-        mine = [row[1:] for row in rows if row[0] == part]
-        print0(f"\n{part}")
-        for place, name, layer, shape, parameters, number, state in mine:
-            print0(line.format(place, name.partition(".")[2], layer, "x".join(map(str, shape)),
-                               f"{parameters:,}", f"{number:,}", state))
-        print0(line.format("", "total", "", "", f"{sum(row[4] for row in mine):,}",
-                           f"{sum(row[5] for row in mine):,}", ""))
-
-
 def main():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="Tell what a checkpoint is, list its layers, convert it.")
@@ -460,7 +417,18 @@ def main():
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))
     if args.layers:
-        print_layers(list_layers(model, loaded.stage, side), side)
+        line = "{:>3} {:25} {:17} {:>12} {:>11} {:>17} {}"
+        print0(f"\nOne image of {side} x {side} px; l and the order of AVQ's Tables 7 and 8; "
+               "multiplications of\nconvolutions, linear layers and attention\n" + line.format(
+                   "l", "name", "layer", "output", "parameters", "multiplications", ""))
+        for part, rows in groupby(list_layers(model, loaded.stage, side), lambda row: row[0]):
+            parameters = total = 0
+            print0(f"\n{part}")
+            for _, place, name, layer, shape, n, number, state in rows:
+                print0(line.format(place, name.partition(".")[2], layer, "x".join(map(str, shape)),
+                                   f"{n:,}", f"{number:,}", state))
+                parameters, total = parameters + n, total + number
+            print0(line.format("", "total", "", "", f"{parameters:,}", f"{total:,}", ""))
         if prior:
             grid, name = prior["extra"]["grid"], prior["config"]["prior"]["unet"]
             with torch.device("meta"):

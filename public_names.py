@@ -1,6 +1,6 @@
 """Translate weights' names and read sizes from their shapes: pure functions, no files.
 
-    state dict --taming_names--> taming's names --tidy--> exactly the weights that are used
+    state dict --taming_names--> taming's names --complete--> exactly the weights that are used
       --first_stage_config, asym_decoder_size--> the sizes to build
     taming's names --diffusers_names--> diffusers' names, with a diffusers_config
 
@@ -95,35 +95,13 @@ def _rename(name, source, target, levels):
     return name
 
 
-UNUSED = {                                       # parts of the names of weights without use
-    "decoder.up_layers.":    "which the authors' decoder never uses",
-    ".cluster_size":         "a running mean that only training needs",
-    ".embed_avg":            "a running mean that only training needs",
-}
+def complete(state, config=None):
+    """Add the 1x1 convolutions that a KL latent may lack, as identities: (weights, notes).
 
-
-# How keys start that only other autoencoders have, and diffusers' name for these.
-OTHERS = {"bn.running_": "AutoencoderKLFlux2 (Flux.2's)",
-          "encoder.layers.": "AutoencoderTiny (TAESD)",
-          ("encoder.stages.", "encoder.down_blocks.0.0."): "AutoencoderDC (Sana's)"}
-
-
-def tidy(state, config=None):
-    """Drop unused weights from a public state dict with taming's names: (weights, notes).
-
-    A KL latent may lack the 1x1 convolutions around it where `config`, diffusers' config.json, says
-    so or is None: identities are added. Else raises ValueError; KeyError for no autoencoder.
+    state: with taming's names. It may lack them where `config`, diffusers' config.json, says so or
+    is None. Else raises ValueError; KeyError for no autoencoder.
     """
-    kept, notes = dict(state), []
-    found = [kind for start, kind in OTHERS.items() if any(key.startswith(start) for key in state)]
-    if any(value.ndim == 5 for value in state.values()):         # (out, in, time, height, width)
-        found.append("a video's autoencoder")
-    if found:
-        raise ValueError(f"it is {found[0]}, which is not supported")
-    for part, reason in UNUSED.items():
-        if names := [name for name in state if part in name]:
-            kept = {name: value for name, value in kept.items() if part not in name}
-            notes.append(f"keys dropped: {len(names)} with {part.strip('.')}, {reason}")
+    state, notes = dict(state), []
     outer = {"quant_conv": len(state["encoder.conv_out.weight"]),
              "post_quant_conv": state["decoder.conv_in.weight"].shape[1]}
     for name, width in outer.items():
@@ -132,31 +110,26 @@ def tidy(state, config=None):
             if needed or "quantize.embedding.weight" in state:
                 raise ValueError(f"no {name} in it, which only a KL latent may lack and a "
                                  f"config.json tells (use_{name}: false); get the whole file")
-            kept[f"{name}.weight"] = torch.eye(width)[:, :, None, None]             # (w, w, 1, 1)
-            kept[f"{name}.bias"] = torch.zeros(width)
+            state[f"{name}.weight"] = torch.eye(width)[:, :, None, None]            # (w, w, 1, 1)
+            state[f"{name}.bias"] = torch.zeros(width)
             notes.append(f"no {name} in it; an identity was added, which changes nothing")
-    return kept, notes
+    return state, notes
 
 
 # What config.json of diffusers states beside the sizes: the map from a diffusion model's latents,
 # z = latents * latents_std / scaling_factor + latents_mean or shift_factor, and a size in pixels.
 STATED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size")
-# What the networks here have; shapes do not tell it.
-IMPLEMENTED = {"act_fn": ("silu", "swish"), "norm_type": ("group",),
-               "mid_block_add_attention": (True,)}
 
 
 def stated(config):
-    """Select the STATED fields of a config.json. Raises ValueError for what is not IMPLEMENTED."""
-    for name, values in IMPLEMENTED.items():
-        if config.get(name, values[0]) not in values:
-            raise ValueError(f"its config.json has {name} {config[name]!r}, and only {values[0]!r} "
-                             "is implemented")
+    """Select the STATED fields of a config.json. Raises ValueError for another activation."""
+    if (name := config.get("act_fn", "silu")) not in ("silu", "swish"):      # no shape tells it
+        raise ValueError(f"its config.json has act_fn {name!r}, and only 'silu' is implemented")
     return {name: config[name] for name in STATED if config.get(name) is not None}
 
 
 def first_stage_config(state, norm_groups=32):
-    """Read the VQGANConfig from the shapes in a tidied state dict, except norm_groups.
+    """Read the VQGANConfig from the shapes in a complete state dict, except norm_groups.
 
     Raises KeyError if it is no such autoencoder, ValueError if norm_groups does not divide a width.
     """

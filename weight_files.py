@@ -19,6 +19,7 @@ import time
 from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
@@ -211,6 +212,8 @@ PREFIXES = ("first_stage_model.", "vae.", "")        # that may precede encoder.
 # the weights' names.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 INSERTED = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
+# What only training needs, and layers that the authors' decoder never uses.
+UNUSED = re.compile(r"(loss|model_ema|decoder\.up_layers)\.|colorize$|.*(cluster_size|embed_avg)$")
 
 
 @dataclass
@@ -230,8 +233,7 @@ def read_public(path):
     if folder:
         for ending in ("safetensors", "bin", "safetensors.index.json", "bin.index.json",
                        "*.index*.json", "*.safetensors", "*.bin"):       # * of a variant: fp16
-            files = sorted(folder.glob(f"diffusion_pytorch_model.{ending}"))
-            if files:
+            if files := sorted(folder.glob(f"diffusion_pytorch_model.{ending}")):
                 break
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none is there"
@@ -259,13 +261,13 @@ def read_public(path):
         names = _one_line(", ".join(names)) or "no keys"
         raise UserError(f"{file}: needs one first stage, whose keys start with encoder. or "
                         f"decoder.; it holds {names}: save that model's state_dict()")
-    # Keep it in float32, without the weights that only training needs.
+    # Keep it in float32, without the weights that have no use.
     prefix, state, dropped, dtypes = found[0], {}, Counter(), set()
     for key, value in weights.items():
         name = key.removeprefix(prefix)
-        if (not key.startswith(prefix) or name == "colorize"
-                or name.startswith(("loss.", "model_ema."))):
-            dropped[key.split(".")[0] if "." in key else "single buffers"] += 1
+        unused = UNUSED.match(name) if key.startswith(prefix) else re.match("[^.]*", key)
+        if unused:
+            dropped[unused[0].strip(".") if "." in key else "single buffers"] += 1
             continue
         state[name] = as_float32(file, name, value)
         if state[name].dtype != value.dtype:
@@ -310,9 +312,9 @@ PUBLISHED_FILES = {
     "squeeze.pth": (_LPIPS, "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
     "pt_inception-2015-12-05-6726825d.pth": (_PYTORCH_FID, "6726825d"),
 }
-_checked = set()          # paths of files whose hash was compared
 
 
+@lru_cache                               # a file's hash is compared once
 def find_weights(name, folder=None):
     """Find the published file `name` in `folder`, or download it there: its Path.
 
@@ -333,13 +335,11 @@ def find_weights(name, folder=None):
                             "there") from None
     while not path.exists():                 # torchrun ends this wait if local rank 0 fails
         time.sleep(0.5)
-    if path not in _checked:
-        _checked.add(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(sha256):
-            print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}); "
-                   "it is used as it is")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(sha256):
+        print0(f"{path} is not the published file (sha256 {digest[:8]}, not {sha256[:8]}); "
+               "it is used as it is")
     return path
 
 

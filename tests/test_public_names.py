@@ -6,11 +6,11 @@ import torch
 from asym_decoder import AsymDecoder
 from public_names import (
     asym_decoder_size,
+    complete,
     diffusers_config,
     diffusers_names,
     first_stage_config,
     taming_names,
-    tidy,
 )
 from vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 
@@ -85,7 +85,7 @@ def test_every_published_first_stage_survives_both_renamings_and_is_recognised(c
     assert {value.ndim for key, value in theirs.items() if key.endswith("to_q.weight")} == {2}
     for layout in (state, taming_names(theirs)):
         assert shapes(taming_names(layout)) == shapes(state)
-        assert first_stage_config(tidy(layout)[0]) == config
+        assert first_stage_config(complete(layout)[0]) == config
         assert asym_decoder_size(layout, config) is None
 
 
@@ -172,20 +172,6 @@ def test_groups_of_the_norms_are_as_stated_and_else_32():
 # ---------------------------------------------------------------- what else may be in a file
 
 
-def test_weights_that_nothing_uses_are_dropped_and_told():
-    used = weights(VQ)
-    dead = {"decoder.up_layers.0.deconv.weight": torch.zeros(2, 2, 4, 4),
-            "decoder.up_layers.0.deconv.bias": torch.zeros(2),
-            "quantize.embedding.cluster_size": torch.zeros(16),
-            "quantize.embedding.embed_avg": torch.zeros(16, 3)}
-    kept, notes = tidy(used | dead)
-    assert kept.keys() == used.keys()
-    assert [note.split(",")[0] for note in notes] == [
-        "keys dropped: 2 with decoder.up_layers", "keys dropped: 1 with cluster_size",
-        "keys dropped: 1 with embed_avg"]
-    assert tidy(used) == (used, [])
-
-
 def without_convolutions(config, *names):
     return {name: value for name, value in VQGAN(config).state_dict().items()
             if name.split(".")[0] not in names}
@@ -198,7 +184,7 @@ NEWER = {"use_quant_conv": False, "use_post_quant_conv": False}
 @pytest.mark.parametrize("stated", [None, NEWER], ids=["no-config", "config"])
 def test_convolutions_around_a_kl_latent_that_may_be_missing_are_identities(stated):
     model, x = VQGAN(KL).eval(), torch.rand(1, 3, 16, 16)
-    kept, notes = tidy(without_convolutions(KL, *BOTH), stated)
+    kept, notes = complete(without_convolutions(KL, *BOTH), stated)
     assert [note.split(" ")[1] for note in notes] == ["quant_conv", "post_quant_conv"]
     assert first_stage_config(kept, 4) == KL
     model.load_state_dict(kept)
@@ -215,20 +201,8 @@ def test_convolutions_around_a_kl_latent_that_may_be_missing_are_identities(stat
     *((VQ, lost, stated) for lost in BOTH for stated in (None, {}, NEWER))])
 def test_a_file_that_lost_a_convolution_is_refused_whatever_it_decodes_to(config, lost, stated):
     with pytest.raises(ValueError, match=f"^no {lost} in it.*use_{lost}: false.*get the whole"):
-        tidy(without_convolutions(config, lost), stated)
-    assert tidy(without_convolutions(config), stated)[1] == []
-
-
-@pytest.mark.parametrize(("key", "shape", "kind"), [
-    ("bn.running_mean", (8,), r"AutoencoderKLFlux2 \(Flux\.2's\)"),
-    ("encoder.layers.0.weight", (8, 3, 3, 3), r"AutoencoderTiny \(TAESD\)"),
-    ("encoder.stages.0.op_list.0.weight", (8,), r"AutoencoderDC \(Sana's\)"),
-    ("encoder.down_blocks.0.0.conv1.weight", (8, 8, 3, 3), r"AutoencoderDC \(Sana's\)"),
-    ("encoder.conv1.weight", (8, 3, 3, 3, 3), "a video's autoencoder")])
-def test_another_autoencoder_is_refused_by_its_name(key, shape, kind):
-    for state in ({key: torch.zeros(shape)}, weights(KL) | {key: torch.zeros(shape)}):
-        with pytest.raises(ValueError, match=f"^it is {kind}, which is not supported"):
-            tidy(taming_names(state))
+        complete(without_convolutions(config, lost), stated)
+    assert complete(without_convolutions(config), stated)[1] == []
 
 
 # ---------------------------------------------------------------- what diffusers can build

@@ -13,9 +13,9 @@ from vqgan import VQGAN, VQGANConfig
 TINY = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4,
                    embed_dim=4, K=8, norm_groups=4)
 SIZE = 32
-PRIOR = {"unet": "tiny", "T": 6, "schedule": "cosine", "form": "theta", "residual": "none",
-         "ema": 0.5, "net": {"width": 8, "mults": [1, 2], "num_blocks": 1, "attn_levels": [1],
-                             "head_width": 4, "time_width": 8, "norm_groups": 4}}
+PRIOR = {"unet": "tiny", "T": 6, "residual": "none", "ema": 0.5,
+         "net": {"width": 8, "mults": [1, 2], "num_blocks": 1, "attn_levels": [1], "head_width": 4,
+                 "time_width": 8, "norm_groups": 4}}
 
 
 def settings(vqgan=None, blend="add", **others):
