@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import islice
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -366,9 +366,7 @@ class Order:
 
 
 class TrainingItems:
-    """Read what a position of a run shows: image uint8 (3,H,W), mask uint8 (1,H,W), position.
-
-    Arrays of numpy."""
+    """Read what a position of a run shows: numpy's uint8 (3,H,W) and mask (1,H,W); the position."""
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)
@@ -395,7 +393,7 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     local = batch_size // world
     starts = (step * batch_size + rank * local for step in range(first, last))
     positions = (range(i, i + local) for i in starts)
-    return _load(items.__getitem__, positions, workers, pin, 2 * local)
+    return _load(items.__getitem__, positions, workers, pin)
 
 
 def views(dataset, batches, workers=0):
@@ -424,10 +422,10 @@ def held_out_batches(dataset, n, batch_size, device, rank=0, world=1, *, masks=T
         yield batch
 
 
-def _load(read, positions, workers, pin=False, ahead=64):
+def _load(read, positions, workers, pin=False):
     """Yield one dict for each list of positions, of the items that `read` gives.
 
-    Each worker reads up to `ahead` items ahead. Items come one by one, through pipes: batches of
+    Two batches for each worker are read ahead. Items come one by one, through pipes: batches of
     torch's DataLoader need much of /dev/shm, which is small in containers, and do not tell a large
     batch from a worker that hangs. Raises UserError for a worker lost, and Leaving while it waits.
     """
@@ -440,25 +438,23 @@ def _load(read, positions, workers, pin=False, ahead=64):
     if not workers:
         yield from (stack([read(position) for position in some]) for some in positions)
         return
-    pool, lengths, coming, items, patience = None, deque(), deque(), [], 10 * SILENCE
-    flat = chain.from_iterable(lengths.append(len(some)) or some for some in positions)
+    pool, patience = None, 10 * SILENCE
     try:
         pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(read,))
-        while True:
-            coming.extend(pool.submit(_read, position)
-                          for position in islice(flat, workers * ahead - len(coming)))
-            if not coming:
-                return
-            item = coming.popleft()
-            if not any(wait([item], 1).done for _ in heed(range(patience))):
-                problem = f"no image for {patience} s: a disk, network folder or worker hangs"
-                break
-            items.append(item.result())
-            patience = SILENCE                   # more for the first, which may import torch before
-            if len(items) == lengths[0]:
-                yield stack(items)
-                lengths.popleft()
-                items = []
+        batches = ([pool.submit(_read, position) for position in some] for some in positions)
+        coming = deque(islice(batches, 2 * workers))
+        while coming:
+            items = []
+            for item in coming.popleft():
+                if not any(wait([item], 1).done for _ in heed(range(patience))):
+                    raise TimeoutError
+                items.append(item.result())
+                patience = SILENCE               # more for the first, which may import torch before
+            coming.extend(islice(batches, 1))
+            yield stack(items)
+        return
+    except TimeoutError:
+        problem = f"no image for {patience} s: a disk, network folder or worker hangs"
     except BrokenProcessPool:
         problem = "a worker was killed, perhaps because memory is full"
     except OSError as error:
