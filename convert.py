@@ -1,9 +1,8 @@
 """Load models from runs, converted files and public checkpoints; convert them; list their layers.
 
-    a run, or a stage file of it               --load--> Loaded
-    a file that -o wrote                       --load--> Loaded
-    a public checkpoint                        --weight_files.py, public_names.py--> Loaded
-    a run with a prior, or RUN/prior/last.pt   --load_prior--> Prior
+    a run, a stage file of it, or a file that -o wrote           --load--> Loaded
+    a public checkpoint --weight_files.py--> --public_names.py--> --load--> Loaded
+    a run with a prior, or RUN/prior/last.pt               --load_prior--> Prior
 
 Only files of -o and public ones hold a whole model. A run's decoder or prior is loaded with its
 first stage, the run's own or that of `--vqgan`, whose weights must be those it was trained on.
@@ -13,7 +12,7 @@ import argparse
 import json
 import os
 import re
-import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -154,14 +153,11 @@ def _is_public(path):
     """Tell whether `path` is a folder of diffusers, or a file that no program here wrote."""
     if not path.is_file():
         return diffusers_folder(path)[0] is not None
-    try:                        # run_folder.save's pickles begin with these two keys
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as file:
-                head = file.read(100)
-    except Exception:           # read_public tells what is wrong with the file
-        return True
-    return not (b"format" in head and b"stage" in head)
+    with suppress(Exception):                    # read_public tells what is wrong with the file
+        state = torch.load(path, map_location="meta", weights_only=True,
+                           mmap=str(path).isprintable())         # as in read_pickle
+        return not state.keys() >= {"format", "stage"}           # run_folder.save's
+    return True
 
 
 def _read_public(path):
@@ -201,7 +197,6 @@ class Prior:
     diffusion:   MultinomialDiffusion
     first_stage: VQGAN                  # eval mode, no gradients, on the same device
     grid:        tuple                  # (h, w) of the maps that it was trained on
-    config:      dict                   # the run's settings
     step:        int
     finished:    bool                   # whether it was trained to its end
     parent:      str                    # weights_hash of the first stage
@@ -222,14 +217,14 @@ def load_prior(path, device="cpu"):
     """Load the Prior in a run folder or a prior's file, with its first stage. Raises UserError."""
     path = Path(path)
     state = _read(path, ("prior",))
-    config, extra, first_stage = state["config"], state["extra"], load_parent(state, path)
+    extra, first_stage = state["extra"], load_parent(state, path)
     try:
-        unet, diffusion = denoiser(config["prior"], extra["K"])
+        unet, diffusion = denoiser(state["config"]["prior"], extra["K"])
         unet.load_state_dict(state["ema"]["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _misfit(path, error) from None
     return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
-                 first_stage.model.to(device), tuple(extra["grid"]), config, state["step"],
+                 first_stage.model.to(device), tuple(extra["grid"]), state["step"],
                  bool(extra.get("finished")), state["parent"], extra)
 
 
@@ -390,7 +385,7 @@ def main():
            f"{config.ch_mult}, num_res_blocks {config.num_res_blocks}{levels}; "
            f"{sum(p.numel() for p in first_stage.parameters()):,} parameters{absent}")
     if model is not first_stage:
-        size = public_names.asym_decoder_size(_file_names(model), config)
+        size = loaded.config["decoder"]
         print0(f"  decoder      {size['preset']}, {size['blend']}: ch {size['ch']}, num_res_blocks "
                f"{size['num_res_blocks']}; {sum(p.numel() for p in model.decoder.parameters()):,} "
                "parameters")

@@ -165,9 +165,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def moments(features):
     """Compute mean (D,) and unbiased covariance (D,D) of features (N,D), numpy float64."""
     rows = np.asarray(features, np.float64)                                    # (N, D)
-    mu = rows.mean(0)                                                          # (D,)
-    rows = rows - mu
-    return mu, rows.T @ rows / (len(rows) - 1)
+    return rows.mean(0), np.cov(rows, rowvar=False)                            # (D,), (D, D)
 
 
 def inception_score(logits, splits=10):

@@ -85,10 +85,9 @@ class MatchedFolders:
             print0(f"warning: {warning}")
         self.warned += len(warnings)
         if pred and pred.size != real.size:
-            (w, h), (W, H), turned = pred.size, real.size, real.info["turn"] > 4
-            cure = "turn it by its EXIF tag" if turned and w == H else "make them of one size"
+            (w, h), (W, H) = pred.size, real.size
             raise UserError(f"{self.pred[index]} is {w} x {h} px, {self.real[index]} is {W} x {H}; "
-                            + cure)
+                            "make them of one size, turned by the photo's EXIF tag")
         real, pred, ref = (image and torch.from_numpy(np.array(image)).permute(2, 0, 1)
                            for image in images)                                     # (3, H, W)
         return real, pred, mask, ref

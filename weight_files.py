@@ -242,10 +242,8 @@ def read_public(path):
         file, = files
         if "*" in ending:
             notes.append(f"read a variant, {file.name}")
-    elif os.path.lexists(file) and not file.is_dir():
-        _, config = diffusers_folder(file.parent, [""])
     else:
-        raise UserError(f"{path}: no checkpoint file, and no folder of diffusers")
+        _, config = diffusers_folder(file.parent, [""])
     weights = read_shards(file) if file.suffix == ".json" else read_tensors(file)
     weights = weights if isinstance(weights, dict) else {}
     for wrapper in WRAPPERS:
@@ -362,5 +360,4 @@ def read_weights(name, wanted, folder=None, ignore=None):
               if shapes.get(key) != tuple(value.shape)]
     if wrong:
         raise UserError(f"{path}: {wrong[0]}; {remedy}")
-    return {key: state[key].float() if state[key].is_floating_point() else state[key]
-            for key in wanted}
+    return {key: as_float32(path, key, state[key]) for key in wanted}

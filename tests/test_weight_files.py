@@ -649,7 +649,7 @@ def test_an_index_reaches_no_file_but_those_beside_it(tmp_path, shard):
 
 
 @pytest.mark.parametrize(("files", "reason"), [
-    ({}, "no folder of diffusers"), ({"config.json": '{"model_type": "clip"}'}, "no folder of"),
+    ({}, "Is a directory"), ({"config.json": '{"model_type": "clip"}'}, "Is a directory"),
     ({"config.json": "{"}, r"config\.json: cannot be decoded"),
     ({"config.json": '{"_class_name": "VQModel"}'}, r"needs one .*\(none is there\); download it"),
 ])
