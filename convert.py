@@ -32,9 +32,7 @@ from weight_files import diffusers_folder, read_public, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # in the order of preference
 IMAGE_STAGES = ("decoder", *FIRST_STAGES)
-# By the names of modules: what each stage trains, and what has a row in --layers.
-TRAINS = {"vqgan": "first_stage.", "decoder": "decoder.",
-          "refit": ("first_stage.decoder.", "first_stage.post_quant_conv")}
+# The names of modules that have a row in --layers.
 ROW = re.compile(r".*(\.(block|attn)\.\d+|mid\.\w+|sample|(layers|fuse)\.\d+|conv_in|conv_out|"
                  r"norm_out|quant_conv|embedding)")
 DEFAULT_STEPS = 100                     # reverse steps that draw a map of codes
@@ -303,12 +301,12 @@ def count_prior(unet, grid):
     return plain, counted[unet][1]
 
 
-def list_layers(model, stage, size):
+def list_layers(model, size):
     """List a model's layers, for an image of size x size pixels. [AVQ Tab. 7] [AVQ Tab. 8]
 
-    A row: part, l, name, layer, output shape, parameters, multiplications, and if `stage` trained
-    it. Decoders are in the tables' order. Blends and the search for codes are not counted. The
-    weights of `model` are gone afterwards.
+    A row: part, l, name, layer, output shape, parameters, multiplications. Decoders are in the
+    tables' order. Blends and the search for codes are not counted. The weights of `model` are gone
+    afterwards.
     """
     first_stage, asym = model.first_stage, model is not model.first_stage
 
@@ -331,12 +329,11 @@ def list_layers(model, stage, size):
         rows[name] = (f"{type(same[0]).__name__} {kernel or f'x {len(same)}'}".removesuffix(" x 1"),
                       counted[same[-1]][0],
                       sum(p.numel() for module in same for p in module.parameters()),
-                      sum(counted[module][1] for module in same),
-                      "trained" if name.startswith(TRAINS[stage]) else "frozen")
+                      sum(counted[module][1] for module in same))
     for i, layer in enumerate(model.decoder.encoder.layers if asym else ()):
         (C, h, w), concat = counted[layer][0], model.decoder.blend == "concat"
         rows[f"decoder._blend({i})"] = ("Concat" if concat else "add",
-                                        (2 * C + 1 if concat else C, h, w), 0, 0, "")
+                                        (2 * C + 1 if concat else C, h, w), 0, 0)
     # Order the rows: part, l, the start of their names.
     n = len(model.config.ch_mult)
     main = [("Out", start) for start in ("_blend(0)", "fuse.0", "norm_out", "conv_out")]
@@ -412,18 +409,18 @@ def main():
     if made:
         print0("wrote " + ", ".join(str(path) for path in made))
     if args.layers:
-        line = "{:>3} {:25} {:17} {:>12} {:>11} {:>17} {}"
+        line = "{:>3} {:25} {:17} {:>12} {:>11} {:>17}"
         print0(f"\nOne image of {side} x {side} px; l and the order of AVQ's Tables 7 and 8; "
                "multiplications of\nconvolutions, linear layers and attention\n" + line.format(
-                   "l", "name", "layer", "output", "parameters", "multiplications", ""))
-        for part, rows in groupby(list_layers(model, loaded.stage, side), lambda row: row[0]):
+                   "l", "name", "layer", "output", "parameters", "multiplications"))
+        for part, rows in groupby(list_layers(model, side), lambda row: row[0]):
             parameters = total = 0
             print0(f"\n{part}")
-            for _, place, name, layer, shape, n, number, state in rows:
+            for _, place, name, layer, shape, n, number in rows:
                 print0(line.format(place, name.partition(".")[2], layer, "x".join(map(str, shape)),
-                                   f"{n:,}", f"{number:,}", state))
+                                   f"{n:,}", f"{number:,}"))
                 parameters, total = parameters + n, total + number
-            print0(line.format("", "total", "", "", f"{parameters:,}", f"{total:,}", ""))
+            print0(line.format("", "total", "", "", f"{parameters:,}", f"{total:,}"))
         if prior:
             grid, name = prior["extra"]["grid"], prior["config"]["prior"]["unet"]
             with torch.device("meta"):
