@@ -305,8 +305,7 @@ def list_layers(model, size):
     """List a model's layers, for an image of size x size pixels. [AVQ Tab. 7] [AVQ Tab. 8]
 
     A row: part, l, name, layer, output shape, parameters, multiplications. Decoders are in the
-    tables' order. Blends and the search for codes are not counted. The weights of `model` are gone
-    afterwards.
+    tables' order. Blends and the search for codes are not counted. `model` loses its weights.
     """
     first_stage, asym = model.first_stage, model is not model.first_stage
 
@@ -353,16 +352,14 @@ def list_layers(model, size):
 def main():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="Tell what a checkpoint is, list its layers, convert it.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT",
-                        help="a run folder, one of its files, a file that -o wrote, or a public "
-                             "one: .ckpt, .pt, .bin, .safetensors, or a folder of diffusers")
-    parser.add_argument("-o", metavar="FILE", dest="output",
-                        help="write the whole model into one file that all programs here read")
-    parser.add_argument("--to-diffusers", metavar="DIR",
-                        help="write a folder that diffusers' from_pretrained opens")
-    parser.add_argument("--layers", action="store_true",
-                        help="print the network as AVQ's Tables 7 and 8 do, at the run's --size "
-                             "(public weights: 256), and count its prior as DDM's Table 2 does")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a run folder, one of its files, a file that -o "
+        "wrote, or a public one: .ckpt, .pt, .bin, .safetensors, or a folder of diffusers")
+    add("-o", dest="output", metavar="FILE", help="write the whole model into one file that all "
+        "programs here read")
+    add("--to-diffusers", metavar="DIR", help="write a folder for diffusers' from_pretrained")
+    add("--layers", action="store_true", help="print the network as AVQ's Tables 7 and 8 do, at "
+        "the run's --size (public weights: 256), and count its prior as DDM's Table 2 does")
     args = parser.parse_args()
     # Load it. A folder with a prior only has its first stage elsewhere.
     path, made = Path(args.checkpoint), []
