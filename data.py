@@ -102,6 +102,8 @@ class ImageFiles:
             names = names[:middle] if split == "val" else names[middle:]
             self.part += f": the {half} half of val/"
         if not names:
+            if not root.is_dir():
+                list_images(root, "--root")
             wanted = ("train/<class>/* and val/*" if layout == "imagenet" else
                       "train/, val/ and test/" if split == "test" else " ".join(EXTENSIONS))
             raise UserError(f"--root {root}: no photos for {split} there; give one with {wanted}")

@@ -95,6 +95,12 @@ def _rename(name, source, target, levels):
     return name
 
 
+# How keys start that only other autoencoders have, and diffusers' name for these.
+OTHERS = {"bn.running_": "AutoencoderKLFlux2 (Flux.2's)",
+          "encoder.layers.": "AutoencoderTiny (TAESD)",
+          ("encoder.stages.", "encoder.down_blocks.0.0."): "AutoencoderDC (Sana's)"}
+
+
 def complete(state, config=None):
     """Add the 1x1 convolutions that a KL latent may lack, as identities: (weights, notes).
 
@@ -102,6 +108,11 @@ def complete(state, config=None):
     is None. Else raises ValueError; KeyError for no autoencoder.
     """
     state, notes = dict(state), []
+    found = [kind for start, kind in OTHERS.items() if any(key.startswith(start) for key in state)]
+    if any(value.ndim == 5 for value in state.values()):         # (out, in, time, height, width)
+        found.append("a video's autoencoder")
+    if found:
+        raise ValueError(f"it is {found[0]}, which is not supported")
     outer = {"quant_conv": len(state["encoder.conv_out.weight"]),
              "post_quant_conv": state["decoder.conv_in.weight"].shape[1]}
     for name, width in outer.items():
@@ -119,12 +130,17 @@ def complete(state, config=None):
 # What config.json of diffusers states beside the sizes: the map from a diffusion model's latents,
 # z = latents * latents_std / scaling_factor + latents_mean or shift_factor, and a size in pixels.
 STATED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size")
+# What the networks here have; shapes do not tell it.
+IMPLEMENTED = {"act_fn": ("silu", "swish"), "norm_type": ("group",),
+               "mid_block_add_attention": (True,)}
 
 
 def stated(config):
-    """Select the STATED fields of a config.json. Raises ValueError for another activation."""
-    if (name := config.get("act_fn", "silu")) not in ("silu", "swish"):      # no shape tells it
-        raise ValueError(f"its config.json has act_fn {name!r}, and only 'silu' is implemented")
+    """Select the STATED fields of a config.json. Raises ValueError for what is not IMPLEMENTED."""
+    for name, values in IMPLEMENTED.items():
+        if config.get(name, values[0]) not in values:
+            raise ValueError(f"its config.json has {name} {config[name]!r}, and only {values[0]!r} "
+                             "is implemented")
     return {name: config[name] for name in STATED if config.get(name) is not None}
 
 

@@ -385,7 +385,7 @@ def test_imagenet_is_looked_for_in_root_then_the_variable_then_data(tmp_path, mo
 def test_a_mistake_is_one_line_that_names_the_flag(tmp_path):
     for name, root, said in (("imagenet", tmp_path, "train/<class>"),
                              ("folder", None, "--root DIR"),
-                             ("folder", tmp_path / "none", "none: no photos for train there"),
+                             ("folder", tmp_path / "none", "none: cannot be read .No such file"),
                              ("folder", tmp_path, "give one with .jpg .jpeg"),
                              ("cats", None, "signs, imagenet, folder")):
         with pytest.raises(UserError, match=said) as error:

@@ -205,6 +205,18 @@ def test_a_file_that_lost_a_convolution_is_refused_whatever_it_decodes_to(config
     assert complete(without_convolutions(config), stated)[1] == []
 
 
+@pytest.mark.parametrize(("key", "shape", "kind"), [
+    ("bn.running_mean", (8,), r"AutoencoderKLFlux2 \(Flux\.2's\)"),
+    ("encoder.layers.0.weight", (8, 3, 3, 3), r"AutoencoderTiny \(TAESD\)"),
+    ("encoder.stages.0.op_list.0.weight", (8,), r"AutoencoderDC \(Sana's\)"),
+    ("encoder.down_blocks.0.0.conv1.weight", (8, 8, 3, 3), r"AutoencoderDC \(Sana's\)"),
+    ("encoder.conv1.weight", (8, 3, 3, 3, 3), "a video's autoencoder")])
+def test_another_autoencoder_is_refused_by_its_name(key, shape, kind):
+    for state in ({key: torch.zeros(shape)}, weights(KL) | {key: torch.zeros(shape)}):
+        with pytest.raises(ValueError, match=f"^it is {kind}, which is not supported"):
+            complete(taming_names(state))
+
+
 # ---------------------------------------------------------------- what diffusers can build
 
 
