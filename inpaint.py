@@ -26,7 +26,7 @@ from PIL import Image
 from convert import DEFAULT_STEPS, SMALL_RUN, chosen_steps, load, load_prior
 from data import pixels, read_pair, views
 from diffusion import known_cells
-from distributed import UserError, end_at_once, exit_on_user_error, print0, setup, wait_for
+from distributed import UserError, end_at_once, exit_on_user_error, print0, setup
 from masks import box_mask, evaluation_mask
 from pictures import image_grid, show_masked
 from quantize import exact_float32
@@ -145,25 +145,23 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         copies = inpaintings(model, small, small_hole > 0, prior, decoders=(own,), seed=seed,
                              samples=samples, steps=steps, resample=resample, show=show)
 
-    # Choose pieces that cover the hole, and say what they will cost: a decoder takes about twice
-    # the time of the encoder, which is timed on a sixteenth of a piece.
+    # Choose pieces that cover the hole. Show them as progress, or the steps of a single one.
     area = [min(n, max(most, cells)) for n, cells in zip(unknown.shape, grid)]      # in cells
-    pieces, progress = windows(unknown, area), None
+    pieces, progress, count = windows(unknown, area), None, itertools.count(1)
     if show and (photo.shape != whole.shape or len(pieces) > 1):
-        rows, columns = (f * math.ceil(cells / 4) for cells in area)
-        for _ in range(2):                                              # the first call is slower
-            start = time.perf_counter()
-            model.encode(pixels(tensor(mirrored[:rows, :columns]), device))
-            wait_for(device)
-        seconds = (time.perf_counter() - start) * math.prod(area) * f**2 / (rows * columns)
-        seconds *= samples * len(pieces) * (1 + 2 * len(decoders))
-        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} piece(s): about "
-               f"{duration(seconds)} to decode; the rest is the photo's own pixels")
+        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} piece(s); the rest is "
+               "the photo's own pixels")
     if show and len(pieces) > 1:
         progress = Progress("pieces", 0, samples * len(pieces), 1 / len(pieces))
     elif show and prior and copies is None:
         calls = samples * len(windows(unknown, grid)) * (steps + (steps - 1) * (resample - 1))
-        prior = _with_progress(prior, calls, samples)
+        progress, denoise = Progress("denoising", 0, calls, samples / calls), prior.unet
+
+        def unet(z_t, t):
+            logits = denoise(z_t, t)
+            progress.show(next(count), {})
+            return logits
+        prior = replace(prior, unet=unet)
 
     for i in range(samples):
         left, generators = hidden.copy(), keyed_generators([(COMPLETION, seed, i)])
@@ -171,7 +169,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
         if copies:
             large = Image.fromarray(next(copies)[own]).resize((W, H), Image.Resampling.BICUBIC)
             seen = np.where(hidden, padded(np.asarray(large)), mirrored)
-        for number, (rows, columns) in enumerate(pieces, i * len(pieces) + 1):
+        for rows, columns in pieces:
             # Complete the latents of the piece, z (1,d,h,w).
             piece = tuple(slice(f * part.start, f * part.stop) for part in (rows, columns))
             x, mask = pixels(tensor(seen[piece]), device), tensor(left[piece]).float()
@@ -190,28 +188,14 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
                 pictures[name][piece] = picture                                     # (h, w, 3)
             np.copyto(seen[piece], picture, where=left[piece])
             left[piece] = False
-            if progress:
-                progress.show(number, {})
+            if progress and len(pieces) > 1:
+                progress.show(next(count), {})
         if progress and i == samples - 1:
             progress.close()
         for name, picture in pictures.items():
             pictures[name] = whole.copy()
             np.copyto(pictures[name][cut], picture[:H, :W], where=hole[..., None] | (not composite))
         yield pictures
-
-
-def _with_progress(prior, calls, samples):
-    """Return the prior with a network that counts its calls on a progress line."""
-    progress, count = Progress("denoising", 0, calls, samples / calls), itertools.count(1)
-
-    def unet(z_t, t):
-        logits, done = prior.unet(z_t, t), next(count)
-        progress.show(done, {})
-        if done == calls:
-            progress.close()
-        return logits
-
-    return replace(prior, unet=unet)
 
 
 def inpaint_photo(model, photo, mask, prior=None, *, decoder="asym", **options):
@@ -337,7 +321,6 @@ def main():
     pasted = ", photo pasted" if args.composite else ""
     print0(f"{args.photo}: {hole.shape[1]} x {hole.shape[0]} px, {hole.mean():.1%} to be generated;"
            f" {how}; pixels by {args.run}, decoder {args.decoder}{pasted}")
-
     end_at_once()
 
     # Draw and write each sample.
