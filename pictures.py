@@ -51,51 +51,43 @@ def show_masked(x, mask):
 def image_grid(columns, path):
     """Write a PNG with one column for each caption; row i shows every column's image i.
 
-    Images are about 256 px wide. Raises ValueError for lists of several lengths, and as _draw.
+    Images are about 256 px wide. Raises ValueError for lists of several lengths, and as image_rows.
     """
-    _draw([list(columns), *zip(*columns.values(), strict=True)], path, 256)
+    images = [image for row in zip(*columns.values(), strict=True) for image in row]
+    image_rows([(list(columns), images)], path, len(columns), 256)
 
 
-def image_rows(groups, path, across=None):
-    """Write a PNG of groups of images, one below the other, each under its caption.
+def image_rows(groups, path, across=None, side=128):
+    """Write a PNG of groups of images, one below the other, each under its caption or captions.
 
-    across: images in a row, each about 128 px wide, None for all of a group. Raises as _draw.
+    groups: [(a caption, or a list with one for each column; images in [-1,1], clamped)]. across:
+    images in a row, None for all of a group. Images are enlarged to about `side` px. Raises
+    ValueError for images of several sizes or none.
     """
-    lines = []
-    for caption, images in groups:
-        step = across or max(1, len(images))
-        lines += [[caption], *(images[i:i + step] for i in range(0, len(images), step))]
-    _draw(lines, path, 128)
-
-
-def _draw(lines, path, side):
-    """Write a PNG of `lines`, each a list of images in [-1,1] (clamped) or of captions.
-
-    Images are enlarged to about `side` px. Raises ValueError for images of several sizes or none.
-    """
-    rows = [line for line in lines if line and not isinstance(line[0], str)]
-    shapes = {tuple(image.shape) for row in rows for image in row}
+    shapes = {tuple(image.shape) for _, images in groups for image in images}
     if len(shapes) != 1:
         raise ValueError(f"images of the shapes {sorted(shapes)}: give images of one shape")
     _, H, W = shapes.pop()
+    most = max(len(images) for _, images in groups)
+    across = min(across or most, most)
     zoom, font = max(1, round(side / W)), ImageFont.load_default(15)
-    width = max(map(len, rows)) * (W * zoom + GAP)
+    width = across * (W * zoom + GAP)
     strips = [Image.new("RGB", (GAP + width, GAP), "white")]
-    for line in lines:
-        if isinstance(line[0], str):
-            line = [_wrapped(caption, font, width // len(line) - GAP) for caption in line]
-            height = LINE * (1 + max(caption.count("\n") for caption in line))
-            strips.append(Image.new("RGB", (GAP + width, height), "white"))
-            for i, caption in enumerate(line):           # "ld": its last line is above the images
-                place = GAP + i * width // len(line), height - GAP // 2
-                ImageDraw.Draw(strips[-1]).text(place, caption, INK, font, anchor="ld")
-        else:
-            strips.append(Image.new("RGB", (GAP + width, H * zoom + GAP), "white"))
-            for i, image in enumerate(line):
-                unit = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
-                pixels = (unit * 255).round().byte().permute(1, 2, 0).numpy()       # (H,W,3)
-                square = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
-                strips[-1].paste(square, (GAP + i * (W * zoom + GAP), 0))
+    for captions, images in groups:
+        line = [captions] if isinstance(captions, str) else captions
+        line = [_wrapped(caption, font, width // len(line) - GAP) for caption in line]
+        height = LINE * (1 + max(caption.count("\n") for caption in line))
+        strips.append(Image.new("RGB", (GAP + width, height), "white"))
+        for i, caption in enumerate(line):               # "ld": its last line is above the images
+            place = GAP + i * width // len(line), height - GAP // 2
+            ImageDraw.Draw(strips[-1]).text(place, caption, INK, font, anchor="ld")
+        for i, image in enumerate(images):
+            if i % across == 0:
+                strips.append(Image.new("RGB", (GAP + width, H * zoom + GAP), "white"))
+            unit = (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
+            pixels = (unit * 255).round().byte().permute(1, 2, 0).numpy()           # (H,W,3)
+            square = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
+            strips[-1].paste(square, (GAP + i % across * (W * zoom + GAP), 0))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(strips)).save(path)
 
