@@ -98,16 +98,15 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         networks.empty["lpips"] = (f"n/a: {net} needs {least} px: {len(small):,} images are "
                                    f"smaller and left out, the first is {small[0]}")
         print0(f"warning: LPIPS: {networks.empty['lpips']}")
-    area, most = max((w * h for _, w, h in sides), default=1), 8 if pred else 4 if real else 16
-    at_once = max(1, min(most, (2**21 if real else 2**18) // area))
-    on_gpu = device.type == "cuda" and dataset is not None       # which holds and needs more
-    batch_size = batch_size or at_once * (4 if on_gpu else 1)
+    area = max((w * h for _, w, h in sides), default=1)
+    more = 4 if device.type == "cuda" else 1                     # which holds and needs more
+    batch_size = batch_size or min(16 * more, max(1, 2**18 * more // area))
 
     def batches(images, n, *ranks):
         if isinstance(images, MatchedFolders):
             return images.batches(batch_size, device)
         return held_out_batches(images, n, batch_size, device, *ranks, masks=not unpaired,
-                                workers=WORKERS if on_gpu else 0)
+                                workers=WORKERS if device.type == "cuda" else 0)
 
     # Choose the report's folder.
     if pred:
@@ -134,23 +133,26 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         if networks.inception and means[0]["fid"] is None:
             notes["fid"] = f"n/a: below {metrics.FEWEST_FOR_FID:,} images it is mostly bias"
         # Count the codes in use.
-        codebooks = []
+        found = []                           # (name, statistics held out, of training, rFID) each
         if models and not vq:
             notes["codebook"] = "not computed: a KL latent has no codes"
         elif table == "ddm1":
             splits = {"held out": dataset, "train": open_dataset(data, root, "train", size)}
-            codebooks = count_codebooks(home, first_stage, splits.values(), limit, batch_size,
-                                        networks.inception)
+            found = count_codebooks(home, first_stage, splits.values(), limit, batch_size,
+                                    networks.inception)
             notes["codebook"] = "; ".join(f"{name}: {min(limit or len(split), len(split)):,} images"
                                           for name, split in splits.items())
         elif dataset:
             refit = run_folder.latest(home / "refit") or {"extra": {}}
-            codebooks = [codebook_row(f"{name} ReFiT", first_stage, size, facts)
-                         for name, facts in refit["extra"].get("val", {}).items()]
+            found = [(f"{name} ReFiT", facts, None, None)
+                     for name, facts in refit["extra"].get("val", {}).items()]
             rfid = next((row["fid"] for row in means if row["decoder"] == "vanilla"), None)
-            codebooks.append(codebook_row("in use", first_stage, size, code_statistics(counts),
-                                          rfid=rfid))
+            found.append(("in use", code_statistics(counts), None, rfid))
             notes["codebook"] = f"held out: {n:,} images; train: not counted, --table ddm1 does"
+        codebooks = [{"name": name, "latent": f"{size // f}x{size // f}", "K": val["K"],
+                      "usage_train": train and train["usage"], "usage_val": val["usage"],
+                      "perplexity_val": val["perplexity"], "rfid": rfid}
+                     for name, val, train, rfid in found]
         # Draw samples and completions by the prior.
         prior, links = None, {}                                     # links: {file: title}
         folder = next((path for path in paths if (path / "prior").is_dir()), None)
@@ -222,13 +224,6 @@ def open_runs(paths, device):
     return runs
 
 
-def encode(first_stage, x):
-    """Encode x (B,3,H,W) to z (B,d,h,w) and indices (B,h,w), None for KL.  deviation D52"""
-    if first_stage.config.latent == "kl":
-        return first_stage.encode(x), None
-    return first_stage.quantize(first_stage.moments(x))[:2]
-
-
 def shift_hole(x, mask, index):
     """Change the colours of the hole of x (B,3,H,W) in [-1,1], as a generator might.
 
@@ -243,14 +238,15 @@ def shift_hole(x, mask, index):
 def decode_protocols(models, z, batch):
     """Decode the latents of each protocol: {(run, decoder, protocol): (x_hat, seconds)}.
 
-    "full": z (B,d,h,w), latents of the image. "shifted", only with a mask: latents of the image
-    after shift_hole, so that the hole does not match the known pixels, which decoders get from the
-    image itself. Ours without a mask is left out there: it has nothing to match.  [AVQ Fig. 4]
+    "full": z (B,d,h,w), of the image. "shifted", only with a mask: z of the image after shift_hole,
+    so that the hole does not match the known pixels, which decoders get from the image itself. Ours
+    without a mask, which has nothing to match, is left out there.  deviation D52  [AVQ Fig. 4]
     """
     x, mask, outputs = batch.x, batch.mask, {}
     for protocol in ("full", "shifted") if mask is not None else ("full",):
         if protocol == "shifted":
-            z, _ = encode(metrics.first_stage_of(models.values()), shift_hole(x, mask, batch.index))
+            first_stage = metrics.first_stage_of(models.values())
+            z = first_stage.encode(shift_hole(x, mask, batch.index))        # (B, d, h, w)
         decoded = metrics.decode_all(models, z, x, mask, without_mask=protocol == "full")
         outputs |= {(*key, protocol): output for key, output in decoded.items()}
     return outputs
@@ -260,7 +256,9 @@ def first_images(batches, models):
     """Decode the first images, of one size, by each decoder: {caption: [(3,H,W), ...]}."""
     columns = {}
     for batch in batches:
-        z, _ = encode(metrics.first_stage_of(models.values()), batch.x)
+        if columns and columns["original"][0].shape != batch.x.shape[1:]:
+            continue
+        z = metrics.first_stage_of(models.values()).encode(batch.x)         # (B, d, h, w)
         shown = {"original": batch.x}
         if batch.mask is not None:
             shown["masked"] = show_masked(batch.x, batch.mask)
@@ -269,9 +267,8 @@ def first_images(batches, models):
                 name = f"\n{run}" if len(models) > 1 and run else ""
                 other = "hole shifted: " if protocol == "shifted" else ""
                 shown[other + CAPTIONS.get(decoder, decoder) + name] = x_hat
-        if not columns or columns["original"][0].shape == batch.x.shape[1:]:
-            for caption, images in shown.items():
-                columns.setdefault(caption, []).extend(images.cpu())
+        for caption, images in shown.items():
+            columns.setdefault(caption, []).extend(images.cpu())
         if len(columns["original"]) >= EXAMPLES:
             break
     return {caption: images[:EXAMPLES] for caption, images in columns.items()}
@@ -289,9 +286,11 @@ def tabulate(batches, n, networks, models=None, files=None):
         outputs = {(None, metrics.REAL, "full"): (batch.x, 0)}          # (image, seconds) of each
         if models:
             first_stage = metrics.first_stage_of(models.values())
-            z, indices = encode(first_stage, batch.x)                   # (B, d, h, w), (B, h, w)
-            if indices is not None:
-                counts += indices.flatten().cpu().bincount(minlength=first_stage.config.K)
+            if first_stage.config.latent == "vq":
+                z, indices, _ = first_stage.quantize(first_stage.moments(batch.x))
+                counts += indices.flatten().cpu().bincount(minlength=first_stage.config.K)  # (K)
+            else:
+                z = first_stage.encode(batch.x)                         # (B, d, h, w)
             if networks:
                 outputs |= decode_protocols(models, z, batch)
         elif files and batch.pred is None:
@@ -307,16 +306,8 @@ def tabulate(batches, n, networks, models=None, files=None):
     return metrics.over_ranks(table), sum(distributed.gather_objects(counts))
 
 
-def codebook_row(name, first_stage, size, val, train=None, rfid=None):
-    """Make a row of tables.codebook_table. val, train: quantize.code_statistics of the splits."""
-    side = size // first_stage.config.f
-    return {"name": name, "latent": f"{side}x{side}", "K": val["K"],
-            "usage_train": train and train["usage"], "usage_val": val["usage"],
-            "perplexity_val": val["perplexity"], "rfid": rfid}
-
-
 def count_codebooks(home, first_stage, splits, n, batch_size, inception):
-    """Count a run's codes in both splits, before and after ReFiT: codebook_rows. [DDM Tab. 1]
+    """Count a run's codes before and after ReFiT: (name, *statistics, rFID) each. [DDM Tab. 1]
 
     splits: the held-out images and those of training; n: how many of each, None for all;
     inception: the network for rFID, the FID of decoded held-out images, or None.
@@ -332,14 +323,13 @@ def count_codebooks(home, first_stage, splits, n, batch_size, inception):
             total = min(n or len(split), len(split))
             batches = held_out_batches(split, total, batch_size, device, distributed.rank(),
                                distributed.world_size(), masks=False, workers=WORKERS)
-            networks = None
-            if inception and not statistics and model.decoder is not None:       # held-out images
-                networks = metrics.Networks(inception=inception)
+            decodes = inception and not statistics and model.decoder is not None     # if held out
+            networks = metrics.Networks(inception=inception) if decodes else None
             table, counts = tabulate(batches, total, networks, {name: model})
             statistics.append(code_statistics(counts))
             if networks:
                 rfid = metrics.summary(table, None, "vanilla")["fid"]
-        rows.append(codebook_row(name, model, split.size, *statistics, rfid))
+        rows.append((name, *statistics, rfid))
     return rows
 
 
@@ -402,15 +392,13 @@ def main():
     add("--table", choices=(*tables.PAPER_TABLES, *tables.DDM_TABLES), help="add a table of AVQ "
         "with its own rows, or DDM's 1 on codes in use or 2 on samples (default: none)")
     add("--lpips", choices=(*TRUNKS, "none"), help="LPIPS network (default: the run's, else vgg)")
-    add("--weights", metavar="DIR", help="folder of the networks' files (default: the run's, else "
-        "torch hub's)")
+    add("--weights", metavar="DIR", help="the networks' files (default: the run's or torch hub's)")
     add("--clip", metavar="DIR", help="folder of a CLIP model for that score (default: none)")
     add("--no-fid", dest="fid", action="store_false", help="leave out FID and inception score "
         "(default: both, if the network's file can be had)")
     add("--per-image", metavar="FILE", help="write each image's measures as CSV (default: do not)")
     add("--batch-size", type=int, metavar="B", help="images at once (default: 16 up to 128 px, 4 "
-        "at 256, 1 at 512, on CUDA four times as many; 8 with --pred; 4 for RUN with --real; fewer "
-        "if large)")
+        "at 256, 1 from 512 on, on CUDA four times as many)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--out", metavar="DIR", help="the report's folder (default: RUN, RUN/compare for several, "
         "test/ in it for --split test; PRED-report)")
@@ -422,8 +410,7 @@ def main():
     for wrong, sentence in (
         (small, f"{small}: give a number of at least 1"),
         (bool(args.runs) == bool(args.pred), "give either runs or --pred DIR --real DIR"),
-        (args.unpaired and not args.pred, "--unpaired needs --pred DIR, a folder of pictures"),
-        (args.unpaired and bool(args.real) == bool(args.data),
+        (args.unpaired and (not args.pred or bool(args.real) == bool(args.data)),
          "--unpaired compares --pred DIR with one other set: give --real DIR or --data"),
         (args.unpaired and (args.masks or args.refs or args.lpips or not args.fid),
          "--unpaired gives only FID and inception score: leave out the flags of pairs"),

@@ -25,6 +25,7 @@ COLUMNS = {
     "fid": ("FID", 1, "{:.2f}".format),
     "is_mean": ("IS", 1, "{:.2f}".format),
     "clip_score": ("CLIP score", 1, "{:.2f}".format),
+    "images_per_s": ("images/s", 1, lambda v: short(v)),
 }
 
 ABOUT_PAPER = "The paper measured other images, whose holes a generator had filled."
@@ -36,6 +37,7 @@ ABOUT_ERROR = ("pre_error: for images in [0,1], in [-1,1], and in dB. The paper 
                "its rows say what its figure\nis if it is for [0,1], or if it is for [-1,1]. It is "
                "undecided which (PAPERS.md, D17).")
 _ERRORS = "pre_error", "pre_error_median", "psnr_known"
+_OF_ALL = *_ERRORS[1:], "is_mean", "images_per_s"                # not by the masks' area
 _HARD = ("40-50", "fid"), ("40-50", "lpips"), ("all", "fid"), ("all", "lpips")
 _INPAINTED = ("all", "fid"), ("all", "lpips"), ("all", "pre_error")
 _EXAMPLE = ("all", "clip_score"), ("all", "pre_error")
@@ -100,11 +102,7 @@ NOTES = {
 
 
 def make_report(device, notes, **fields):
-    """Collect the contents of report.json: the caller's fields, and what made them.
-
-    fields: `rows` of metrics.report_rows, `masks` as {"kind", "size", "seed"} and more; notes:
-    {column: reason} besides NOTES.
-    """
+    """Collect report.json: the caller's fields, notes {column: reason}, and what made them."""
     name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -131,8 +129,6 @@ def table(report, protocol="full"):
             if rows[0]["decoder"] == "vanilla":
                 means = [row["pre_error"] for row in rows]
                 columns["gain"] = [f"{short(means[0] / one)}x" if one else "∞" for one in means]
-    if any(row["images_per_s"] is not None for row in rows):
-        others["images/s"] = [_written(row["images_per_s"], short) for row in rows]
     names = [row_name(report, row) for row in rows]
     return "\n\n".join(markdown(["decoder", *part], [*zip(names, *part.values())])
                        for part in (errors, others) if part)
@@ -140,7 +136,7 @@ def table(report, protocol="full"):
 
 def bucket_table(report):
     """Write a row for each decoder and bucket of the masks' area; "" without buckets."""
-    names = [name for name in _shown(report) if name not in ("is_mean", *_ERRORS[1:])]
+    names = [name for name in _shown(report) if name not in _OF_ALL]
     rows = [[row_name(report, row), row["bucket"], f"{row['n']:,}", *(cell(row, k) for k in names)]
             for row in _distinct(report) if row["bucket"] != "all"]
     heads = ["decoder", "area, %", "n", *(COLUMNS[name][0] for name in names)]
@@ -276,10 +272,6 @@ def short(value):
     return f"{value:,.0f}" if size >= 1000 else f"{value:#.4g}" if size >= 1 else f"{value:.3g}"
 
 
-def _written(value, how):
-    return "n/a" if value is None else how(value)
-
-
 def _distinct(report, protocol="full"):
     """List the report's rows of a protocol, those that runs share only once."""
     rows = [row for row in report["rows"] if row["protocol"] == protocol]
@@ -325,14 +317,14 @@ HOURS_FOR = 50_000       # samples, for which DDM's Figs. 5 and 6 give hours
 
 
 def codebook_table(rows):
-    """Write one row for each codebook (eval.codebook_row), as DDM's Table 1 does. [DDM Tab. 1]"""
-    return markdown(
-        ["codebook", "latent", "K", "usage, train", "usage, held out", "perplexity, held out",
-         "rFID"],
-        [[row["name"], row["latent"], f"{row['K']:,}",
-          *(_written(row[name], "{:.1%}".format) for name in ("usage_train", "usage_val")),
-          _written(row["perplexity_val"], "{:,.1f}".format),
-          _written(row["rfid"], "{:.2f}".format)] for row in rows])
+    """Write one row for each codebook of eval.evaluate, as DDM's Table 1 does. [DDM Tab. 1]"""
+    columns = {"name": ("codebook", "{}"), "latent": ("latent", "{}"), "K": ("K", "{:,}"),
+               "usage_train": ("usage, train", "{:.1%}"),
+               "usage_val": ("usage, held out", "{:.1%}"),
+               "perplexity_val": ("perplexity, held out", "{:,.1f}"), "rfid": ("rFID", "{:.2f}")}
+    return markdown([head for head, _ in columns.values()], [
+        ["n/a" if row[name] is None else how.format(row[name])
+         for name, (_, how) in columns.items()] for row in rows])
 
 
 def prior_table(prior, K):

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert import load
 from data import held_out_batches, open_dataset
-from eval import encode, shift_hole
+from eval import shift_hole
 from metrics import describe, seam
 from paper_tables import markdown, with_error
 from quantize import exact_float32
@@ -29,7 +29,7 @@ def rows_of(batch, model):
     """Give {(decoder, protocol): (seam (B,), L1 of the hole (B,))} of a batch."""
     found, x, mask = {}, batch.x, batch.mask
     for protocol, seen in (("full", x), ("shifted", shift_hole(x, mask, batch.index))):
-        z, _ = encode(model.first_stage, seen)                              # (B, d, h, w)
+        z = model.encode(seen)                                              # (B, d, h, w)
         pictures = {OURS: model.decode(z, image=x, mask=mask)}
         for name, x_hat in (("the first stage's own decoder, pasted", model.first_stage.decode(z)),
                             ("ours without mask, pasted", model.decode(z))):

@@ -459,7 +459,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
     ("run --size 0", "--size: give"),
     ("", "give either runs"), ("run --pred p --real r", "give either runs"),
     ("--pred p", "--pred needs --real DIR"), ("run --masks m", "--masks needs --real"),
-    ("run --unpaired --real r", "--unpaired needs --pred"),
+    ("run --unpaired --real r", "--unpaired compares --pred DIR with"),
     ("--pred p --unpaired", "give --real DIR or --data"),
     ("--pred p --unpaired --real r --data signs", "give --real DIR or --data"),
     ("--pred p --real r --masks m --unpaired", "--unpaired gives only FID"),
