@@ -333,9 +333,6 @@ class Timesteps(nn.Module):
     The bound's terms L_{t-1} differ by orders of magnitude, and each image is noised to one t. So t
     is drawn with probability p_t ∝ sqrt(E[L_{t-1}²]) and its loss is divided by p_t, which keeps
     the mean and lowers the variance. p_t is uniform until each t has HISTORY losses.
-
-    `observe` collects losses. `update`, once a step, stores those of all processes in the order of
-    the images, so that no draw depends on how the batch was divided.
     """
 
     def __init__(self, T):
@@ -360,12 +357,13 @@ class Timesteps(nn.Module):
         return index + 1, p[index]
 
     def observe(self, t, losses):
-        """Note the losses of a micro-batch: t (B,), L_{t-1} (B,) in nats, on any device."""
+        """Collect the losses of a micro-batch: t (B,), L_{t-1} (B,) in nats, on any device."""
         self.observed.append(torch.stack([beside(t.to(losses.dtype), losses), losses], 1))  # (B, 2)
 
     def update(self):
-        """Enter what all processes observed since the last update. Every process must call this."""
-        pairs = gather(torch.cat(self.observed))             # rank by rank is image by image
+        """Store what all processes observed, once a step. Every process must call this."""
+        # Rank by rank is image by image, so that no draw depends on how the batch was divided.
+        pairs = gather(torch.cat(self.observed))                                    # (B, 2)
         self.observed = []
         for t, loss in pairs.tolist():
             t = int(t)

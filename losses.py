@@ -146,9 +146,8 @@ TRUNKS = {
 class PatchDiscriminator(nn.Module):
     """Judge patches, D of [AVQ Eq. 7]: image (B,C,H,W) in [-1,1] -> logits (B,1,h,w).
 
-    Layout, key names (`main.N.*`) and initialisation are those of taming-transformers. In training
-    mode pass real and generated images in separate calls, because BatchNorm would mix the two.
-    H and W are at least 3 · 2^n_layers.
+    Layout, keys (`main.N.*`) and initialisation are taming's. H and W are at least 3 · 2^n_layers.
+    In training mode pass real and generated images in separate calls: BatchNorm would mix the two.
     """
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):

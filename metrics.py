@@ -60,9 +60,8 @@ def seam(x_hat, x, mask):
     """Measure the wrong step across the mask's border, (B,) float64. [AVQ Sec. 4.1] [AVQ Fig. 4]
 
     This is the mean of |(x_hat_p - x_hat_q) - (x_p - x_q)| over all pairs of neighbours with one
-    pixel known and one not, images in [0,1]. It is 0 for the original. The steps have signs, so
-    that blur, a lost step, and misfit, an added one, both count and cannot cancel. An image without
-    such a pair gives NaN.
+    pixel known and one not, images in [0,1]: 0 for the original, NaN without such a pair. The steps
+    have signs, so that blur, a lost step, and misfit, an added one, both count and cannot cancel.
     """
     mask, error = float64(mask), _unit(x_hat) - _unit(x)              # (B, 1|3, H, W)
     total = pairs = 0
@@ -83,9 +82,8 @@ def decode_all(models, z, x, mask=None, without_mask=True):
     """Decode z by every decoder: {(run, decoder): (x_hat, seconds)}. [AVQ Tab. 2]
 
     models: {run: VQGAN or AsymVQGAN}; z (B,d,h,w): latents of x (B,3,H,W), its hole changed or not.
-    Decoders: "vanilla", the first stage's own; "paste", vanilla with the known pixels copied over
-    it; "asym", ours, given x and mask; "asym-nomask", ours without them (if `without_mask`).
-    "paste" and "asym" need a mask.
+    Decoders: "vanilla", the first stage's own; with a mask "paste", vanilla with the known pixels
+    copied over it, and "asym", ours, given x and mask; if `without_mask` "asym-nomask", ours alone.
     """
     def timed(decode, **condition):
         wait_for(z.device)
@@ -130,12 +128,11 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
         built = []
         try:
             on_rank0(lambda: built.append(build()))      # downloads; the others then find the file
+            return (built or [build()])[0].to(device)
         except UserError as error:
             if needed:
                 raise
             networks.empty |= dict.fromkeys(columns, f"n/a: {error}")
-            return None
-        return (built[0] if built else build()).to(device)
     if lpips != "none":
         networks.lpips = opened(lambda: LPIPS(lpips, weights), "lpips", needed=asked)
     else:
@@ -161,8 +158,7 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
     decoding it took; protocol: that of eval.decode_protocols. LPIPS is over the whole image. A row
     lacks the measures whose network is None; NaN means that the image has no value. For FID it
-    holds "features" (2048,) and "logits" (1008,); rows of the originals (decoder REAL) hold these
-    only. UserError: x_hat is not finite.
+    holds "features" (2048,) and "logits" (1008,), and that of an original (decoder REAL) no more.
     """
     if not torch.isfinite(x_hat).all():
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "

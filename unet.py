@@ -38,11 +38,6 @@ class UNetConfig:
         """List the channels of each level, the highest resolution first."""
         return [self.width * mult for mult in self.mults]
 
-    @property
-    def factor(self):
-        """Give the number of which h and w must be multiples."""
-        return 2 ** (len(self.mults) - 1)
-
 
 # [DDM Tab. 2] has 117 M parameters, and for 16x16 codes 1.06 G operations (K = 1024) or 1.04 (512).
 # "paper117" has 117,586,568 and 117,454,984, and the plain convolutions of one call 1.06 and 1.04 G
@@ -86,8 +81,7 @@ class Block(nn.Module):
 class LinearAttention(nn.Module):
     """Compute x + gate · proj(v softmax(k)^T q), in O(h·w). The gate starts at zero (ReZero).
 
-    The softmax is over positions. Each feature is averaged over the positions that k weights, and q
-    mixes these averages at each position.
+    The softmax is over positions: k weights them, v is averaged, q mixes the averages at each one.
     """
 
     def __init__(self, channels, config):
@@ -188,7 +182,7 @@ class UNet(nn.Module):
 
     def forward(self, indices, t):
         """Map indices (B,h,w) int64, t (B,) to logits (B,K,h,w) float32. Raises ValueError."""
-        factor = self.config.factor
+        factor = 2 ** (len(self.config.mults) - 1)       # the lowest level has 1/factor of h, w
         if indices.ndim != 3 or indices.shape[1] % factor or indices.shape[2] % factor:
             raise ValueError(f"a map of codes is (B,h,w) with h and w multiples of {factor}, "
                              f"not {tuple(indices.shape)}")
