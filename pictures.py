@@ -132,15 +132,13 @@ def curves(log_path, png_path):
     for position, name in enumerate(names, 1):
         axes = figure.add_subplot(down, across, position)
         train, val = series.get(name, []), series.get(f"val_{name}", [])
-        drawn = [value for _, value in val]
         if train:
-            steps, values = _means(train, POINTS)
-            axes.plot(steps, values, color=BLUE, alpha=0.35, linewidth=0.8)
+            axes.plot(*_means(train, POINTS), color=BLUE, alpha=0.35, linewidth=0.8)
             axes.plot(*_means(train, SMOOTH_POINTS), color=BLUE, label="train", linewidth=1.4)
-            drawn += list(values)
         if val:
             axes.plot(*zip(*val), color=RED, label="val", marker=".", linewidth=1.4)
-        if min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+        low, high = axes.dataLim.intervaly               # of all that is drawn
+        if 0 < 10 * low < high:
             axes.set_yscale("log")
         axes.set_title(TITLES.get(name, name), loc="left", fontsize=10)
         axes.set_xlim(0, 1.02 * last)                # one scale, so that a late start can be seen
