@@ -73,13 +73,15 @@ def tiles(run, name, rows, columns):
 
 def known(path, **chosen):
     """Draw rows of runs' pictures, a group for each flag of `chosen`: [[RUN, row, ...], ...]."""
-    lines = []
+    groups, white = [], torch.ones(3, SIDE, SIDE)
     for flag, (name, columns, captions) in GROUPS.items():
-        if chosen[flag]:
-            lines.append(captions + [""] * (6 - len(captions)))
-        for run, *rows in chosen[flag]:
-            lines += tiles(Path(run), name, map(int, rows), columns)
-    pictures._draw(lines, path, SIDE)
+        lines = [line for run, *rows in chosen[flag]
+                 for line in tiles(Path(run), name, map(int, rows), columns)]
+        if lines:
+            rest = 6 - len(captions)                            # columns that stay empty
+            groups.append((captions + [""] * rest,
+                           [image for line in lines for image in line + [white] * rest]))
+    pictures.image_rows(groups, path, 6, SIDE)
 
 
 def curves(healthy, ill, path):
