@@ -132,11 +132,6 @@ def mean_over_ranks(tensor):
     return total / world_size()
 
 
-def any_rank(flag):
-    """Tell every rank whether any rank's flag is true."""
-    return mean_over_ranks(torch.tensor(float(bool(flag)))).item() > 0
-
-
 def gather(tensor):
     """Join all processes' tensors of one shape (B,...) in the order of ranks: (world·B,...)."""
     if world_size() == 1:

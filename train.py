@@ -34,7 +34,7 @@ from seeding import STAGE_IDS, stage_seed
 from train_autoencoder import DecoderStage, FirstStage, Refit
 from train_prior import PriorStage
 from unet import UNET_PRESETS
-from vqgan import VQGAN_PRESETS
+from vqgan import VQGAN_PRESETS, VQGANConfig
 
 STAGES = {"vqgan": FirstStage, "refit": Refit, "decoder": DecoderStage, "prior": PriorStage}
 SAMPLE_IMAGES = 6              # rows of samples/step_N.png
@@ -129,7 +129,6 @@ def train_stage(run, name, args):
     announce(run, stage, steps, disc_start, done, micro_batch)
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
     log = Log(folder / "log.jsonl", None if fresh else done)
-    first_score, score = extra.get("first_score"), extra.get("score")
     rhythm = TINY_RHYTHM if settings["recipe_names"][name] == "tiny" else RHYTHM
     validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
     saved, drawn = -math.inf, 0                  # time of the last checkpoint, step of the curves
@@ -140,7 +139,7 @@ def train_stage(run, name, args):
         When asked to stop, leave what is due for the next start: launchers wait for seconds only.
         The checkpoint then has the unlogged record as `owed`. Returns whether it has.
         """
-        nonlocal first_score, score, saved, drawn
+        nonlocal saved, drawn
         step, measured, owed = record["step"], record.copy(), None
         try:
             if due:
@@ -148,9 +147,6 @@ def train_stage(run, name, args):
                 stop_unless_finite(name, step, measured)
                 columns = stage.pictures(val_batches, SAMPLE_IMAGES)
                 image_grid(columns, folder / "samples" / f"step_{step:07d}.png")
-                score = sum(value for key, value in measured.items()
-                            if key.startswith(("val_pixel", "val_vlb")))
-                first_score = score if first_score is None else first_score
         except distributed.Leaving:
             owed = record
         # Write the log before the checkpoint: resuming can cut a log back but not fill it up.
@@ -158,8 +154,8 @@ def train_stage(run, name, args):
             log.write(measured, durable=True)
         if owed or leave or step == steps or time.monotonic() >= saved + pause:
             parts = stage.state_dict()
-            parts["extra"] |= {"finished": step == steps and owed is None, "owed": owed, "score":
-                               score, "first_score": first_score, "micro_batch": micro_batch}
+            parts["extra"] |= {"finished": step == steps and owed is None, "owed": owed,
+                               "micro_batch": micro_batch}
             run_folder.save(folder / "last.pt", {
                 "format": run_folder.FORMAT, "stage": name, "config": settings | stage.config,
                 "optimizers": {key: o.state_dict() for key, o in stage.optimizers.items()},
@@ -177,7 +173,7 @@ def train_stage(run, name, args):
         trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
         before = stage.snapshot()
         _, micro_batch = gradients(stage, trial, True, micro_batch)
-        undo(stage, before)
+        stage.restore(before)
     if settings["compile"]:          # all but conv_out: lambda is taken at its weight
         stage.model.compile()
 
@@ -187,7 +183,7 @@ def train_stage(run, name, args):
     with closing(batches), closing(log), \
             closing(Progress(name, done, steps, recipe.batch_size)) as progress:
         batch, error = upcoming(batches)
-        leave = distributed.any_rank(distributed.asked() or error)
+        leave = any(distributed.gather_objects(bool(distributed.asked() or error)))
         while done < steps and not leave:
             # Compute the gradients of generator and discriminator, then move their weights.
             lr = set_learning_rates(stage.optimizers, recipe, done, steps, disc_start)
@@ -208,29 +204,22 @@ def train_stage(run, name, args):
                 log.write(record)
 
     # Say how the stage ended.
-    if error:
+    if isinstance(error, UserError):
         raise UserError(f"{error}. {name} is saved at step {done}")
     if leave:
         raise distributed.Leaving(f"{name}: saved at step {done}")
-    if settings["overfit"] and name != "refit" and rank() == 0:      # a refit starts trained
-        what = {"vqgan": "L1", "decoder": "L1 without a mask plus L1 with one,",
-                "prior": "bound, nats a map,"}[name]
-        print0(f"{name}: {what} on {settings['overfit']} images: {first_score:.4f} at the start, "
-               f"{score:.4f} at the end; a healthy run ends below half of the start")
     print0(f"{name}: {done} steps done; {folder} has last.pt, curves.png and samples/")
 
 
 def upcoming(batches):
-    """Give the next batch, or None at the end and when asked to stop, and a UserError or None.
+    """Give the next batch, or None at the end, and the UserError or Leaving that stops it, or None.
 
     A process that cannot go on must not end before the others have heard of it and saved.
     """
     try:
         return next(batches, None), None
-    except UserError as error:
+    except (UserError, distributed.Leaving) as error:
         return None, error
-    except distributed.Leaving:
-        return None, None
 
 
 def agree(terms, leave):
@@ -275,7 +264,7 @@ def gradients(stage, batch, gan_on, micro_batch):
         print0(f"{stage.name}: {micro_batch} images at a time do not fit into memory; "
                f"{smaller} from now on")
         micro_batch = smaller
-        undo(stage, before)
+        stage.restore(before)
         torch.cuda.empty_cache()
     # Average the terms over micro-batches. One NaN makes a mean NaN.
     parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
@@ -283,13 +272,6 @@ def gradients(stage, batch, gan_on, micro_batch):
     means = {name: torch.stack([term[name].float() for term in terms]).mean()
              for name in sorted(terms[0])}
     return means | {"grad_norm": norm.float()}, micro_batch
-
-
-def undo(stage, before):
-    """Put back what a step changed before its update; before: the stage's snapshot."""
-    stage.restore(before)
-    for optimizer in stage.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
 
 
 def stop_unless_finite(name, step, terms):
@@ -324,6 +306,8 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
     count = sum(p.numel() for g in stage.optimizers["generator"].param_groups for p in g["params"])
     begun = f", from step {done}" if done else ""
     gan = f", discriminator from step {disc_start}" if has_gan else ""
+    if has_gan and disc_start >= steps:
+        gan += ", beyond the end, so no GAN loss in this run"
     print0(f"\n{name}: {count:,} trained parameters; {steps} steps of {r.batch_size} images{begun},"
            f" {micro_batch} at a time in each process; lr {r.lr:.3g}, warm-up "
            f"{min(r.warmup, steps // 10)} steps{gan}")
@@ -332,9 +316,6 @@ def announce(run, stage, steps, disc_start, done, micro_batch):
     if steps * r.batch_size < full_steps * full.batch_size:
         print0(f"{name}: a short run; the recipe's is {full_steps} steps of {full.batch_size} "
                "images")
-    if has_gan and disc_start >= steps:
-        print0(f"{name}: warning: --disc-start {disc_start} lies beyond the end ({steps} steps): "
-               "no GAN loss in this run")
 
 
 def number(kind, low=None, below=math.inf):
@@ -485,11 +466,7 @@ def resolve(args):
             given |= {"steps": OVERFIT_STEPS, "epochs": 0}
         recipes[stage] = replace(r, batch_size=batch_size,
                                  lr=args.lr or r.lr * batch_size / r.batch_size, **given)
-    # Check the size of the images.
     size = args.size or (64 if signs else 256)
-    if size % plan.f:
-        raise UserError(f"--size {size} is not a multiple of the first stage's f={plan.f}; the "
-                        f"next one is {size // plan.f * plan.f + plan.f}")
     least = 3 * 2**max(recipes[stage].disc_layers for stage in ("vqgan", "decoder"))
     if size < least:
         raise UserError(f"--size {size} is too small for the discriminator's patches; at least "
@@ -515,29 +492,28 @@ def resolve(args):
 
 
 def chosen_stages(args, settings, trained):
-    """List the stages to train, in order. trained: the Loaded of --vqgan, or None."""
-    names, asked = list(STAGE_IDS), args.stage
-    if settings["refit"] is None:
+    """List the stages to train, in order, and check the size of their images for them.
+
+    trained: the Loaded of --vqgan, or None.
+    """
+    names = list(STAGE_IDS) if args.stage == "all" else [args.stage]
+    if settings["refit"] is None and ("refit" in names or "prior" in names):
         why = f"{settings['first_stage_name']} has a KL latent, and refit and prior need codes"
-        if asked in ("refit", "prior"):
-            raise UserError(f"--stage {asked}: {why}; choose another --first-stage, --vqgan or "
-                            "--stage")
+        if args.stage != "all":
+            raise UserError(f"--stage {args.stage}: {why}; choose another --first-stage, --vqgan "
+                            "or --stage")
+        print0(f"{why}: these two stages are left out")
         names = ["vqgan", "decoder"]
-        if asked == "all":
-            print0(f"{why}: these two stages are left out")
-    if asked != "all":
-        names = [asked]
-    elif trained is not None:
+    if args.stage == "all" and trained is not None:
         done = ("vqgan", "refit") if trained.stage == "refit" and trained.finished else ("vqgan",)
         names = [name for name in names if name not in done]
+    size, unit, why = settings["size"], VQGANConfig(**settings["first_stage"]).f, "the first stage"
     if "prior" in names:
-        f = 2 ** (len(settings["first_stage"]["ch_mult"]) - 1)
-        side, factor = settings["size"] // f, 2 ** (len(settings["prior"]["net"]["mults"]) - 1)
-        if side % factor:
-            raise UserError(f"--size {settings['size']} makes maps of {side} x {side} codes, and "
-                            f"--unet {settings['prior']['unet']} needs multiples of {factor}; "
-                            f"choose a --size that is a multiple of {f * factor}, or leave out the "
-                            "prior by --stage")
+        unit *= UNET_PRESETS[settings["prior"]["unet"]].factor
+        why += f" and the prior's --unet {settings['prior']['unet']}"
+    if size % unit:
+        raise UserError(f"--size {size} is not a multiple of {unit}, the unit of {why}; the "
+                        f"next one is {size // unit * unit + unit}")
     return names
 
 

@@ -143,8 +143,10 @@ class Autoencoder:
         return {name: value.clone() for name, value in self.discriminator.named_buffers()}
 
     def restore(self, snapshot):
-        """Put back what `snapshot` copied."""
+        """Undo steps before their update: put back what `snapshot` copied, clear the gradients."""
         self.discriminator.load_state_dict(snapshot, strict=False)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def held_out(self, size):
         """List the first held-out images in batches, with their evaluation masks."""

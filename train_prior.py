@@ -9,12 +9,12 @@ The first stage is frozen, so an image has the same codes in each epoch. They ar
 because encoding at each step would cost more than the prior's own step.
 """
 
+import copy
 import hashlib
 import io
 import math
 import os
-import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from data import Order, pixels, views
 from diffusion import Timesteps, frequency_nats, held_out_bound
 from distributed import gather_objects, heed, on_rank0, print0, rank, world_size, wrap
 from recipes import adam
+from run_folder import Progress
 from seeding import STAGE_IDS, image_generators, uniforms
 from train_autoencoder import trained_first_stage
 
@@ -122,7 +123,9 @@ class PriorStage:
         return list(self.timesteps.observed)
 
     def restore(self, snapshot):
+        """Undo steps before their update."""
         self.timesteps.observed = snapshot
+        self.optimizers["generator"].zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def held_out(self, size):
@@ -149,9 +152,8 @@ class PriorStage:
 
         It is cheap and noisy; eval.py reports sample.measure_bound, over all t.
         """
-        with self.averaged() as model:
-            nats = [held_out_bound(self.diffusion, model, batch.indices, batch.index[0], True)
-                    for batch, _ in heed(batches)]
+        nats = [held_out_bound(self.diffusion, self.ema.model, batch.indices, batch.index[0], True)
+                for batch, _ in heed(batches)]
         return {"val_vlb": torch.cat(nats).mean().item()}
 
     @torch.no_grad()
@@ -160,23 +162,10 @@ class PriorStage:
         (batch, x), decode = batches[0], self.first_stage.decode_indices
         codes, steps = batch.indices[:count], min(PICTURE_STEPS, self.diffusion.T)
         generators = [torch.Generator().manual_seed(i) for i in range(len(codes))]
-        with self.averaged() as model:
-            drawn = self.diffusion.sample(model, codes.shape, steps, generators,
-                                          device=self.run.device)           # (B, h, w)
+        drawn = self.diffusion.sample(self.ema.model, codes.shape, steps, generators,
+                                      device=self.run.device)               # (B, h, w)
         return {"held out": x[:count], "its codes, decoded": decode(codes),
                 f"new codes, {steps} steps": decode(drawn)}
-
-    @contextmanager
-    def averaged(self):
-        """Load the averaged weights into the model while the block runs."""
-        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.ema.weights)
-        self.model.eval()
-        try:
-            yield self.model.forward     # the uncompiled one: new shapes would compile again
-        finally:
-            self.model.load_state_dict(weights)
-            self.model.train()
 
     def state_dict(self):
         """Collect what a checkpoint holds of the stage."""
@@ -241,19 +230,18 @@ def code_maps(encode, dataset, n, config, parent, folder, workers=0):
     # Encode this process's batches, and write those of all in the order of the images.
     starts = range(0, n, ENCODED)[on_rank0(begin):]
     mine = (range(start, min(start + ENCODED, n)) for start in starts[rank()::world_size()])
-    images, next_line = views(dataset, mine, workers), time.monotonic() + 10
-    with closing(images), open(part if rank() == 0 else os.devnull, "ab") as file:
+    images, progress = views(dataset, mine, workers), Progress("encoding", starts.start, n, 1)
+    with closing(images), closing(progress), \
+            open(part if rank() == 0 else os.devnull, "ab") as file:
         for start in starts[::world_size()]:             # one batch on each process
             image = next(images, None)
             codes = None if image is None else encode(image).cpu().numpy().astype(dtype)
             shares = gather_objects((codes, distributed.asked()))
             file.write(b"".join(codes.tobytes() for codes, _ in shares if codes is not None))
+            kept = min(n, start + ENCODED * world_size())
+            progress.show(kept, {})
             if any(stop for _, stop in shares):
-                kept = min(n, start + ENCODED * world_size())
                 raise distributed.Leaving(f"prior: {kept:,} of {n:,} images are encoded and kept")
-            if time.monotonic() > next_line:
-                print0(f"encoding: {start:,} of {n:,} images")
-                next_line = time.monotonic() + 10
     on_rank0(lambda: os.replace(part, path))
     return np.load(path, mmap_mode="r")
 
@@ -281,28 +269,25 @@ class EMA:
 
     d = min(decay, (1 + n)/(10 + n)) after n updates. The second term is a warm-up. Without it, at a
     decay of 0.9999, the start would be nine tenths of the average after a thousand steps. The
-    average is float32, because bf16 would round most updates away.
+    average is float32, because bf16 would round most updates away. `model` has it as its weights.
     """
 
     def __init__(self, model, decay):
         self.decay, self.updates = decay, 0
-        self.weights = {name: parameter.detach().to(torch.float32, copy=True)
-                        for name, parameter in model.named_parameters()}
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model):
         """Move the average towards the model's weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        now = [parameter.float() for _, parameter in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)   # few kernels for all
+        now = [parameter.float() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(self.model.parameters()), now, 1 - decay)   # few kernels for all
         self.updates += 1
 
     def state_dict(self):
-        return {"updates": self.updates, "weights": self.weights}
+        return {"updates": self.updates, "weights": self.model.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state):
         """Continue from `state_dict()`."""
-        for name, average in self.weights.items():
-            average.copy_(state["weights"][name])
         self.updates = state["updates"]
+        self.model.load_state_dict(state["weights"])

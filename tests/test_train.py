@@ -234,8 +234,7 @@ def test_checkpoints_are_ten_minutes_apart_unless_save_every_is_given(whole, tmp
     assert all("val_pixel" in line for line in log_lines(folder))
     assert run_folder.load(folder / "previous.pt")["step"] == 0
     assert run_folder.load(tmp_path / "often" / "decoder" / "previous.pt")["step"] == 13
-    # After steps 0 to 11 the log has grown by a tenth, after 12 it has not.
-    assert len((folder / "curves.png").read_text()) == 14
+    assert len((folder / "curves.png").read_text()) == 2          # with each checkpoint
 
 
 @pytest.mark.parametrize("stage", ["decoder", "prior"])
@@ -634,13 +633,11 @@ def test_max_hours_saves_and_leaves_in_good_order(whole, tmp_path):
 
 # -- variants --------------------------------------------------------------------------------------
 
-def test_overfit_gives_a_verdict_and_a_first_stage_may_come_from_a_run(whole, tmp_path):
+def test_a_first_stage_may_come_from_a_run(whole, tmp_path):
     more = ("--vqgan", str(whole[0]), "--overfit", "2", "--lr", "0.01", "--steps", "40",
             "--disc-start", "50", "--save-every", "100")
     text = finish(tmp_path / "run", *more)
     assert "is not finished" not in text
-    assert "decoder: L1 without a mask plus L1 with one, on 2 images: " in text
-    assert "prior: bound, nats a map, on 2 images: " in text
     lines = log_lines(tmp_path / "run" / "decoder")
     assert lines[40]["val_pixel_masked"] < lines[0]["val_pixel_masked"]
     assert "no GAN loss in this run" in text
@@ -850,7 +847,6 @@ def test_how_a_run_is_run_is_not_among_its_settings():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--size 60 --first-stage vq-f8", "--size 60 .* the next one is 64"),
     ("--data imagenet --size 16", "--size 16 is too small"),
     ("--stage vqgan --preset odd", "--preset odd does not fit --first-stage tiny"),
     ("--steps 5 --epochs 1", "give one"),
@@ -909,8 +905,10 @@ def test_a_given_first_stage_is_not_trained_again_nor_a_finished_refit_rebuilt(t
 
 
 def test_a_grid_that_the_unet_cannot_halve_is_refused_where_the_prior_is_to_be_trained():
-    with pytest.raises(UserError, match=r"--size 72 .* 18 x 18 codes.* a multiple of 16"):
+    with pytest.raises(UserError, match=r"--size 72 .* of 16, .*--unet tiny; the next one is 80"):
         stages_of("--size", "72")
+    with pytest.raises(UserError, match=r"--size 60 .* multiple of 8, .* the next one is 64"):
+        stages_of("--size", "60", "--first-stage", "vq-f8", "--stage", "vqgan")
     assert stages_of("--size", "72", "--stage", "vqgan") == ["vqgan"]
 
 
