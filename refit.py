@@ -141,32 +141,25 @@ def _fill_empty(features, assignment, distance, K):
     """
     count, taken = assignment.bincount(minlength=K), set()
     empty = (count == 0).nonzero()[:, 0].tolist()
-    if not empty:
-        return
     for i in distance.argsort(descending=True, stable=True).tolist():
+        if not empty:
+            break
         value, own = tuple(features[i].tolist()), assignment[i].item()
         if count[own] > 1 and distance[i] > 0 and value not in taken:
             count[own] -= 1
             taken.add(value)
             assignment[i] = empty.pop(0)
-        if not empty:
-            break
 
 
 def install_codebook(model, codebook):
     """Replace the codebook of a VQGAN by codes (K,d), of any K. [DDM Sec. 4.1]  deviation D42
 
-    Changes the model in place. Afterwards only decoder and post_quant_conv train. Raises ValueError
-    for a KL latent and for codes of another width.
+    Changes the model in place. Afterwards only decoder and post_quant_conv train.
     """
-    config, (K, d) = model.config, codebook.shape
-    if config.latent != "vq":
-        raise ValueError("a KL latent has no codebook to rebuild")
-    if d != config.embed_dim:
-        raise ValueError(f"codes of width {d} for a model with embed_dim={config.embed_dim}")
     codes = codebook.detach().to(model.quantize.embedding.weight, copy=True)
     model.quantize.embedding = nn.Embedding.from_pretrained(codes)
-    model.quantize.K, model.config = K, replace(config, K=K)
+    model.quantize.K = len(codes)
+    model.config = replace(model.config, K=len(codes))
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)

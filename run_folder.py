@@ -49,6 +49,11 @@ class Run:
         self.channels_last = self.device.type == "cpu" or (
             self.device.type == "cuda" and self.settings["compile"])
 
+    def place(self, network):
+        """Move a network to the device, before DDP, which copies its memory layout to buckets."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return network.to(self.device, memory_format=layout)
+
     def autocast(self):
         """Give the autocast context of --precision, for the networks."""
         bf16 = self.settings["precision"] == "bf16"
@@ -71,10 +76,8 @@ def open_run(out, settings, may_change=frozenset()):
         if config.exists() and any(out.glob("*/*.pt")):
             before, now = (_flat(json.loads(text))
                            for text in (config.read_text(), json.dumps(settings)))
-            # A run of an earlier version does not know its data_set, only the number of images.
-            unknown = {key for key in now.keys() - before.keys() if key.startswith("data_set.")}
             changed = [f"{key} was {before.get(key)}, is {now.get(key)}"
-                       for key in sorted((before.keys() | now.keys()) - may_change - unknown)
+                       for key in sorted((before.keys() | now.keys()) - may_change)
                        if before.get(key) != now.get(key)]
             if any(text.startswith("data_set.") for text in changed) and before.get("root"):
                 changed.append(f"its images were in --root {before['root']}")
@@ -112,12 +115,7 @@ def lock(folder):
     and data workers that outlive the run do not keep it.
     """
     folder = make_folder(Path(folder))
-    try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed by the with below)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be written to ({error.strerror}); choose another "
-                        "--out") from None
-    with file:
+    with open(folder / ".lock", "a+") as file:
         try:
             if fcntl:           # not flock, whose lock forked data workers would inherit
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,12 +215,12 @@ def latest(folder):
     """
     failures = []
     for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
-        try:
-            state = load(path) if os.path.lexists(path) else None    # also a link to nothing
-        except UserError as error:
-            failures.append(str(error))
-            continue
-        if state is not None:
+        if os.path.lexists(path):                # also a link to nothing
+            try:
+                state = load(path)
+            except UserError as error:
+                failures.append(str(error))
+                continue
             if failures:
                 print0(f"{failures[0]}; continuing from {path}")
             return state
@@ -260,14 +258,14 @@ class Log:
     """Write log.jsonl: one JSON object for each step. Only rank 0 writes."""
 
     def __init__(self, path, step):
-        """Keep the lines up to `step`, or none: the later steps are about to be repeated."""
+        """Keep the lines up to `step`, -1 for none: the later steps are about to be repeated."""
         self.file = None
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A kill may have cut the last line short: it has no newline.
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            write_text(path, "".join(line + "\n" for line in lines if step is not None
-                                     and json.loads(line)["step"] <= step))
+            write_text(path, "".join(line + "\n" for line in lines
+                                     if json.loads(line)["step"] <= step))
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record, durable=False):

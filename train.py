@@ -128,7 +128,7 @@ def train_stage(run, name, args):
     items = stage.items(steps)
     announce(run, stage, steps, disc_start, done, micro_batch)
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
-    log = Log(folder / "log.jsonl", None if fresh else done)
+    log = Log(folder / "log.jsonl", -1 if fresh else done)
     rhythm = TINY_RHYTHM if settings["recipe_names"][name] == "tiny" else RHYTHM
     validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
     saved, drawn = -math.inf, 0                  # time of the last checkpoint, step of the curves

@@ -35,27 +35,23 @@ class Autoencoder:
     """Hold an image network and its discriminator, and train both in one step. [AVQ App. A]
 
     groups: the trained parameters, for recipes.adam. parent: the frozen first stage's hash or None.
-    config, facts: additional entries of the checkpoint's `config` and `extra`.
+    config, facts: more entries of the checkpoint's `config` and `extra`.
     """
 
     masks = False                  # whether training draws masks; else every mask is full
     reads_files = True             # whether worker processes load the items
-    FACTS = ()                     # the names of `facts`
 
     def __init__(self, run, name, recipe, model, groups, parent=None, config=None, facts=None):
         self.run, self.name, self.recipe, self.parent = run, name, recipe, parent
         self.config, self.facts = config or {}, facts or {}
         device, net = run.device, run.settings["perceptual"]
         # Put both networks on the device.
-        self.model = model.to(device).train()
+        self.model = run.place(model).train()
         self.model.decoder.checkpointing = run.settings["checkpointing"]
         discriminator = losses.PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers)
-        self.discriminator = discriminator.to(device)
         if device.type == "cuda":                        # PyTorch has none for CPU  deviation D19
-            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
-        if run.channels_last:      # before DDP, which copies the memory layout into its buckets
-            self.model.to(memory_format=torch.channels_last)
-            self.discriminator.to(memory_format=torch.channels_last)
+            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        self.discriminator = run.place(discriminator)
         # Wrap them for several processes, and make what trains them.
         self.ddp_model = wrap(self.model, device)
         self.ddp_discriminator = wrap(self.discriminator, device)
@@ -198,7 +194,6 @@ class Autoencoder:
                  if name.startswith("first_stage.")}
         self.model.load_state_dict(below | state["model"])
         self.discriminator.load_state_dict(state["extra"]["discriminator"])
-        self.facts = {name: state["extra"][name] for name in self.FACTS}
 
 
 class FirstStage(Autoencoder):
@@ -215,17 +210,15 @@ class FirstStage(Autoencoder):
 class Refit(Autoencoder):
     """Rebuild the codebook, then fine-tune only the decoder. [DDM Sec. 3.2] [DDM Sec. 4.1]"""
 
-    FACTS = ("K", "samples", "inertia", "moves", "val")
-
     def __init__(self, run, recipe, state):
         given, source = run.settings["vqgan"], Path(run.settings["vqgan"] or run.out)
         loaded = load_first_stage(given) if given else load(run.out, stages=["vqgan"])
         warn_unless_finished("refit", loaded, source)
-        model, facts = loaded.model.to(run.device), {}
+        model = loaded.model
         if state is None:
             codebook, facts = rebuild(run, model)
         else:                                    # resumed with the codes that it began with
-            codebook = state["model"]["quantize.embedding.weight"]
+            codebook, facts = state["model"]["quantize.embedding.weight"], state["extra"]
         install_codebook(model, codebook)
         trained = [p for p in model.parameters() if p.requires_grad]
         super().__init__(run, "refit", recipe, model, [(trained, 1.0)], loaded.parent,
@@ -349,8 +342,7 @@ def rebuild(run, model):
     seed, size = run.settings["seed"], run.settings["refit"]
     K, P = size["K"], size["samples"]
     print0(f"\nrefit: sampling {P:,} features of {len(run.train_set):,} images for {K:,} codes")
-    if run.channels_last:
-        model.to(memory_format=torch.channels_last)
+    run.place(model)
 
     def images(dataset, batches):
         for image in heed(views(dataset, batches, run.workers)):

@@ -62,11 +62,8 @@ class PriorStage:
         self.model, self.diffusion = denoiser(run.settings["prior"], self.first_stage.config.K)
         if recipe.code_start:
             start_from_codes(self.model, self.first_stage.quantize.embedding.weight)
-        self.first_stage.to(run.device)
-        self.model.to(run.device).train()
-        if run.channels_last:      # before DDP, which copies the memory layout into its buckets
-            self.model.to(memory_format=torch.channels_last)
-            self.first_stage.to(memory_format=torch.channels_last)
+        run.place(self.first_stage)
+        run.place(self.model).train()
         # Make what the training loop uses: DDP, Adam, the choice of t, the average.
         self.ddp_model = wrap(self.model, run.device)
         self.parallel = [self.ddp_model]
