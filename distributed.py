@@ -142,14 +142,14 @@ def gather(tensor):
 
 
 def on_rank0(function):
-    """Run function() on rank 0; every rank gets its small result, or its UserError or Leaving."""
+    """Run function() on rank 0; every rank gets its small result, or the error of user or disk."""
     if world_size() == 1:
         return function()
     answer = [None, None]
     if rank() == 0:
         try:
             answer[0] = function()
-        except (UserError, Leaving) as error:
+        except (UserError, OSError, Leaving) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, device=torch.device("cpu"))
     if answer[1] is not None:

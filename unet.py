@@ -38,6 +38,11 @@ class UNetConfig:
         """List the channels of each level, the highest resolution first."""
         return [self.width * mult for mult in self.mults]
 
+    @property
+    def factor(self):
+        """Give the number of which h and w must be multiples."""
+        return 2 ** (len(self.mults) - 1)
+
 
 # [DDM Tab. 2] has 117 M parameters, and for 16x16 codes 1.06 G operations (K = 1024) or 1.04 (512).
 # "paper117" has 117,586,568 and 117,454,984, and the plain convolutions of one call 1.06 and 1.04 G
@@ -182,7 +187,7 @@ class UNet(nn.Module):
 
     def forward(self, indices, t):
         """Map indices (B,h,w) int64, t (B,) to logits (B,K,h,w) float32. Raises ValueError."""
-        factor = 2 ** (len(self.config.mults) - 1)       # the lowest level has 1/factor of h, w
+        factor = self.config.factor
         if indices.ndim != 3 or indices.shape[1] % factor or indices.shape[2] % factor:
             raise ValueError(f"a map of codes is (B,h,w) with h and w multiples of {factor}, "
                              f"not {tuple(indices.shape)}")
