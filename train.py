@@ -169,11 +169,11 @@ def train_stage(run, name, args):
     # Try now what may fail only later: saving, and the memory of a step with the discriminator.
     if fresh or extra.get("owed"):
         on_rank0(partial(keep, extra.get("owed") or {"step": 0, "images": 0}))
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" and "discriminator" in stage.optimizers:
         trial = next(training_batches(items, 0, 1, recipe.batch_size, rank(), world_size()))
-        before = stage.snapshot()
-        _, micro_batch = gradients(stage, trial, True, micro_batch)
-        stage.restore(before)
+        gradients(stage, trial, True, micro_batch)
+        for optimizer in stage.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
     if settings["compile"]:          # all but conv_out: lambda is taken at its weight
         stage.model.compile()
 
@@ -188,7 +188,7 @@ def train_stage(run, name, args):
             # Compute the gradients of generator and discriminator, then move their weights.
             lr = set_learning_rates(stage.optimizers, recipe, done, steps, disc_start)
             gan_on = done >= disc_start
-            terms, micro_batch = gradients(stage, batch, gan_on, micro_batch)
+            terms = gradients(stage, batch, gan_on, micro_batch)
             batch, error = upcoming(batches)             # while a GPU is busy with this one
             terms, leave = agree(terms, distributed.asked() or error)
             stop_unless_finite(name, done + 1, terms)
@@ -234,44 +234,34 @@ def agree(terms, leave):
 
 
 def gradients(stage, batch, gan_on, micro_batch):
-    """Compute one step's gradients, `micro_batch` images at a time, or fewer if memory is short.
+    """Compute one step's gradients, `micro_batch` images at a time.
 
     Each micro-batch has its own lambda and BatchNorm statistics.  deviation D24
-    Returns ({term of the losses, or "grad_norm": mean over its own images}, the micro-batch that
-    fitted). Raises UserError where one image does not fit, or a micro-batch of several processes.
+    Returns {term of the losses, or "grad_norm": mean over its own images}. Raises UserError where
+    the images do not fit into memory.
     """
-    local, before = len(batch["position"]), stage.snapshot()
-    while True:
-        # Accumulate gradients. DDP averages them over processes in the last micro-batch only.
-        try:
-            terms = []
-            for start in range(0, local, micro_batch):
-                part = {key: value[start:start + micro_batch] for key, value in batch.items()}
-                last = start + micro_batch >= local
-                with ExitStack() as contexts:
-                    for network in stage.parallel:
-                        contexts.enter_context(distributed.no_sync(network, last))
-                    share = len(part["position"]) / local
-                    terms.append(stage.step(stage.batch(part), gan_on, share))
-            break
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-        # Start the step again with less. Here the handler has ended and its tensors are free.
-        if world_size() > 1 or micro_batch == 1:
-            mend = f"--micro-batch below {micro_batch}" if micro_batch > 1 else "smaller --size"
-            raise UserError(f"{stage.name}: {reason}; give a {mend}, or --checkpointing")
-        smaller = max(d for d in range(1, micro_batch // 2 + 1) if local % d == 0)
-        print0(f"{stage.name}: {micro_batch} images at a time do not fit into memory; "
-               f"{smaller} from now on")
-        micro_batch = smaller
-        stage.restore(before)
-        torch.cuda.empty_cache()
+    local, terms = len(batch["position"]), []
+    # Accumulate gradients. DDP averages them over processes in the last micro-batch only.
+    try:
+        for start in range(0, local, micro_batch):
+            part = {key: value[start:start + micro_batch] for key, value in batch.items()}
+            with ExitStack() as contexts:
+                for network in stage.parallel:
+                    last = start + micro_batch >= local
+                    contexts.enter_context(distributed.no_sync(network, last))
+                share = len(part["position"]) / local
+                terms.append(stage.step(stage.batch(part), gan_on, share))
+    except torch.OutOfMemoryError as error:
+        smaller = [d for d in range(1, micro_batch // 2 + 1) if local % d == 0]
+        mend = f"--micro-batch {smaller[-1]}" if smaller else "a smaller --size"
+        raise UserError(f"{stage.name}: {str(error).split('. ')[0]}; give {mend}, or "
+                        "--checkpointing") from None
     # Average the terms over micro-batches. One NaN makes a mean NaN.
     parameters = [p for o in stage.optimizers.values() for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     means = {name: torch.stack([term[name].float() for term in terms]).mean()
              for name in sorted(terms[0])}
-    return means | {"grad_norm": norm.float()}, micro_batch
+    return means | {"grad_norm": norm.float()}
 
 
 def stop_unless_finite(name, step, terms):

@@ -134,16 +134,6 @@ class Autoencoder:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def snapshot(self):
-        """Copy the discriminator's BatchNorm statistics, which `step` changes."""
-        return {name: value.clone() for name, value in self.discriminator.named_buffers()}
-
-    def restore(self, snapshot):
-        """Undo steps before their update: put back what `snapshot` copied, clear the gradients."""
-        self.discriminator.load_state_dict(snapshot, strict=False)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-
     def held_out(self, size):
         """List the first held-out images in batches, with their evaluation masks."""
         return list(held_out_batches(self.run.val_set, VALIDATION_IMAGES, size, self.run.device))

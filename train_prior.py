@@ -115,15 +115,6 @@ class PriorStage:
         self.timesteps.update()
         self.ema.update(self.model)
 
-    def snapshot(self):
-        """Copy what `step` changes besides the gradients: the observed losses."""
-        return list(self.timesteps.observed)
-
-    def restore(self, snapshot):
-        """Undo steps before their update."""
-        self.timesteps.observed = snapshot
-        self.optimizers["generator"].zero_grad(set_to_none=True)
-
     @torch.no_grad()
     def held_out(self, size):
         """Encode the first held-out images: [(CodeBatch, x of the first batch, else None)].

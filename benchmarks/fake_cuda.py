@@ -120,7 +120,7 @@ def build(name, config, **options):
 
 def training_step(stage, B, size):
     """Take one step on B images of `size` px, or maps, by train.py's own functions."""
-    terms, _ = train.gradients(stage, gpu.drawn(stage, B, size), True, B)
+    terms = train.gradients(stage, gpu.drawn(stage, B, size), True, B)
     train.agree(terms, False)
     stage.update(True)
 

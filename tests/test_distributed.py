@@ -250,7 +250,7 @@ def gradients_of_a_share(folder, full, sgd):
         data = part(batch(full=full), rank * share, (rank + 1) * share)
         stage.batch = lambda items: data
         for _ in range(10 if sgd else 1):
-            terms, _ = program.gradients(stage, {"position": data.index}, True, share)
+            terms = program.gradients(stage, {"position": data.index}, True, share)
             terms, _ = program.agree(terms, False)
             if sgd:
                 stage.update(gan_on=True)

@@ -319,7 +319,7 @@ def test_a_signal_in_a_validation_saves_and_the_next_start_makes_up_for_it(stage
                                                                            whole, tmp_path):
     out = tmp_path / "run"
     before(stage, whole[0], out)
-    hook = {"decoder": "measures", "prior": "snapshot"}[stage]    # a batch of 8, or before a step
+    hook = {"decoder": "measures", "prior": "batch"}[stage]       # a batch of 8, or before a step
     count = {"decoder": count, "prior": 6}[stage]
     status, text = train(out, "--stage", stage, prepare=partial(signal_in, hook, count, number,
                                                                 stage))
@@ -554,27 +554,6 @@ def fill_the_disk(count):
     torch.save = full
 
 
-@pytest.mark.parametrize("stage", ["vqgan", "prior"])
-def test_a_step_that_does_not_fit_starts_again_with_half_the_images(stage, whole, tmp_path):
-    """The second micro-batch of step 4 fails; the weights are those of smaller ones from there."""
-    before(stage, whole[0], tmp_path / "run")
-    status, text = train(tmp_path / "run", "--stage", stage,
-                         prepare=partial(run_out_of_memory, stage))
-    assert status == 0, text
-    assert f"{stage}: 4 images at a time do not fit into memory; 2 from now on" in text
-    one, two = (run_folder.load(run / stage / "last.pt") for run in (whole[0], tmp_path / "run"))
-    assert (one["extra"]["micro_batch"], two["extra"]["micro_batch"]) == (4, 2)
-    # The discriminator and lambda see smaller batches: what is alike is what comes before them.
-    logs = log_lines(whole[0] / stage), log_lines(tmp_path / "run" / stage)
-    assert logs[1][3] == logs[0][3]
-    name = "vlb" if stage == "prior" else "pixel"
-    assert logs[1][4][name] == pytest.approx(logs[0][4][name], rel=1e-4)
-    if stage == "prior":
-        assert_nearly(one["model"], two["model"])
-        assert torch.equal(one["extra"]["timesteps"]["counts"],
-                           two["extra"]["timesteps"]["counts"])
-
-
 def run_out_of_memory(name):
     """Fail at the end of step 4's first micro-batch, when gradients are there already."""
     stage = program.STAGES[name]
@@ -590,11 +569,14 @@ def run_out_of_memory(name):
     stage.step = step
 
 
-def test_where_one_image_does_not_fit_the_run_ends_in_one_line(tmp_path):
-    status, text = train(tmp_path / "run", "--stage", "vqgan", "--micro-batch", "1",
+@pytest.mark.parametrize(("micro_batch", "mend"), [("4", "--micro-batch 2"),
+                                                   ("1", "a smaller --size")])
+def test_images_that_do_not_fit_into_memory_are_one_line_that_says_what_does(
+        micro_batch, mend, tmp_path):
+    status, text = train(tmp_path / "run", "--stage", "vqgan", "--micro-batch", micro_batch,
                          prepare=partial(run_out_of_memory, "vqgan"))
     assert status == 2
-    assert "error: vqgan: CUDA out of memory; give a smaller --size, or --checkpointing" in text
+    assert f"error: vqgan: CUDA out of memory; give {mend}, or --checkpointing" in text
 
 
 def add_a_decoder_size():

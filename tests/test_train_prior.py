@@ -88,16 +88,6 @@ def test_micro_batches_add_up_and_the_history_is_of_whole_steps():
     torch.testing.assert_close(parts.timesteps.losses, whole.timesteps.losses)
 
 
-def test_a_snapshot_forgets_the_losses_that_were_observed_since():
-    stage = prior()
-    stage.step(code_batch(0, 2), gan_on=False)
-    before = stage.snapshot()
-    stage.step(code_batch(2, 4), gan_on=False)
-    stage.restore(before)
-    stage.timesteps.update()
-    assert stage.timesteps.counts.sum() == 2
-
-
 def test_a_step_moves_model_average_and_history_and_nothing_else():
     stage = prior()
     first_stage = copy.deepcopy(stage.first_stage.state_dict())
@@ -123,7 +113,7 @@ def test_a_step_exchanges_its_numbers_once_and_a_priors_losses_once_more(monkeyp
                         lambda numbers: exchanges.append(numbers.shape))
     monkeypatch.setattr(distributed.dist, "all_gather_into_tensor", lambda joined, one: (
         exchanges.append(one.shape), joined.copy_(torch.cat([one, one]))))
-    terms, _ = train.gradients(stage, {"position": range(4)}, False, 4)
+    terms = train.gradients(stage, {"position": range(4)}, False, 4)
     means, leave = train.agree(terms, leave=True)
     stage.update(gan_on=False)
     assert exchanges == [(3,), (4, 2)]           # bound, norm of the gradients, vote; t and losses
