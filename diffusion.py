@@ -365,11 +365,10 @@ class Timesteps(nn.Module):
         # Rank by rank is image by image, so that no draw depends on how the batch was divided.
         pairs = gather(torch.cat(self.observed))                                    # (B, 2)
         self.observed = []
-        for t, loss in pairs.tolist():
-            t = int(t)
-            if abs(loss) < math.inf:                         # one that is not would poison all p
-                self.losses[t - 1, self.counts[t - 1] % HISTORY] = loss
-                self.counts[t - 1] += 1
+        for t, loss in pairs[pairs[:, 1].isfinite()].tolist():      # another would poison all p
+            row = int(t) - 1
+            self.losses[row, self.counts[row] % HISTORY] = loss
+            self.counts[row] += 1
 
 
 def held_out_bound(diffusion, model, indices, first, training=False):
@@ -393,10 +392,8 @@ def frequency_nats(codes, held_out, K):
     """
     n, cells = len(codes), codes[0].size
     cell = np.arange(cells)                                                         # (h·w)
-    counts = np.zeros(cells * K, np.int64)
-    for start in range(0, n, 4096):
-        part = codes[start:start + 4096].reshape(-1, cells)                         # (b, h·w)
-        counts += np.bincount((part + cell * K).ravel(), minlength=cells * K)
+    parts = np.array_split(codes.reshape(n, cells), n // 4096 + 1)                  # (b, h·w)
+    counts = sum(np.bincount((part + cell * K).ravel(), minlength=cells * K) for part in parts)
     counts = counts.reshape(cells, K)                                               # (h·w, K)
     N_k, where = counts.sum(0), counts.nonzero()
     unigram, n_ck = (N_k + 1) / (n * cells + K), counts[where]

@@ -324,7 +324,7 @@ def main():
     end_at_once()
 
     # Draw and write each sample.
-    decoders, made = [args.decoder], []
+    decoders, columns = [args.decoder], {}
     near = tuple(slice(max(0, where[0] - NEAR), where[-1] + 1 + NEAR)
                  for where in (hole.any(1).nonzero()[0], hole.any(0).nonzero()[0]))
     if args.compare and args.decoder == "asym" and model.first_stage.decoder is not None:
@@ -332,18 +332,18 @@ def main():
     drawn = inpaintings(model, photo, hole, prior, decoders=decoders, composite=args.composite,
                         samples=args.samples, seed=args.seed, steps=args.steps,
                         resample=args.resample, show=True)
+
+    def shown(picture):                                             # (H, W, 3) -> (3, h, w)
+        return pixels(torch.from_numpy(picture[near]).permute(2, 0, 1), "cpu")
     with exact_float32(), torch.inference_mode():
         for path, pictures in zip(outputs, drawn):
             Image.fromarray(pictures[args.decoder]).save(path)
-            if args.compare:
-                made.append({name: picture[near] for name, picture in pictures.items()})
+            for name, picture in pictures.items() if args.compare else ():
+                columns.setdefault(CAPTIONS[name] + pasted, []).append(shown(picture))
     if args.compare:
-        stacks = [photo[near]] * len(made), *([each[name] for each in made] for name in decoders)
-        x, *shown = (pixels(torch.from_numpy(np.stack(stack)).permute(0, 3, 1, 2), "cpu")
-                     for stack in stacks)                                           # (n, 3, H, W)
-        columns = {"original": x, "masked": show_masked(x, torch.from_numpy(hole[near]).float())}
-        columns |= {CAPTIONS[name] + pasted: x_hat for name, x_hat in zip(decoders, shown)}
-        image_grid(columns, comparison)
+        x, mask = shown(photo), torch.from_numpy(hole[near]).float()
+        known = {"original": [x] * args.samples, "masked": [show_masked(x, mask)] * args.samples}
+        image_grid(known | columns, comparison)
         outputs.append(comparison)
     print0(f"wrote {', '.join(outputs)} ({duration(time.perf_counter() - start)})")
 

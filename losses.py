@@ -1,7 +1,6 @@
 """Compute the losses of images: L1, LPIPS, the discriminator's game, and the adaptive weight.
 
-[AVQ App. A], in the order of the paper: L1 and LPIPS (Eq. 5), the patch discriminator (Eq. 7), the
-adaptive weight (Eq. 9). train_autoencoder.Autoencoder.step adds them up (Eq. 6 and 8).
+[AVQ App. A], in the paper's order. train_autoencoder.Autoencoder.step adds them up (Eq. 6 and 8).
 """
 
 from contextlib import contextmanager
@@ -48,11 +47,10 @@ class LPIPS(nn.Module):
                 fitted = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
                 self.add_module(f"lin{k}", nn.ModuleDict({"model": fitted}))
         if not isinstance(weights, dict):
-            folder, wanted = weights, self.state_dict()
-            trunk = {key: value for key, value in wanted.items() if key.startswith("features.")}
-            heads = {key: value for key, value in wanted.items() if key.startswith("lin")}
-            weights = (read_weights(trunk_file, trunk, folder, ignore="classifier.")
-                       | read_weights(f"{net}.pth", heads, folder))
+            trunk = self.features.state_dict(prefix="features.")
+            heads = {key: value for key, value in self.state_dict().items() if key not in trunk}
+            weights = (read_weights(trunk_file, trunk, weights, ignore="classifier.")
+                       | read_weights(f"{net}.pth", heads, weights))
         self.load_state_dict(weights, assign=True)
         # ImageNet's mean and deviation, moved from [0,1] to [-1,1], rounded as LPIPS was fitted.
         shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
@@ -62,28 +60,23 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
-            distance = 0
-            for k, (phi_a, phi_b) in enumerate(zip(self._phi(a), self._phi(b))):
-                f = getattr(self, f"lin{k}").model
-                distance = distance + f((phi_a - phi_b) ** 2).mean((1, 2, 3))  # (B,)
-            return distance
+            pairs = enumerate(zip(self._phi(a), self._phi(b)))
+            return sum(getattr(self, f"lin{k}").model((phi_a - phi_b) ** 2).mean((1, 2, 3))
+                       for k, (phi_a, phi_b) in pairs)                         # (B,)
 
     def _phi(self, image):
-        """List phi^k of Eq. 5, k = 0, 1, ...: unit-length features after each tapped layer."""
+        """Yield phi^k of Eq. 5, k = 0, 1, ...: unit-length features after each tapped layer."""
         h = (image.to(self.shift.dtype) - self.shift) / self.scale
-        levels = []
         for index, layer in enumerate(self.features):
             h = layer(h)
             if index in self.taps:
-                levels.append(_unit_length(h))                                 # (B, C^k, H^k, W^k)
-        return levels
+                yield _unit_length(h)                                          # (B, C^k, H^k, W^k)
 
 
 def _unit_length(features):
     """Divide `features` (B,C,H,W) by their Euclidean length over C; zero vectors stay zero."""
     square = features.square().sum(1, keepdim=True)                            # (B, 1, H, W)
-    # sqrt has an infinite slope at 0, which times the zero features would give a NaN gradient. So
-    # a zero vector is divided by 1.
+    # A zero vector is divided by 1: sqrt's infinite slope at 0 would make its gradient NaN.
     length = torch.where(square > 0, square, 1).sqrt()
     return features / (length + 1e-10)
 
@@ -160,10 +153,8 @@ class PatchDiscriminator(nn.Module):
                        nn.BatchNorm2d(widths[n]), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for layer in self.main:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
+            if not isinstance(layer, nn.LeakyReLU):
+                nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
 
     def forward(self, image):
         return self.main(image)                                                # (B, 1, h, w)

@@ -164,13 +164,17 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
         raise UserError(f"{decoder} of {run or 'the first stage'} gives values that are not "
                         "finite; train it again from its last good checkpoint")
     x_hat, x, mask = x_hat.clamp(-1, 1), batch.x, batch.mask
-    columns = {}                                                            # {measure: B values}
     refs, names = getattr(batch, "refs", None), getattr(batch, "names", None)
+    columns = {"index": batch.index, "file": names or batch.index, "group": batch.index}
+    if mask is not None:                                                    # equal masks, one group
+        holes = mask.cpu().double()                                         # (B, 1, H, W)
+        columns |= {"bucket": [*map(area_bucket, holes)], "area": holes.mean((1, 2, 3)).tolist(),
+                    "group": [hashlib.sha256(m.numpy().tobytes()).hexdigest()[:16] for m in holes]}
     if decoder != REAL:
         if mask is not None:
-            columns = {"pre_error": pre_error(x_hat, x, mask).tolist(),
-                       "psnr_known": psnr_known(x_hat, x, mask).tolist(),
-                       "seam": seam(x_hat, x, mask).tolist()}
+            columns |= {"pre_error": pre_error(x_hat, x, mask).tolist(),
+                        "psnr_known": psnr_known(x_hat, x, mask).tolist(),
+                        "seam": seam(x_hat, x, mask).tolist()}
         if networks.lpips is not None and min(x.shape[2:]) >= networks.lpips.least_side:
             columns["lpips"] = networks.lpips(x_hat, x).tolist()
         if networks.clip is not None and mask is not None and refs is not None:
@@ -178,15 +182,9 @@ def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     if networks.inception is not None:
         features, logits = networks.inception(x_hat)
         columns |= {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}
-    about = [{"bucket": "all", "group": index} for index in batch.index]
-    if mask is not None:                                                    # equal masks, one group
-        about = [{"bucket": area_bucket(m), "area": m.mean().item(),
-                  "group": hashlib.sha256(m.numpy().tobytes()).hexdigest()[:16]}
-                 for m in mask.cpu().double()]
-    return [{"index": index, "file": names[i] if names else index, "run": run, "decoder": decoder,
-             "protocol": protocol, **about[i], "seconds": seconds / len(x)}
-            | {name: values[i] for name, values in columns.items()}
-            for i, index in enumerate(batch.index)]
+    alike = {"run": run, "decoder": decoder, "protocol": protocol, "bucket": "all",
+             "seconds": seconds / len(x)}
+    return [alike | dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def over_ranks(table):
