@@ -120,10 +120,6 @@ class MultinomialDiffusion:
         log_a, log_b = self.transition(s, t, like)                                  # (B, 1, 1, 1)
         return torch.where(z_t == z_s, torch.logaddexp(log_a, log_b), log_b)
 
-    def every_code(self, z):
-        """List all codes on z's device, to broadcast against z[:, None]: (K,1,1)."""
-        return torch.arange(self.K, device=z.device).view(-1, 1, 1)
-
     def add_noise(self, z_s, s, t, generator=None):
         """Draw z_t ~ q(z_t|z_s) = Cat(a z_s + b): codes (B,h,w) -> (B,h,w). [DDM Eq. 16]
 
@@ -148,8 +144,8 @@ class MultinomialDiffusion:
 
         q(z_t|z_s) q(z_s|z_0) / q(z_t|z_0): codes (B,h,w), times s < t (B,) -> (B,K,h,w).
         """
-        z_t, z_0, z_s = z_t[:, None], z_0[:, None], self.every_code(z_t)
-        zero = torch.zeros_like(s)
+        z_s = torch.arange(self.K, device=z_t.device)[:, None, None]                # (K, 1, 1)
+        z_t, z_0, zero = z_t[:, None], z_0[:, None], torch.zeros_like(s)
         return (self.log_q(z_t, z_s, s, t, like) + self.log_q(z_s, z_0, zero, s, like)
                 - self.log_q(z_t, z_0, zero, t, like))                              # (B, K, h, w)
 
@@ -159,7 +155,8 @@ class MultinomialDiffusion:
         theta = [a_st z_t + b_st] * [a_0s x0_hat + b_0s], elementwise, and N divides by its sum over
         k. The sum has a closed form, a_0t x0_hat + b_0t at the code z_t.
         """
-        z_t, z_s, zero = z_t[:, None], self.every_code(z_t), torch.zeros_like(s)
+        z_s = torch.arange(self.K, device=z_t.device)[:, None, None]                # (K, 1, 1)
+        z_t, zero = z_t[:, None], torch.zeros_like(s)                               # (B, 1, h, w)
         log_a_0s, log_b_0s = self.transition(zero, s, log_x0_hat)                   # (B, 1, 1, 1)
         log_a_0t, log_b_0t = self.transition(zero, t, log_x0_hat)                   # (B, 1, 1, 1)
         first = self.log_q(z_t, z_s, s, t, log_x0_hat)                              # (B, K, h, w)
@@ -345,8 +342,7 @@ class Timesteps(nn.Module):
         """Compute p_t for t = 1..T: (T,) float64, index 0 is t = 1."""
         if (self.counts < HISTORY).any():
             return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
-        weights = self.losses.square().mean(1).sqrt()                               # (T)
-        weights = weights.clamp(min=torch.finfo(torch.float64).tiny)    # all zero is uniform
+        weights = self.losses.square().mean(1).sqrt().clamp(min=1e-300)     # all zero is uniform
         return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.T
 
     def draw(self, u):

@@ -242,14 +242,12 @@ def decode_protocols(models, z, batch):
     so that the hole does not match the known pixels, which decoders get from the image itself. Ours
     without a mask, which has nothing to match, is left out there.  deviation D52  [AVQ Fig. 4]
     """
-    x, mask, outputs = batch.x, batch.mask, {}
-    for protocol in ("full", "shifted") if mask is not None else ("full",):
-        if protocol == "shifted":
-            first_stage = metrics.first_stage_of(models.values())
-            z = first_stage.encode(shift_hole(x, mask, batch.index))        # (B, d, h, w)
-        decoded = metrics.decode_all(models, z, x, mask, without_mask=protocol == "full")
-        outputs |= {(*key, protocol): output for key, output in decoded.items()}
-    return outputs
+    x, mask, latents = batch.x, batch.mask, {"full": z}
+    if mask is not None:
+        first_stage = metrics.first_stage_of(models.values())
+        latents["shifted"] = first_stage.encode(shift_hole(x, mask, batch.index))   # (B, d, h, w)
+    return {(*key, protocol): output for protocol, z in latents.items()
+            for key, output in metrics.decode_all(models, z, x, mask, protocol == "full").items()}
 
 
 def first_images(batches, models):
@@ -405,10 +403,9 @@ def main():
     args = parser.parse_args()
     table = f"--table {args.table}"
     samples = args.table in ("6", "10", "ddm2")          # tables about samples, not about pairs
-    numbers = {"-n": args.n, "--batch-size": args.batch_size, "--size": args.size}
-    small = ", ".join(flag for flag, value in numbers.items() if value is not None and value < 1)
     for wrong, sentence in (
-        (small, f"{small}: give a number of at least 1"),
+        (any(number is not None and number < 1 for number in (args.n, args.batch_size, args.size)),
+         "-n, --batch-size and --size are at least 1"),
         (bool(args.runs) == bool(args.pred), "give either runs or --pred DIR --real DIR"),
         (args.unpaired and (not args.pred or bool(args.real) == bool(args.data)),
          "--unpaired compares --pred DIR with one other set: give --real DIR or --data"),

@@ -324,7 +324,8 @@ def main():
     end_at_once()
 
     # Draw and write each sample.
-    decoders, columns = [args.decoder], {}
+    decoders, columns, masked = [args.decoder], {}, photo.copy()
+    masked[hole] = 128                                                              # mid-grey
     near = tuple(slice(max(0, where[0] - NEAR), where[-1] + 1 + NEAR)
                  for where in (hole.any(1).nonzero()[0], hole.any(0).nonzero()[0]))
     if args.compare and args.decoder == "asym" and model.first_stage.decoder is not None:
@@ -332,18 +333,16 @@ def main():
     drawn = inpaintings(model, photo, hole, prior, decoders=decoders, composite=args.composite,
                         samples=args.samples, seed=args.seed, steps=args.steps,
                         resample=args.resample, show=True)
-
-    def shown(picture):                                             # (H, W, 3) -> (3, h, w)
-        return pixels(torch.from_numpy(picture[near]).permute(2, 0, 1), "cpu")
     with exact_float32(), torch.inference_mode():
         for path, pictures in zip(outputs, drawn):
             Image.fromarray(pictures[args.decoder]).save(path)
-            for name, picture in pictures.items() if args.compare else ():
-                columns.setdefault(CAPTIONS[name] + pasted, []).append(shown(picture))
+            shown = {"original": photo, "masked": masked} | {
+                CAPTIONS[name] + pasted: pictures[name] for name in decoders}
+            for caption, picture in shown.items() if args.compare else ():
+                image = pixels(torch.from_numpy(picture[near]).permute(2, 0, 1), "cpu")
+                columns.setdefault(caption, []).append(image)                       # (3, h, w)
     if args.compare:
-        x, mask = shown(photo), torch.from_numpy(hole[near]).float()
-        known = {"original": [x] * args.samples, "masked": [show_masked(x, mask)] * args.samples}
-        image_grid(known | columns, comparison)
+        image_grid(columns, comparison)
         outputs.append(comparison)
     print0(f"wrote {', '.join(outputs)} ({duration(time.perf_counter() - start)})")
 

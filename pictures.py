@@ -49,10 +49,7 @@ def show_masked(x, mask):
 
 
 def image_grid(columns, path):
-    """Write a PNG with one column for each caption; row i shows every column's image i.
-
-    Images are about 256 px wide. Raises ValueError for lists of several lengths, and as image_rows.
-    """
+    """Write a PNG with a column, about 256 px wide, for each caption; row i is of images i."""
     images = [image for row in zip(*columns.values(), strict=True) for image in row]
     image_rows([(list(columns), images)], path, len(columns), 256)
 
@@ -114,8 +111,8 @@ def curves(log_path, png_path):
     with open(log_path, encoding="utf-8") as file:
         for record in map(json.loads, file):
             for key, value in record.items():
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if number and math.isfinite(value) and key not in ("step", "images"):
+                number = type(value) in (int, float) and math.isfinite(value)
+                if number and key not in ("step", "images"):
                     series.setdefault(key, []).append((record["step"], value))
     known = dict.fromkeys([*TITLES, *(key.removeprefix("val_") for key in series)])
     names = [name for name in known if name in series or f"val_{name}" in series]

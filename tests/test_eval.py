@@ -455,8 +455,8 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
-    ("run -n 0", "-n: give a number"), ("run --batch-size 0", "--batch-size: give"),
-    ("run --size 0", "--size: give"),
+    ("run -n 0", "-n, .* at least 1"), ("run --batch-size 0", "--batch-size .* at least 1"),
+    ("run --size 0", "--size are at least 1"),
     ("", "give either runs"), ("run --pred p --real r", "give either runs"),
     ("--pred p", "--pred needs --real DIR"), ("run --masks m", "--masks needs --real"),
     ("run --unpaired --real r", "--unpaired compares --pred DIR with"),
