@@ -92,8 +92,7 @@ def evaluate(runs=(), *, pred=None, real=None, masks=None, refs=None, n=None,
         at_once = min(MOST_PIXELS, MOST_CELLS * f**2)
         if w % f or h % f or w * h > at_once:
             raise UserError(f"{name}: {w} x {h} px; sides must be multiples of {f} and the area at "
-                            f"most {at_once:,} px for this first stage: cut squares by "
-                            "image_pairs.py, or crop originals and masks alike")
+                            f"most {at_once:,} px for this first stage: crop photo and mask alike")
     if small := [name for name, *side in sides if min(side) < least]:
         networks.empty["lpips"] = (f"n/a: {net} needs {least} px: {len(small):,} images are "
                                    f"smaller and left out, the first is {small[0]}")
@@ -219,8 +218,7 @@ def open_runs(paths, device):
         for key in ("data", "size"):
             ours, theirs = run.config.get(key), one.config.get(key)
             if None not in (ours, theirs) and ours != theirs:
-                raise UserError(f"--{key} of {name} is {ours}, of {first} {theirs}; evaluate them "
-                                "one by one")
+                raise UserError(f"--{key} of {name} is {ours}, of {first} {theirs}; give one alone")
     return runs
 
 
@@ -307,8 +305,7 @@ def tabulate(batches, n, networks, models=None, files=None):
 def count_codebooks(home, first_stage, splits, n, batch_size, inception):
     """Count a run's codes before and after ReFiT: (name, *statistics, rFID) each. [DDM Tab. 1]
 
-    splits: the held-out images and those of training; n: how many of each, None for all;
-    inception: the network for rFID, the FID of decoded held-out images, or None.
+    splits: held-out images, on which `inception` gives rFID, and those of training; n: of each.
     """
     stages, rows = {"the first stage's": first_stage}, []
     device = first_stage.quantize.embedding.weight.device

@@ -149,8 +149,7 @@ def inpaintings(model, photo, hole, prior=None, *, decoders=("asym",), composite
     area = [min(n, max(most, cells)) for n, cells in zip(unknown.shape, grid)]      # in cells
     pieces, progress, count = windows(unknown, area), None, itertools.count(1)
     if show and (photo.shape != whole.shape or len(pieces) > 1):
-        print0(f"works on {W} x {H} px around the hole, in {len(pieces):,} piece(s); the rest is "
-               "the photo's own pixels")
+        print0(f"works on {W} x {H} px around the hole, in {len(pieces)} piece(s); keeps the rest")
     if show and len(pieces) > 1:
         progress = Progress("pieces", 0, samples * len(pieces), 1 / len(pieces))
     elif show and prior and copies is None:
@@ -218,14 +217,12 @@ def completion_rows(prior, dataset, steps):
     """Complete held-out images under three masks each: groups for image_rows. [DDM Fig. 8]"""
     size, half, quarter, groups = dataset.size, dataset.size // 2, dataset.size // 4, []
     masks = {"the upper 62.5 %": box_mask(size, 0, 0, 5 * size // 8, size),
-             "all but the lower right quarter":
-                 1 - box_mask(size, half, half, size - half, size - half),
+             "all but the lower right quarter": 1 - box_mask(size, half, half, half, half),
              "all but the centre quarter": 1 - box_mask(size, quarter, quarter, half, half)}
     how = f"original, masked, {COMPLETIONS} completions ({steps} steps, resample {RESAMPLE})"
-    for number, (hidden, mask) in enumerate(masks.items()):
-        places = range(number * IMAGES, (number + 1) * IMAGES)         # other images for each mask
-        x, m, codes = _completed(prior, dataset, places, [mask] * IMAGES, number, steps,
-                                 COMPLETIONS)
+    for k, (hidden, mask) in enumerate(masks.items()):
+        places = range(k * IMAGES, (k + 1) * IMAGES)                   # other images for each mask
+        x, m, codes = _completed(prior, dataset, places, [mask] * IMAGES, k, steps, COMPLETIONS)
         images = []
         for i, drawn in enumerate(prior.first_stage.decode_indices(codes).split(COMPLETIONS)):
             images += [x[i], show_masked(x[i], m[i]), *drawn]

@@ -155,9 +155,8 @@ def open_networks(device, weights=None, lpips="vgg", asked=False, fid=True, clip
 def measure(x_hat, batch, networks, run, decoder, seconds=0.0, protocol="full"):
     """Measure a batch: rows of the table, one for each image. [AVQ Tab. 1]
 
-    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: what
-    decoding it took; protocol: that of eval.decode_protocols. LPIPS is over the whole image. A row
-    lacks the measures whose network is None; NaN means that the image has no value. For FID it
+    x_hat (B,3,H,W) in about [-1,1], clamped here; batch: a Batch or PairBatch; seconds: of decoding
+    it. A row lacks the measures whose network is None; NaN: the image has no value. For FID it
     holds "features" (2048,) and "logits" (1008,), and that of an original (decoder REAL) no more.
     """
     if not torch.isfinite(x_hat).all():
@@ -217,10 +216,9 @@ def describe(pairs):
 def summary(table, run, decoder, bucket="all", protocol="full"):
     """Average the rows of one decoder in one bucket of mask area: {column: number}.
 
-    "<measure>_se" is a mean's standard error over images, "<measure>_median" the median. A number
-    is None where it is missing or infinite. Images without a value are left out. FID compares with
-    the originals of the same bucket, in FID_BUCKETS only, and is None for too few images. The
-    inception score is over all images, in the bucket "all" only.
+    "<measure>_se" is a mean's standard error over images, "<measure>_median" the median, by
+    `describe`. FID compares with the originals of the same bucket, in FID_BUCKETS only, and is None
+    for too few images. The inception score is over all images, in the bucket "all" only.
     """
     def chosen(*key):
         return [row for row in table if (row["run"], row["decoder"], row["protocol"]) == key

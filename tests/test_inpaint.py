@@ -505,8 +505,7 @@ def test_a_large_photo_says_beforehand_what_is_worked_on_and_what_stays(run, her
     assert call(monkeypatch, "large.png", "hole.png", "--run", run, "--no-prior", "--compare",
                 "-o", "out.png") == 0
     said = capsys.readouterr().out
-    assert re.search(r"works on 80 x 20 px around the hole, in \d piece\(s\); the rest is the "
-                     "photo's own pixels", said)
+    assert re.search(r"works on 80 x 20 px around the hole, in \d piece\(s\); keeps the rest", said)
     lines = [line for line in said.splitlines() if line.startswith("pieces ")]
     assert re.match(r"pieces (\d+)/\1  ", lines[-1])
     assert {images[0].shape for images in shown[0].values()} == {(3, 20, 50)}
