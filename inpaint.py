@@ -223,10 +223,9 @@ def completion_rows(prior, dataset, steps):
     for k, (hidden, mask) in enumerate(masks.items()):
         places = range(k * IMAGES, (k + 1) * IMAGES)                   # other images for each mask
         x, m, codes = _completed(prior, dataset, places, [mask] * IMAGES, k, steps, COMPLETIONS)
-        images = []
-        for i, drawn in enumerate(prior.first_stage.decode_indices(codes).split(COMPLETIONS)):
-            images += [x[i], show_masked(x[i], m[i]), *drawn]
-        groups.append((f"{hidden} hidden: {how}", images))
+        drawn = prior.first_stage.decode_indices(codes).unflatten(0, (IMAGES, COMPLETIONS))
+        rows = torch.cat([torch.stack([x, show_masked(x, m)], 1), drawn], 1)       # (2, 5, 3, H, W)
+        groups.append((f"{hidden} hidden: {how}", list(rows.flatten(0, 1))))
     return groups
 
 

@@ -84,16 +84,12 @@ PAPER_TABLES = {
 NOTES = {
     "<measure>_se": "standard error of the mean over images, clustered by equal masks",
     "differences": "decoder minus other on the same images, image by image",
-    "pre_error": "mean squared error of known pixels, images in [0,1]; the error in [-1,1] is 4 "
-                 "times as large",
+    "pre_error": "mean squared error of known pixels, images in [0,1]; 4 times as large in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "mean absolute error of the step across the mask's border, images in [0,1]; 0 for the "
-            "original",
+    "seam": "mean |error| of the step across the mask's border, images in [0,1]; 0 for originals",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
-    "fid": "over all images and over the bin 40-50, as in Table 1; null below 2,048 images, as "
-           "many as features, where it is mostly bias",
-    "is_mean": "over all images in torch-fidelity's random order, in 10 splits, or one for each "
-               "image if fewer",
+    "fid": "over all images and the bin 40-50, as in Table 1; null below 2,048 images: mostly bias",
+    "is_mean": "over all images in torch-fidelity's random order, in 10 splits, or n if fewer",
     "is_std": "population standard deviation over the splits",
     "images_per_s": "decoding alone, all images, for each process; paste is timed as vanilla",
     "codebook": "not computed: the images are not of a run's data set",
@@ -325,10 +321,7 @@ def codebook_table(rows):
 
 
 def prior_table(prior, K):
-    """Compare -log p of a map of K codes under the prior and models without a network.
-
-    prior: of sample.measure_bound; a model without a number has no row.
-    """
+    """Compare -log p of a map of K codes under the models that sample.measure_bound measured."""
     cells = round(prior["uniform_nats"] / math.log(K))
     names = {"uniform": "uniform", "unigram": "frequency of each code",
              "histogram": "frequency at each cell, shrunk towards it",

@@ -25,8 +25,7 @@ class PartialConv2d(nn.Conv2d):
     def forward(self, x, valid):
         """Map x (B,C,H,W), valid (B,1,H,W) in {0,1} to y (B,C',H',W') and valid_out (B,1,H',W').
 
-        valid_out is float32. A window without a valid pixel gives exactly 0, without bias. The
-        arithmetic is the published layer's for a mask that is the same in all channels.
+        valid_out is float32. The arithmetic is the published layer's for one mask of all channels.
         """
         # Sums of at most k*k ones, in float32: exact.  deviation D16
         count = F.avg_pool2d(valid.float(), self.kernel_size, self.stride, self.padding,
@@ -35,9 +34,7 @@ class PartialConv2d(nn.Conv2d):
         ratio = self.weight[0, 0].numel() / count.clamp(min=1) * valid_out
         y = F.conv2d(x * valid.to(x.dtype), self.weight, None,
                      self.stride, self.padding)                             # (B, C', H', W')
-        # In place, so that y stays bf16 under autocast although ratio is float32. The convolution's
-        # backward never reads y.
-        y.mul_(ratio)
+        y.mul_(ratio)        # in place: y stays bf16 under autocast, and no backward reads it
         if self.bias is not None:
             y.addcmul_(self.bias.to(y.dtype).view(1, -1, 1, 1), valid_out.to(y.dtype))
         return y, valid_out

@@ -48,8 +48,7 @@ class UNetConfig:
 # "paper117" has 117,586,568 and 117,454,984, and the plain convolutions of one call 1.06 and 1.04 G
 # multiplications. Drawing a map takes one call per reverse step. "tiny" is not the paper's.
 UNET_PRESETS = {
-    "tiny":     UNetConfig(width=40, mults=(1, 2, 2), num_blocks=1, top_skip=True,
-                           attn_levels=(2,)),
+    "tiny": UNetConfig(width=40, mults=(1, 2, 2), num_blocks=1, top_skip=True, attn_levels=(2,)),
     "paper117": UNetConfig(),
 }
 

@@ -134,10 +134,10 @@ def test_a_long_log_is_drawn_as_means_of_neighbours(tmp_path, monkeypatch):
 def test_a_picture_is_made_where_there_is_something_to_draw(records, made, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with warnings.catch_warnings(action="error"):
-        curves(tmp_path / "log.jsonl", tmp_path / "new" / "curves.png")
-    assert (tmp_path / "new" / "curves.png").exists() == made
+        curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() == made
     if made:
-        assert np.array(Image.open(tmp_path / "new" / "curves.png").convert("L")).std() > 10
+        assert np.array(Image.open(tmp_path / "curves.png").convert("L")).std() > 10
 
 
 def test_a_users_matplotlibrc_changes_no_curves(tmp_path):
