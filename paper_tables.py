@@ -86,7 +86,7 @@ NOTES = {
     "differences": "decoder minus other on the same images, image by image",
     "pre_error": "mean squared error of known pixels, images in [0,1]; 4 times as large in [-1,1]",
     "psnr_known": "dB, mean over images; null where infinite, because the pixels are exact copies",
-    "seam": "mean |error| of the step across the mask's border, images in [0,1]; 0 for originals",
+    "seam": "mean absolute error of the step across the mask's border, [0,1]; 0 for the original",
     "clip_score": "100 x cosine of the edited region's bounding box and the reference, by --clip",
     "fid": "over all images and the bin 40-50, as in Table 1; null below 2,048 images: mostly bias",
     "is_mean": "over all images in torch-fidelity's random order, in 10 splits, or n if fewer",

@@ -133,8 +133,7 @@ def decoder_name(model):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=(
-        "Draw samples by the prior of RUN and decode them. With a PNG as -o, print what drawing in "
-        "each number of --steps costs."))
+        "Draw and decode samples by RUN's prior. With a PNG as -o, print what the --steps cost."))
     add = parser.add_argument
     add("--run", metavar="RUN", default=SMALL_RUN,
         help="a run folder with a prior, or a prior's file (default: notebooks/run, the demo's)")
