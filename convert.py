@@ -153,7 +153,7 @@ def _is_public(path):
         return diffusers_folder(path)[0] is not None
     with suppress(Exception):                    # read_public tells what is wrong with the file
         state = torch.load(path, map_location="meta", weights_only=True,
-                           mmap=str(path).isprintable())         # as in read_pickle
+                           mmap=str(path).isprintable())         # as in read_tensors
         return not state.keys() >= {"format", "stage"}           # run_folder.save's
     return True
 

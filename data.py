@@ -134,8 +134,7 @@ class ImageFiles:
                         f"used; the first is {errors[0]}")
 
     def describe(self):
-        count = f"{len(self):,} photos" if len(self) > 1 else "1 photo"
-        return f"{count} in {self.folder} ({self.part})"
+        return f"{len(self):,} photo{'s' * (len(self) > 1)} in {self.folder} ({self.part})"
 
     def identity(self):
         digest = hashlib.sha256(b"\0".join(self.names))
@@ -207,32 +206,29 @@ def load_image(path, min_side=None, ground="white", to_srgb=True):
     lost. Raises UserError as `unreadable` gives it, and beyond 178 million pixels.
     """
     try:
-        with warnings.catch_warnings():
-            # Damaged EXIF and 90 to 178 million pixels give warnings, but such photos are read.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if min_side:             # draft() keeps each side at least as long as it is told
-                    image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
-                profile = image.info.get("icc_profile") if to_srgb else None
-                turn, lost = 1, ["16 bits a colour are"] * (";16" in f"{image.mode} {image.tile}")
-                image.load()
-                with suppress(Exception):        # a damaged EXIF block
-                    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-                    ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith(("I", "F")):
-                    image = _to_8_bits(image)
-                if profile:
-                    with suppress(Exception):    # a damaged profile
-                        image = _to_srgb(image, profile)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    if image.getextrema()[3][0] < 255:
-                        lost.append(f"transparency, here on {ground}, is")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-                image = image.convert("RGB")
-                lost = [f"{path}: {what} not kept" for what in lost]
-                image.info |= {"turn": turn, "remarks": lost}
-                return image
+        # Damaged EXIF and 90 to 178 million pixels give warnings, but such photos are read.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if min_side:                 # draft() keeps each side at least as long as it is told
+                image.draft(None, (min(min_side, image.width), min(min_side, image.height)))
+            profile = image.info.get("icc_profile") if to_srgb else None
+            turn, lost = 1, ["16 bits a colour are"] * (";16" in f"{image.mode} {image.tile}")
+            image.load()
+            with suppress(Exception):            # a damaged EXIF block
+                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(("I", "F")):
+                image = _to_8_bits(image)
+            if profile:
+                with suppress(Exception):        # a damaged profile
+                    image = _to_srgb(image, profile)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    lost.append(f"transparency, here on {ground}, is")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+            image = image.convert("RGB")
+            image.info |= {"turn": turn, "remarks": [f"{path}: {what} not kept" for what in lost]}
+            return image
     except Exception as error:           # Pillow's readers raise nearly anything
         raise unreadable(path, error, "cannot be decoded", "") from None
 
@@ -287,10 +283,9 @@ def read_mask(path, invert=False):
     if soft := int(((grey > 0) & (grey < 255)).sum()):
         remarks.append(f"{path}: {soft:,} of {grey.size:,} pixels are neither black nor white; "
                        "128 and above count as white")
-    if not mask.any() or mask.mean() > 0.95:
-        share = f"{mask.mean():.0%} of it" if mask.any() else "nothing in it"
-        remarks.append(f"{path}: {share} is to be generated; white marks the hole, or black "
-                       "with --invert-mask")
+    if not 0 < mask.mean() <= 0.95:
+        remarks.append(f"{path}: {mask.mean():.0%} of it is to be generated; white marks the hole, "
+                       "or black with --invert-mask")
     return mask, remarks
 
 
@@ -391,9 +386,8 @@ def training_batches(items, first, last, batch_size, rank=0, world=1, workers=0,
     of lists of other values.
     """
     local = batch_size // world
-    starts = (step * batch_size + rank * local for step in range(first, last))
-    positions = (range(i, i + local) for i in starts)
-    return _load(items.__getitem__, positions, workers, pin)
+    starts = range(first * batch_size + rank * local, last * batch_size, batch_size)
+    return _load(items.__getitem__, (range(i, i + local) for i in starts), workers, pin)
 
 
 def views(dataset, batches, workers=0):

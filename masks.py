@@ -44,7 +44,11 @@ def random_mask(kind, size, seed, index, stream=MASK_SHAPE):
     canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)
     if boxes and rng.random() < BOX_SHARE:
-        _draw_boxes(draw, rng, boxes, side)
+        for _ in range(rng.integers(1, boxes.max_times + 1)):
+            width, height = rng.integers(boxes.min_side, boxes.max_side + 1, size=2).tolist()
+            left, top = rng.integers(boxes.margin, (side - boxes.margin - width + 1,
+                                                    side - boxes.margin - height + 1)).tolist()
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=1)
     else:
         _draw_strokes(draw, rng, strokes, side)
     return np.array(canvas.resize((size, size), Image.Resampling.NEAREST))          # (size,size)
@@ -80,14 +84,6 @@ def draw_line(draw, start, end, width):
     draw.line((start, end), fill=1, width=2 * r + 1)
     for x, y in (start, end):
         draw.ellipse((x - r, y - r, x + r, y + r), fill=1)
-
-
-def _draw_boxes(draw, rng, boxes, side):
-    for _ in range(rng.integers(1, boxes.max_times + 1)):
-        width, height = rng.integers(boxes.min_side, boxes.max_side + 1, size=2).tolist()
-        left, top = rng.integers(boxes.margin, (side - boxes.margin - width + 1,
-                                                side - boxes.margin - height + 1)).tolist()
-        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=1)
 
 
 def box_mask(size, top, left, height, width):

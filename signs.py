@@ -111,8 +111,7 @@ class Scene:
         self.draw.polygon([(x * self.unit, y * self.unit) for x, y in points], fill=colour)
 
     def disc(self, x, y, rx, ry, colour):
-        u = self.unit
-        self.draw.ellipse(((x - rx) * u, (y - ry) * u, (x + rx) * u, (y + ry) * u), fill=colour)
+        self.draw.ellipse([v * self.unit for v in (x - rx, y - ry, x + rx, y + ry)], fill=colour)
 
 
 def _street_from_the_front(scene):
@@ -158,8 +157,7 @@ def _street_from_the_front(scene):
     if rng.random() < 0.5:
         x, foot = rng.uniform(8, 56), ground + 4
         word = scene.pick([word for word in SHORT_WORDS if len(word) < 6])
-        board = _board(scene, x, foot - rng.uniform(15, 20), (word,))
-        if board:
+        if board := _board(scene, x, foot - rng.uniform(15, 20), (word,)):
             x = (board[0] + board[2]) / 2 / scene.unit
             scene.box(x - 0.5, board[3] / scene.unit, x + 0.5, foot, scene.lit((150, 154, 160)))
     # Plant a tree or a lamp where no board hangs.
@@ -290,8 +288,6 @@ def word_mask(text, scale, upright=False):
     else:
         ink = np.concatenate([np.pad(a, ((0, 0), (0, 1))) for a in letters], 1)[:, :-1]
     mask = Image.fromarray(ink * np.uint8(255))
-    if scale == 1:
-        return mask
     # Enlarge smoothly and make the edges steep again, which gives round strokes and no stairs.
     mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BICUBIC)
     return mask.point([min(255, max(0, (v - 128) * scale + 128)) for v in range(256)])

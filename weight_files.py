@@ -1,8 +1,7 @@
 """Read the weights that other programs wrote, without running code from their files.
 
-    .ckpt .pt .pth .bin --read_pickle-----+
-    .safetensors --------read_safetensors-+--> {key: tensor} --read_public--> the first stage in it
-    either, by its first bytes --read_tensors--> {key: tensor}
+    .ckpt .pt .pth .bin .safetensors --read_tensors--> {key: tensor}
+      --read_public--> the first stage in it
     a folder of diffusers, or a pipeline's vae/, movq/ or vqvae/ --read_public--> and its config
     an index of shards, *.index.json --read_shards--> {key: tensor}
     the name of a published file --find_weights--> path --read_weights--> state dict
@@ -10,15 +9,13 @@
 Files are mapped into memory, so of Stable Diffusion only the first stage is read from the disk.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, namedtuple
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -37,14 +34,16 @@ PLACEHOLDERS = {b"version https://git-lfs": "a Git LFS pointer, not the file; ru
 def unreadable(path, error, problem="truncated or no checkpoint", remedy="get the file again"):
     """Make the UserError for a file that was not read, by its cause: each has a cure of its own.
 
-    problem, remedy: what to say where the file itself is at fault.
+    problem, remedy: what to say where the file itself is at fault. A UserError stays as it is.
     """
+    if isinstance(error, UserError):
+        return error
+    reason = getattr(error, "strerror", None)            # Pillow's own OSErrors have none
     if isinstance(error, MemoryError):
-        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if isinstance(error, OSError) and error.errno:       # not Pillow's, which have no number
-        reason = error.strerror
-        if isinstance(error, FileNotFoundError) and os.path.islink(path):
-            reason = f"a link to {os.path.realpath(path)}, which is not there; fetch or mount it"
+        reason = "Cannot allocate memory"
+    elif isinstance(error, FileNotFoundError) and os.path.islink(path):
+        reason = f"a link to {os.path.realpath(path)}, which is not there; fetch or mount it"
+    if reason:
         return UserError(f"{path}: cannot be read ({reason})")
     start = None
     with suppress(OSError), open(path, "rb") as file:
@@ -83,20 +82,22 @@ CLASSES = {"argparse.Namespace", "types.SimpleNamespace", "typing.Any", "numpy.d
            "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"}
 
 
-def read_pickle(path):
-    """Read a file of torch.save: containers and tensors, mapped, on the CPU.
+def read_tensors(path):
+    """Read a file of safetensors or torch.save: tensors, and containers, mapped, on the CPU.
 
-    Only names on torch's weights-only list are imported or called. Raises UserError for names that
-    are not listed above, and for a damaged or other file.
+    Of a pickle, only names on torch's weights-only list are imported or called. Raises UserError
+    for names that are not listed above, and for a damaged or other file.
     """
     path, known = Path(path), {}
     try:
         with path.open("rb") as file:
-            if (start := file.read(2)) != b"PK":
-                raise unreadable(
-                    path, ValueError(f"it starts with {start}"), "no safetensors and no checkpoint "
-                    "of PyTorch 1.6 or later", "convert an older one by torch.save(torch.load("
-                    f"'{path.name}', weights_only=True), 'new.pt')")
+            start = file.read(9)
+        if start[8:] == b"{":
+            return read_safetensors(path)
+        if start[:2] != b"PK":
+            raise unreadable(path, ValueError(f"it starts with {start[:2]}"), "no safetensors and "
+                             "no checkpoint of PyTorch 1.6 or later", "convert an older one by "
+                             f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')")
         for name in sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)):
             if not (name in CONTAINERS or name in CLASSES or name.startswith(PACKAGES)):
                 raise UserError(f"{path}: refused because it asks for {_one_line(name)}, which is "
@@ -107,8 +108,6 @@ def read_pickle(path):
             # torch maps no file whose name is not UTF-8.
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=str(path).isprintable())
-    except UserError:
-        raise
     except Exception as error:               # a damaged pickle can raise anything at all
         raise unreadable(path, error) from None
 
@@ -154,14 +153,6 @@ def read_safetensors(path):
         raise unreadable(path, error) from None
 
 
-def read_tensors(path):
-    """Read {name: tensor} in either format, told by the file's first bytes. Raises UserError."""
-    start = b""
-    with suppress(OSError), open(path, "rb") as file:    # read_pickle tells why it cannot be read
-        start = file.read(9)
-    return read_safetensors(path) if start[8:] == b"{" else read_pickle(path)
-
-
 def read_shards(index):
     """Read {name: tensor} from the shards beside `index`, a Path of JSON. Raises UserError."""
     try:
@@ -171,8 +162,6 @@ def read_shards(index):
                 raise ValueError(f"no file {shard} is beside it")
             shards[shard] = read_tensors(index.with_name(shard))
         return {name: shards[shard][name] for name, shard in places.items()}
-    except UserError:                        # of a shard, which it names
-        raise
     except Exception as error:               # a damaged index can say anything
         raise unreadable(index, error) from None
 
@@ -216,17 +205,15 @@ INSERTED = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_forward
 UNUSED = re.compile(r"(loss|model_ema|decoder\.up_layers)\.|colorize$|.*(cluster_size|embed_avg)$")
 
 
-@dataclass
-class Public:
-    """Hold the first stage of a public checkpoint, by the names in its file."""
-    path:   Path          # of the file of weights
-    state:  dict          # {key without prefix: tensor}, on the CPU, floats in float32
-    config: dict | None   # diffusers' config.json beside it
-    notes:  list          # lines about weights that were left out or cast
+Public = namedtuple("Public", "path state config notes")
 
 
 def read_public(path):
-    """Read the first stage in a file or a folder of diffusers: a Public. Raises UserError."""
+    """Read the first stage in a file or a folder of diffusers: a Public. Raises UserError.
+
+    path: of the file of weights. state: {key without prefix: tensor}, on the CPU, floats in
+    float32. config: of diffusers' config.json beside it, or None. notes: lines for the user.
+    """
     # Find the file, and diffusers' config.json beside it.
     file, notes = Path(path), []
     folder, config = diffusers_folder(file)
@@ -354,10 +341,9 @@ def read_weights(name, wanted, folder=None, ignore=None):
                   if not (ignore and key.startswith(ignore))}
     except Exception as error:               # a damaged file can raise anything
         raise unreadable(path, error, remedy=remedy) from None
-    wrong = [f"unknown key {key}" for key in shapes if key not in wanted]
-    wrong += [f"{key} is {shapes[key]}, not {tuple(value.shape)}" if key in shapes
-              else f"no key {key}" for key, value in wanted.items()
-              if shapes.get(key) != tuple(value.shape)]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]}; {remedy}")
+    expected = {key: tuple(value.shape) for key, value in wanted.items()}
+    for key in shapes | expected:
+        found, needed = (some.get(key, "absent") for some in (shapes, expected))
+        if found != needed:
+            raise UserError(f"{path}: {key} is {found}, not {needed}; {remedy}")
     return {key: as_float32(path, key, state[key]) for key in wanted}

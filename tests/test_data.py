@@ -578,7 +578,7 @@ def test_a_masks_numbers_are_no_colours(tmp_path):
     assert not data.read_mask(tmp_path / "m.png")[0].any()       # as a colour it would be 182
 
 
-@pytest.mark.parametrize(("share", "said"), [(0, "nothing in it"), (0.03, None), (0.94, None),
+@pytest.mark.parametrize(("share", "said"), [(0, "0% of it"), (0.03, None), (0.94, None),
                                              (0.97, "97% of it"), (1, "100% of it")])
 def test_a_mask_that_looks_inverted_is_warned_of(tmp_path, share, said):
     white = np.arange(10_000).reshape(100, 100) < 10_000 * share

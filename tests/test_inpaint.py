@@ -563,7 +563,7 @@ def test_with_nothing_to_generate_the_program_needs_no_models(here, monkeypatch,
     save_mask("mask.png", np.zeros((13, 15), bool))
     assert call(monkeypatch, "photo.png", "mask.png", "--run", "nowhere") == 0
     said = capsys.readouterr().out
-    assert "mask.png: nothing in it is to be generated" in said
+    assert "mask.png: 0% of it is to be generated" in said
     assert "wrote the photo unchanged to photo-inpainted.png" in said
     assert np.array_equal(pixels("photo-inpainted.png"), photo_of(26, 30))
 

@@ -230,10 +230,10 @@ def refusal(folder):
 
 
 @pytest.mark.parametrize(("which", "change", "complaint"), [
-    (0, {"features.99.weight": torch.ones(1)}, "unknown key features.99.weight"),
+    (0, {"features.99.weight": torch.ones(1)}, "features.99.weight is (1,), not absent"),
     (0, {"features.0.bias": torch.ones(7)}, "features.0.bias is (7,), not (64,)"),
-    (1, {"classifier.0": torch.ones(1)}, "unknown key classifier.0"),
-    (1, {"lin4.model.1.weight": None}, "no key lin4.model.1.weight")])
+    (1, {"classifier.0": torch.ones(1)}, "classifier.0 is (1,), not absent"),
+    (1, {"lin4.model.1.weight": None}, "lin4.model.1.weight is absent, not (1, 256, 1, 1)")])
 def test_other_keys_and_shapes_are_refused_in_one_line(which, change, complaint, tmp_path):
     paths = write_files(tmp_path, "alex", random_weights("alex"))
     state = torch.load(paths[which]) | change

@@ -30,7 +30,6 @@ from weight_files import (
     TYPES,
     StandIn,
     find_weights,
-    read_pickle,
     read_public,
     read_safetensors,
     read_tensors,
@@ -175,7 +174,7 @@ def test_an_attack_is_refused_by_file_and_name_and_nothing_runs(tmp_path, attack
     for data in (archived(payload), payload):                  # in a zip, and as a bare pickle
         path.write_bytes(data)
         with pytest.raises(UserError) as caught:
-            read_pickle(path)
+            read_tensors(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert str(caught.value).isprintable()
         assert name in str(caught.value) or data == payload
@@ -188,9 +187,9 @@ def test_a_real_class_behind_a_stand_ins_name_is_never_touched(tmp_path, opcode,
     (tmp_path / "a.ckpt").write_bytes(archived(payload))
     if opcode in ("SETITEM", "APPENDS"):                       # filled like a dict, which it is not
         with pytest.raises(UserError, match="truncated or no checkpoint"):
-            read_pickle(tmp_path / "a.ckpt")
+            read_tensors(tmp_path / "a.ckpt")
     else:
-        assert type(read_pickle(tmp_path / "a.ckpt")) is StandIn
+        assert type(read_tensors(tmp_path / "a.ckpt")) is StandIn
     assert not evil.exists()
 
 
@@ -204,7 +203,7 @@ def test_a_real_class_behind_a_stand_ins_name_is_never_touched(tmp_path, opcode,
 def test_names_beside_the_list_are_refused(tmp_path, module, name):
     (tmp_path / "a.pt").write_bytes(archived(b"\x80\x02" + by_name(module, name) + b"."))
     with pytest.raises(UserError) as caught:
-        read_pickle(tmp_path / "a.pt")
+        read_tensors(tmp_path / "a.pt")
     named = f"{module}.{name}".encode("unicode_escape").decode()    # a Cyrillic o shows itself
     assert f"asks for {named}, which is code" in str(caught.value)
 
@@ -217,7 +216,7 @@ def test_a_numpy_array_with_a_made_up_dtype_is_a_stand_in(tmp_path):
              + by_name("numpy", "ndarray") + b"K\x00\x85" + text("b") + b"\x87R(K\x01K\x01\x85"
              + dtype + b"\x89" + text("A" * 8) + b"tb.")
     (tmp_path / "a.pt").write_bytes(archived(array))
-    assert type(read_pickle(tmp_path / "a.pt")) is StandIn
+    assert type(read_tensors(tmp_path / "a.pt")) is StandIn
 
 
 # -- what trainers write ---------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_containers_and_numbers_come_back_and_the_rest_as_stand_ins(tmp_path):
     torch.save({"state_dict": tensors, "plain": plain, "foreign": foreign, "share": [base, base[2]],
                 "loops": collections.defaultdict(list, a=[1]),
                 "queue": collections.deque([1, 2], maxlen=5)}, path)
-    before, contents = path.read_bytes(), read_pickle(path)
+    before, contents = path.read_bytes(), read_tensors(path)
     for name, tensor in tensors.items():
         read = contents["state_dict"][name]
         assert (read.dtype, read.stride()) == (tensor.dtype, tensor.stride())
@@ -267,7 +266,7 @@ def test_dictionaries_of_packages_that_are_not_there_keep_their_items(tmp_path, 
         settings = kind(lr=0.1)
         settings.lr = 0.1                                # EasyDict keeps each item twice
         torch.save({"hyper_parameters": settings, "a": torch.ones(2)}, tmp_path / "a.ckpt")
-    contents = read_pickle(tmp_path / "a.ckpt")
+    contents = read_tensors(tmp_path / "a.ckpt")
     assert contents["hyper_parameters"] == {"lr": 0.1}
     assert contents["a"].tolist() == [1, 1]
 
@@ -288,7 +287,7 @@ def test_classes_of_packages_that_are_not_there_are_stand_ins_and_attributes_a_d
         torch.save({"callbacks": {kinds["ModelCheckpoint"]: {"best": torch.tensor(0.5)}},
                     "hyper_parameters": kinds["AttributeDict"](config=config, lr=0.1),
                     "state_dict": {"a": torch.ones(2)}}, tmp_path / "a.ckpt")
-    contents = read_pickle(tmp_path / "a.ckpt")
+    contents = read_tensors(tmp_path / "a.ckpt")
     assert contents["state_dict"]["a"].tolist() == [1, 1]
     assert contents["callbacks"] == {StandIn: {"best": torch.tensor(0.5)}}
     config = contents["hyper_parameters"].pop("config")
@@ -366,7 +365,7 @@ def saved(contents, **how):
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, data, reason):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.pt: .*{reason}") as caught:
-        read_pickle(tmp_path / "a.pt")
+        read_tensors(tmp_path / "a.pt")
     assert str(caught.value).isprintable()
 
 
@@ -379,10 +378,10 @@ def test_a_tensor_never_reaches_beyond_its_storage(tmp_path):
                     + b"".join(map(embedded, (offset, size, stride, False, {}))) + b"tR.")
         path.write_bytes(archived(contents, **{"data/0": data.numpy().tobytes()}))
         if stride == (1,) and offset + size[0] == 5:
-            assert read_pickle(path).tolist() == data.tolist()
+            assert read_tensors(path).tolist() == data.tolist()
             continue
         with pytest.raises(UserError, match="truncated or no checkpoint"):
-            read_pickle(path)
+            read_tensors(path)
 
 
 # -- the first stage in a public checkpoint --------------------------------------------------------
