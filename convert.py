@@ -28,7 +28,7 @@ from diffusion import MultinomialDiffusion
 from distributed import UserError, exit_on_user_error, print0
 from unet import UNet, UNetConfig
 from vqgan import VQGAN, VQGANConfig
-from weight_files import diffusers_folder, read_public, write_safetensors
+from weight_files import diffusers_folder, read_public, unreadable, write_safetensors
 
 FIRST_STAGES = ("refit", "vqgan")       # in the order of preference
 IMAGE_STAGES = ("decoder", *FIRST_STAGES)
@@ -108,8 +108,7 @@ def _read(path, stages):
     if public or not path.is_dir():
         state = _read_public(path) if public else run_folder.load(path)
         if state["stage"] not in stages:
-            raise UserError(f"{path} is a {state['stage']}, not a {' or '.join(stages)}; give a "
-                            "file of one")
+            raise UserError(f"{path} is a {state['stage']}; give a {' or '.join(stages)}")
         return state
     for stage in stages:
         state = run_folder.latest(path / stage)
@@ -126,10 +125,7 @@ def _tuples(fields):
 
 
 def load_parent(state, source):
-    """Load the first stage that `source`, whose contents are `state`, was trained on.
-
-    Raises UserError if it is missing or has other weights now.
-    """
+    """Load the first stage that `source` (contents: `state`) was trained on, or raise UserError."""
     stage, where = state["stage"], state["config"].get("vqgan") or run_of(source)
     if not Path(where).exists():
         raise UserError(f"the {stage} in {source} needs the first stage {where}, which does not "
@@ -169,8 +165,7 @@ def _read_public(path):
         config = public_names.first_stage_config(weights, groups)
         size = public_names.asym_decoder_size(weights, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"{public.path}: no autoencoder of this kind ({kind}{error})") from None
+        raise unreadable(public.path, error, "no autoencoder of this kind", "") from None
     return {"stage": "decoder" if size else "vqgan", "model": weights, "step": 0,
             "config": {"first_stage": asdict(config), "decoder": size, **stated},
             "extra": {"finished": True}, "notes": public.notes + notes}
@@ -245,8 +240,7 @@ def save_model(loaded, path):
 
 def _check_new(path):
     """Raise UserError if `path` exists and is not an empty folder."""
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise UserError(f"{path} exists already: remove it, or choose another name")
 
 
@@ -339,14 +333,12 @@ def list_layers(model, size):
     main += [(i, start) for i in range(n)
              for start in (f"_blend({i + 1})", f"fuse.{i + 1}", f"up.{i}.")]
     main += [(n, "conv_in"), (n, "mid.")]
-    order = [("Condition", i, f"decoder.encoder.layers.{i}") for i in range(n + 1)]
-    order += [("Main", place, f"decoder.{start}") for place, start in main]
-    order += [("First stage's decoder", place, f"first_stage.decoder.{start}")
-              for place, start in main]
-    order += [("First stage's encoder and latent", "", f"first_stage.{start}")
-              for start in ("encoder.", "quant_conv", "quantize.", "post_quant_conv")]
-    return [(part, place, name, *row) for part, place, start in order
-            for name, row in rows.items() if name.startswith(start)]
+    latent = [("", start) for start in ("encoder.", "quant_conv", "quantize.", "post_quant_conv")]
+    parts = (("Condition", "decoder.encoder.layers.", [(i, str(i)) for i in range(n + 1)]),
+             ("Main", "decoder.", main), ("First stage's decoder", "first_stage.decoder.", main),
+             ("First stage's encoder and latent", "first_stage.", latent))
+    return [(part, place, name, *row) for part, whole, order in parts for place, start in order
+            for name, row in rows.items() if name.startswith(whole + start)]
 
 
 def main():
@@ -380,9 +372,8 @@ def main():
            f"{sum(p.numel() for p in first_stage.parameters()):,} parameters{absent}")
     if model is not first_stage:
         size = loaded.config["decoder"]
-        print0(f"  decoder      {size['preset']}, {size['blend']}: ch {size['ch']}, num_res_blocks "
-               f"{size['num_res_blocks']}; {sum(p.numel() for p in model.decoder.parameters()):,} "
-               "parameters")
+        print0("  decoder      {preset}, {blend}: ch {ch}, num_res_blocks {num_res_blocks}; {:,} "
+               "parameters".format(sum(p.numel() for p in model.decoder.parameters()), **size))
     print0(f"  latents      hash {loaded.latent_hash[:16]}; equal hashes, equal latents")
     stated = public_names.stated(loaded.config)
     maps = ", ".join(f"{name} {value}" for name, value in stated.items() if name != "sample_size")

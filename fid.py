@@ -53,8 +53,7 @@ class InceptionV3(nn.Module):
         as in the original inception score, torch-fidelity and torchmetrics.
         """
         with torch.autocast(images.device.type, enabled=False):
-            h = F.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear",
-                              align_corners=False)                             # (B, 3, 299, 299)
+            h = F.interpolate(images.float(), SIZE, mode="bilinear")           # (B, 3, 299, 299)
             features = self._map(h).mean((2, 3))                               # (B, 2048)
             return features, features @ self.fc.weight.T                       # (B, 1008)
 

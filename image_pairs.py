@@ -6,8 +6,7 @@
 
 Two files match if their paths inside their folders are equal without the extension. If no path
 matches, file names alone are compared, so that a flat folder fits one with class folders. A mask of
-NAME may be NAME_mask.png or LaMa's NAME_mask000.png. Nothing is resized or left out: a file without
-a partner is an error.
+NAME may be NAME_mask.png or LaMa's NAME_mask000.png. Only masks are resized.
 """
 
 import argparse
@@ -58,9 +57,8 @@ class MatchedFolders:
         self.refs = _match("--refs", refs, names, real)
         self.names, self.invert_mask = names[:limit], invert_mask
         self.warned = 0                          # warnings about files so far
-        self.about = f"{len(self):,} pictures in {f'{pred} beside ' if pred else ''}{real}"
-        if masks:
-            self.about += f", masks in {masks}"
+        self.about = (f"{len(self):,} pictures in {f'{pred} beside ' if pred else ''}{real}"
+                      + (f", masks in {masks}" if masks else ""))
 
     def __len__(self):
         return len(self.names)
@@ -163,11 +161,10 @@ def write_evaluation_set(photos, out, kind="thick", size=512):
     is left out with its mask. [AVQ Tab. 1]  deviation D29
     """
     photos, out, sources = Path(photos), Path(out), _listed("PHOTOS", photos)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"-o {out}: is not empty; choose another")
     if out.resolve().is_relative_to(photos.resolve()):
         raise UserError(f"-o {out}: would mix the set with the photos; choose one outside of them")
-    make_folder(out, "-o")
+    if any(make_folder(out, "-o").iterdir()):
+        raise UserError(f"-o {out}: is not empty; choose another")
     stems, files = Counter(map(_stem, sources)), []
     progress = Progress("masks", 0, len(sources), 1)
     for index, source in enumerate(sources):

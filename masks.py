@@ -50,7 +50,18 @@ def random_mask(kind, size, seed, index, stream=MASK_SHAPE):
                                                     side - boxes.margin - height + 1)).tolist()
             draw.rectangle((left, top, left + width - 1, top + height - 1), fill=1)
     else:
-        _draw_strokes(draw, rng, strokes, side)
+        # LaMa says "1-5 times" but draws 1 to 6: its generator adds one to the end.  deviation D18
+        for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
+            x, y = rng.integers(side, size=2).tolist()
+            segments = rng.integers(1, 6), 3
+            for turn, length, width in rng.integers((4, strokes.length, strokes.width),
+                                                    size=segments).tolist():
+                angle, length, start = 0.01 + turn, 10 + length, (x, y)
+                if stroke % 2 == 0:
+                    angle = 2 * pi - angle
+                x = min(max(int(x + length * sin(angle)), 0), side)
+                y = min(max(int(y + length * cos(angle)), 0), side)
+                draw_line(draw, start, (x, y), 5 + width)
     return np.array(canvas.resize((size, size), Image.Resampling.NEAREST))          # (size,size)
 
 
@@ -58,21 +69,6 @@ def _generator(stream, seed, index):
     """Make the generator of a mask. No keys collide, whatever their lengths: the length leads."""
     seed = seed if isinstance(seed, tuple) else (seed,)
     return numpy_generator(stream, len(seed), *seed, index)
-
-
-def _draw_strokes(draw, rng, strokes, side):
-    # LaMa says "1-5 times" but draws 1 to 6: its generator adds one to the end.  deviation D18
-    for stroke in range(rng.integers(strokes.min_times, strokes.max_times + 2)):
-        x, y = rng.integers(side, size=2).tolist()
-        segments = rng.integers(1, 6), 3
-        for turn, length, width in rng.integers((4, strokes.length, strokes.width),
-                                                size=segments).tolist():
-            angle, length, start = 0.01 + turn, 10 + length, (x, y)
-            if stroke % 2 == 0:
-                angle = 2 * pi - angle
-            x = min(max(int(x + length * sin(angle)), 0), side)
-            y = min(max(int(y + length * cos(angle)), 0), side)
-            draw_line(draw, start, (x, y), 5 + width)
 
 
 def draw_line(draw, start, end, width):
@@ -89,8 +85,7 @@ def draw_line(draw, start, end, width):
 def box_mask(size, top, left, height, width):
     """Mark one box: uint8 (size,size). Raises ValueError if it is empty or leaves the image."""
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > size:
-        raise ValueError(f"box top={top} left={left} height={height} width={width} "
-                         f"does not fit into {size} x {size} px")
+        raise ValueError(f"box {top, left, height, width} does not fit into {size} x {size} px")
     mask = np.zeros((size, size), np.uint8)                                         # (size,size)
     mask[top:top + height, left:left + width] = 1
     return mask

@@ -192,17 +192,15 @@ def diffusers_config(config, size=None, **others):
     """Make the dict of the config.json from which diffusers builds this model.
 
     config: a VQGANConfig. size: None for an AutoencoderKL or VQModel; of an AsymmetricAutoencoderKL
-    the result of asym_decoder_size. others: STATED fields, if not Stable Diffusion's and 256 px;
-    a KL latent needs its scaling_factor where it is not 4 wide, as Stable Diffusion's.
+    the result of asym_decoder_size. others: STATED fields, if not Stable Diffusion's and 256 px.
     Raises ValueError for a model that diffusers cannot build.
     """
-    levels = range(len(config.ch_mult))
-    down = [f"{'Attn' if i in config.attn_levels else ''}DownEncoderBlock2D" for i in levels]
-    up = [f"{'Attn' if i in config.attn_levels else ''}UpDecoderBlock2D" for i in reversed(levels)]
-    fields = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "down_block_types": down,
-              "up_block_types": up, "latent_channels": config.z_channels,
-              "norm_num_groups": config.norm_groups, "sample_size": 256,
-              "scaling_factor": SCALING_FACTOR} | others
+    kinds = ["Attn" * (i in config.attn_levels) for i in range(len(config.ch_mult))]
+    fields = {"in_channels": 3, "out_channels": 3, "act_fn": "silu",
+              "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
+              "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
+              "latent_channels": config.z_channels, "norm_num_groups": config.norm_groups,
+              "sample_size": 256, "scaling_factor": SCALING_FACTOR} | others
     if config.latent == "kl" and config.z_channels != config.embed_dim:
         raise ValueError(f"diffusers' KL autoencoders have one latent width, this one has two: "
                          f"z_channels {config.z_channels}, embed_dim {config.embed_dim}")
@@ -222,10 +220,9 @@ def diffusers_config(config, size=None, **others):
     theirs = [min(widths[0] * 2**i, widths[-1]) for i in range(4)]
     if (config.latent != "kl" or size["blend"] != "add" or widths != theirs
             or widths[0] == widths[1]):
-        raise ValueError("diffusers' AsymmetricAutoencoderKL has a KL latent, blends by addition "
-                         "and has four levels, each twice as wide as the one above it up to the "
-                         f"lowest's width; this model has latent {config.latent}, blend "
-                         f"{size['blend']} and levels {', '.join(map(str, widths))} wide")
+        raise ValueError("diffusers' AsymmetricAutoencoderKL has latent kl, blend add and four "
+                         "levels, each twice as wide as the one above it up to the lowest's width; "
+                         f"this one has {config.latent}, {size['blend']} and widths {widths}")
     return {"_class_name": "AsymmetricAutoencoderKL", **fields,
             "down_block_out_channels": config.widths,
             "layers_per_down_block": config.num_res_blocks, "up_block_out_channels": widths,

@@ -145,8 +145,7 @@ def _street_from_the_front(scene):
     scene.box(0, ground + 4, 64, ground + 5, shade(stone, 1.18))
     scene.box(0, ground + 5, 64, 64, scene.lit((88, 90, 98)))
     if ground < 53:
-        offset = rng.uniform(0, 14)
-        for x in (offset + i * 14 for i in range(-1, 6)):
+        for x in rng.uniform(0, 14) + 14 * np.arange(-1, 6):
             scene.shape(((x, 60.6), (x + 7, 60.6), (x + 7.6, 61.6), (x - 0.6, 61.6)),
                         scene.lit((226, 222, 206)))
     # Hang the shop's board, blades on the other houses, and a board on a post.
@@ -204,9 +203,8 @@ def _house(scene, x0, x1, top, ground, shop):
     if columns > 0 and rows > 0:
         across, down = (right - left) / columns, (lower - upper) / rows
         frame, common = shade(wall, 1.3 if sum(wall) < 480 else 0.72), scene.glass()
-        for column in range(columns):
-            x = left + across * column + (across - width) / 2
-            for y in (upper + down * row for row in range(rows)):
+        for x in left + across * np.arange(columns) + (across - width) / 2:
+            for y in upper + down * np.arange(rows):
                 pane = scene.glass() if scene.night or rng.random() < 0.2 else common
                 scene.box(x, y, x + width, y + height, frame)
                 scene.box(x + 1, y + 1, x + width - 1, y + height - 1, pane)

@@ -315,9 +315,8 @@ def find_weights(name, folder=None):
             # Writes to a temporary name beside `path` and renames it once the hash is right.
             torch.hub.download_url_to_file(address + name, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise UserError(f"{name} is not in {folder} and could not be downloaded "
-                            f"({_one_line(str(error))}): get {address}{name} and put it "
-                            "there") from None
+            raise UserError(f"{name} is not in {folder} and its download failed "
+                            f"({_one_line(str(error))}): put {address}{name} there") from None
     while not path.exists():                 # torchrun ends this wait if local rank 0 fails
         time.sleep(0.5)
     with path.open("rb") as file:

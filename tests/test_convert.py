@@ -112,9 +112,9 @@ def test_loading_is_strict(tmp_path):
     (load_model, "empty", "decoder/last.pt or refit/last.pt or vqgan/last.pt is not in it"),
     (load_prior, "empty", "prior/last.pt is not in it.*--stage prior"),
     (load_model, "photo.pt", "photo.pt"),
-    (load_model, "prior/last.pt", "is a prior, not a decoder or refit or vqgan"),
-    (load_prior, "decoder/last.pt", "is a decoder, not a prior"),
-    (load_first_stage, "decoder/last.pt", "is a decoder, not a refit or vqgan")])
+    (load_model, "prior/last.pt", "is a prior; give a decoder or refit or vqgan"),
+    (load_prior, "decoder/last.pt", "is a decoder; give a prior"),
+    (load_first_stage, "decoder/last.pt", "is a decoder; give a refit or vqgan")])
 def test_mistaken_paths_are_one_line_each(tmp_path, read, path, reason):
     (tmp_path / "empty").mkdir()
     (tmp_path / "photo.pt").write_bytes(b"no checkpoint")
@@ -169,7 +169,7 @@ def test_a_public_decoder_comes_with_a_first_stage_that_has_none(tmp_path, blend
     assert loaded.model.first_stage.decoder is None
     assert any("up_layers" in note for note in loaded.notes)
     assert same_pictures(loaded.model, model)
-    with pytest.raises(UserError, match=r"base\.ckpt is a decoder, not a refit or vqgan"):
+    with pytest.raises(UserError, match=r"base\.ckpt is a decoder; give a refit or vqgan"):
         load_first_stage(tmp_path / "base.ckpt")
 
 

@@ -389,10 +389,11 @@ def test_folders_that_cannot_be_used_are_refused_and_nothing_is_lost(photos, tmp
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.jpg").write_bytes(b"no picture")
     for source, out, words in (
-            (photos, "full", "full: is not empty"), (photos, "full/note.txt", "is not empty"),
+            (photos, "full", "full: is not empty"),
+            (photos, "full/note.txt", r"-o: .*note\.txt cannot be made a folder"),
             (photos, "full/note.txt/deep", "-o: .*deep cannot be made a folder"),
             (photos, "photos/set", "would mix the set with the photos"),
-            (photos, "photos", "is not empty"),
+            (photos, "photos", "would mix the set with the photos"),
             ("none", "out", r"none: cannot be read \(No such file"),
             ("empty", "out", "no pictures in it"),
             ("bad", "out", "none of 1 photos can be used")):

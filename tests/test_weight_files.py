@@ -804,7 +804,7 @@ def test_a_missing_file_offline_names_file_address_and_folder(name, tmp_path, of
         find_weights(name, tmp_path / "weights")
     line = str(caught.value)
     assert line.startswith(f"{name} is not in {tmp_path / 'weights'}")
-    assert f"get {PUBLISHED_FILES[name][0]}{name}" in line
+    assert f"put {PUBLISHED_FILES[name][0]}{name} there" in line
     assert line.isprintable()
 
 
