@@ -203,8 +203,6 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 INSERTED = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 # What only training needs, and layers that the authors' decoder never uses.
 UNUSED = re.compile(r"(loss|model_ema|decoder\.up_layers)\.|colorize$|.*(cluster_size|embed_avg)$")
-
-
 Public = namedtuple("Public", "path state config notes")
 
 
