@@ -220,7 +220,7 @@ def diffusers_config(config, size=None, **others):
     theirs = [min(widths[0] * 2**i, widths[-1]) for i in range(4)]
     if (config.latent != "kl" or size["blend"] != "add" or widths != theirs
             or widths[0] == widths[1]):
-        raise ValueError("diffusers' AsymmetricAutoencoderKL has latent kl, blend add and four "
+        raise ValueError("diffusers' AsymmetricAutoencoderKL has a KL latent, blend add and four "
                          "levels, each twice as wide as the one above it up to the lowest's width; "
                          f"this one has {config.latent}, {size['blend']} and widths {widths}")
     return {"_class_name": "AsymmetricAutoencoderKL", **fields,
