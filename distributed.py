@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -61,6 +61,7 @@ def setup(device="auto"):
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
@@ -68,9 +69,7 @@ def setup(device="auto"):
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device mps works in one process only; start it without torchrun, "
                         "or with --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
     if os.environ.get("RANK") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -184,11 +183,6 @@ def wrap(module, device):
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
     return DDP(module, device_ids=ids, gradient_as_bucket_view=True, **{flag: False})
-
-
-def no_sync(module, last):
-    """Give the context of a micro-batch: DDP averages gradients over ranks in the last one only."""
-    return module.no_sync() if world_size() > 1 and not last else nullcontext()
 
 
 @contextmanager
@@ -311,15 +305,14 @@ def exit_on_user_error(main):
         if isinstance(error, Leaving):
             print0(f"{error}; the same command continues from here")
     except Exception as error:
-        if getattr(error, "errno", None) in DISK:
+        status = 2 if getattr(error, "errno", None) in DISK else 1
+        if status == 2:
             complaint = f"{error}; make room or choose another place, then run it again"
         elif is_from_group(error) and (absent := absent_ranks()):
-            status = 1
             if rank() == min(set(range(world_size())) - set(absent)):
                 complaint = (f"rank {', '.join(map(str, absent))} of {world_size()} has died or "
                              "hangs; its own output may say why. Run the same command again")
         else:
-            status = 1
             traceback.print_exc()
     if complaint:
         # If all ranks have the same error, only rank 0 prints it: torchrun ends the others first.

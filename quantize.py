@@ -98,13 +98,11 @@ class DiagonalGaussian:
 
         generator: None, one CPU torch.Generator, or a list of one per image.
         """
-        B, *shape = self.mean.shape
-        if not isinstance(generator, list):
-            noise = torch.randn(B, *shape, generator=generator)             # (B, d, h, w)
-        elif len(generator) != B:
-            raise ValueError(f"{len(generator)} generators for {B} images; give one per image")
+        if isinstance(generator, list):
+            noise = torch.stack([torch.randn(mean.shape, generator=each) for mean, each
+                                 in zip(self.mean, generator, strict=True)])
         else:
-            noise = torch.stack([torch.randn(shape, generator=each) for each in generator])
+            noise = torch.randn(self.mean.shape, generator=generator)       # (B, d, h, w)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
 
     def mode(self):

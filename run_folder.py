@@ -4,8 +4,6 @@
     RUN/command.txt               every command that worked on this run
     RUN/STAGE/log.jsonl           one line per step, cut back to the checkpoint when a run continues
     RUN/STAGE/{last,previous}.pt  plain tensors and containers; loading never executes code
-
-The progress line is here as well.
 """
 
 import hashlib
@@ -191,15 +189,14 @@ def load(path):
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if damaged := archive.testzip():
+                raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, because it has more than tensors and plain containers "
                         "and could execute code; use a checkpoint of train.py") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise unreadable(path, error, remedy="") from None
-    if damaged:
-        raise UserError(f"{path}: damaged (wrong checksum in {damaged})")
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {found}, "
@@ -218,12 +215,11 @@ def latest(folder):
         if os.path.lexists(path):                # also a link to nothing
             try:
                 state = load(path)
+                if failures:
+                    print0(f"{failures[0]}; continuing from {path}")
+                return state
             except UserError as error:
                 failures.append(str(error))
-                continue
-            if failures:
-                print0(f"{failures[0]}; continuing from {path}")
-            return state
     if failures:
         raise UserError("; ".join(failures) + "; restore one of them, or choose another --out")
     return None
@@ -259,25 +255,23 @@ class Log:
 
     def __init__(self, path, step):
         """Keep the lines up to `step`, -1 for none: the later steps are about to be repeated."""
-        self.file = None
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A kill may have cut the last line short: it has no newline.
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
             write_text(path, "".join(line + "\n" for line in lines
                                      if json.loads(line)["step"] <= step))
-            self.file = open(path, "a", buffering=1)  # noqa: SIM115  (as long as the run)
+        place = path if rank() == 0 else os.devnull
+        self.file = open(place, "a", buffering=1)  # noqa: SIM115  (as long as the run)
 
     def write(self, record, durable=False):
         """Write a line. durable: force it to disk, as a checkpoint must not be ahead of its log."""
-        if self.file:
-            self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            if durable:
-                os.fsync(self.file.fileno())
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        if durable:
+            os.fsync(self.file.fileno())
 
     def close(self):
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 class Progress:

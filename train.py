@@ -223,10 +223,7 @@ def upcoming(batches):
 
 
 def agree(terms, leave):
-    """Average {name: tensor ()} over all processes; tell whether any is to leave. It is one wait.
-
-    leave: whether this process is, as any true or false value.
-    """
+    """Average {name: tensor ()} over all processes; tell if `leave` is true on any. One wait."""
     values = torch.stack([*terms.values()])
     votes = torch.cat([values, values.new_full((1,), bool(leave))])
     *means, leaving = distributed.mean_over_ranks(votes).tolist()
@@ -246,11 +243,10 @@ def gradients(stage, batch, gan_on, micro_batch):
         for start in range(0, local, micro_batch):
             part = {key: value[start:start + micro_batch] for key, value in batch.items()}
             with ExitStack() as contexts:
-                for network in stage.parallel:
-                    last = start + micro_batch >= local
-                    contexts.enter_context(distributed.no_sync(network, last))
-                share = len(part["position"]) / local
-                terms.append(stage.step(stage.batch(part), gan_on, share))
+                if world_size() > 1 and start + micro_batch < local:
+                    for network in stage.parallel:
+                        contexts.enter_context(network.no_sync())
+                terms.append(stage.step(stage.batch(part), gan_on, micro_batch / local))
     except torch.OutOfMemoryError as error:
         smaller = [d for d in range(1, micro_batch // 2 + 1) if local % d == 0]
         mend = f"--micro-batch {smaller[-1]}" if smaller else "a smaller --size"
@@ -269,8 +265,7 @@ def stop_unless_finite(name, step, terms):
     broken = [term for term, value in terms.items() if not math.isfinite(value)]
     if broken:
         raise UserError(f"{name} step {step}: {', '.join(broken)} not finite; the last checkpoint "
-                        "is good, the weights that led here are not saved. Start a new --out with "
-                        "a lower --lr, or with --precision fp32")
+                        "is good. Start a new --out with a lower --lr, or with --precision fp32")
 
 
 def micro_batch_size(asked, kept, settings, name, device):
@@ -459,8 +454,7 @@ def resolve(args):
     size = args.size or (64 if signs else 256)
     least = 3 * 2**max(recipes[stage].disc_layers for stage in ("vqgan", "decoder"))
     if size < least:
-        raise UserError(f"--size {size} is too small for the discriminator's patches; at least "
-                        f"{least}")
+        raise UserError(f"--size {size} is too small for the discriminator; give at least {least}")
 
     def absolute(path):
         return str(Path(path).expanduser().resolve()) if path else None

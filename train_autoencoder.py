@@ -7,6 +7,7 @@
 All three train against a discriminator, so they share one step.
 """
 
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,6 @@ class Autoencoder:
     @torch.no_grad()
     def validate(self, batches):
         """Measure {"val_...": mean over held-out images}, by a KL latent's mode, never in bf16."""
-        self.model.eval()
         sums, count = {}, 0
         for batch in heed(batches):
             values, x_hat = self.measures(batch)
@@ -150,7 +150,6 @@ class Autoencoder:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(batch.x)
             count += len(batch.x)
-        self.model.train()
         return {name: total / count for name, total in sums.items()}
 
     def measures(self, batch):
@@ -162,10 +161,7 @@ class Autoencoder:
     def pictures(self, batches, count):
         """Draw {caption: `count` images (3,H,W)}, the columns of samples/step_N.png."""
         batch = batches[0]
-        self.model.eval()
-        columns = self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
-        self.model.train()
-        return columns
+        return self.columns(Batch(batch.index[:count], batch.x[:count], batch.mask[:count]))
 
     def columns(self, batch):
         x_hat = self.model.decode(self.model.encode(batch.x))               # (B, 3, H, W)
@@ -180,9 +176,7 @@ class Autoencoder:
 
     def load_state_dict(self, state):
         """Continue from a checkpoint."""
-        below = {name: value for name, value in self.model.state_dict().items()
-                 if name.startswith("first_stage.")}
-        self.model.load_state_dict(below | state["model"])
+        self.model.load_state_dict(self.model.state_dict() | state["model"])
         self.discriminator.load_state_dict(state["extra"]["discriminator"])
 
 
@@ -218,12 +212,11 @@ class Refit(Autoencoder):
 
     def continue_discriminator(self, source):
         """Start from the run's discriminator, which is trained on these images.  deviation D45"""
-        try:
+        state = None
+        with suppress(UserError):                # of a public checkpoint
             state = (run_folder.latest(source / "vqgan") if source.is_dir()
                      else run_folder.load(source))
-        except UserError:                        # a public checkpoint
-            state = None
-        kept = (state["extra"].get("discriminator") if state else None) or {}
+        kept = state["extra"].get("discriminator", {}) if state else {}
         new = self.discriminator.state_dict()
         if {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in new.items()}:
             self.discriminator.load_state_dict(kept)
@@ -322,8 +315,7 @@ def trained_first_stage(run, name):
 def warn_unless_finished(name, first_stage, where):
     if not first_stage.finished:
         print0(f"{name}: warning: the first stage in {where} is not finished (step "
-               f"{first_stage.step}), and a {name} fits only the weights that it is trained on: "
-               "finish the first stage first, with the command that began it")
+               f"{first_stage.step}); finish it first: a {name} fits only the weights below it")
 
 
 @torch.no_grad()
