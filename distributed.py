@@ -61,7 +61,6 @@ def setup(device="auto"):
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
@@ -69,7 +68,9 @@ def setup(device="auto"):
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device mps works in one process only; start it without torchrun, "
                         "or with --device cpu")
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
         keep_freed_memory()
     if os.environ.get("RANK") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -316,8 +317,7 @@ def exit_on_user_error(main):
             traceback.print_exc()
     if complaint:
         # If all ranks have the same error, only rank 0 prints it: torchrun ends the others first.
-        if rank():
-            time.sleep(3)
+        time.sleep(3 if rank() else 0)
         who = f"rank {rank()}: " if rank() else ""
         print(f"{who}error: {complaint}", file=sys.stderr, flush=True)
     if world_size() > 1 or (status and threading.active_count() > 1):

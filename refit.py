@@ -48,14 +48,15 @@ def sample_features(encode, batches, n_images, P, key, batch_size=32):
 
 
 def rebuild_codebook(features, K, iterations=100, chain=200, generator=None):
-    """Cluster features (P,d): codebook (K,d), kmeans' inertia. [DDM Sec. 3.2]  deviation D43
+    """Cluster features (P,d): codebook (K,d) on the CPU, inertia. [DDM Sec. 3.2]  deviation D43
 
     Raises ValueError for K larger than P and for features that are not finite.
     """
     if not features.isfinite().all():
         raise ValueError("features are not finite: the encoder that made them has diverged")
     seeds = afkmc2_seeds(features, K, chain, generator)
-    return kmeans(features, features[seeds], iterations)
+    codebook, inertia = kmeans(features, features[seeds], iterations)
+    return codebook.cpu(), inertia
 
 
 @torch.no_grad()

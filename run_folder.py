@@ -65,8 +65,6 @@ def open_run(out, settings, may_change=frozenset()):
     may_change: the keys that may differ from before. Raises UserError, on every rank, for a folder
     that another process writes to, for other settings, and for a folder that is not a run.
     """
-    out = Path(out)
-
     def enter():
         held.enter_context(lock(out))
         config = out / "config.json"
@@ -112,8 +110,7 @@ def lock(folder):
     Raises UserError where another process has the lock. The kernel releases it even after SIGKILL,
     and data workers that outlive the run do not keep it.
     """
-    folder = make_folder(Path(folder))
-    with open(folder / ".lock", "a+") as file:
+    with open(make_folder(Path(folder)) / ".lock", "a+") as file:
         try:
             if fcntl:           # not flock, whose lock forked data workers would inherit
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +183,6 @@ def load(path):
 
     Raises UserError for a file that is missing, damaged, of another format or would execute code.
     """
-    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():

@@ -45,9 +45,9 @@ class Autoencoder:
     def __init__(self, run, name, recipe, model, groups, parent=None, config=None, facts=None):
         self.run, self.name, self.recipe, self.parent = run, name, recipe, parent
         self.config, self.facts = config or {}, facts or {}
-        device, net = run.device, run.settings["perceptual"]
+        device, net, weights = run.device, run.settings["perceptual"], run.settings["weights"]
         # Put both networks on the device.
-        self.model = run.place(model).train()
+        self.model = run.place(model).train()            # no layer of it differs in eval mode
         self.model.decoder.checkpointing = run.settings["checkpointing"]
         discriminator = losses.PatchDiscriminator(ndf=recipe.ndf, n_layers=recipe.disc_layers)
         if device.type == "cuda":                        # PyTorch has none for CPU  deviation D19
@@ -61,7 +61,6 @@ class Autoencoder:
             "generator": adam(groups, recipe, device),
             "discriminator": adam([(self.discriminator.parameters(), recipe.disc_factor)],
                                   recipe, device)}
-        weights = run.settings["weights"]
         self.perceptual = losses.LPIPS(net, weights).to(device) if net != "none" else None
 
     def items(self, steps):
@@ -176,7 +175,9 @@ class Autoencoder:
 
     def load_state_dict(self, state):
         """Continue from a checkpoint."""
-        self.model.load_state_dict(self.model.state_dict() | state["model"])
+        below = {name: value for name, value in self.model.state_dict().items()
+                 if name.startswith("first_stage.")}
+        self.model.load_state_dict(below | state["model"])
         self.discriminator.load_state_dict(state["extra"]["discriminator"])
 
 
@@ -334,12 +335,8 @@ def rebuild(run, model):
     features = sample_features(model.moments, partial(images, run.train_set), len(run.train_set), P,
                                (seed, STAGE_IDS["refit"])).to(run.device)   # (P, d)
 
-    def cluster():
-        generator = torch.Generator().manual_seed(stage_seed(seed, "refit"))
-        codebook, inertia = rebuild_codebook(features, K, generator=generator)
-        return codebook.cpu(), inertia
-
-    codebook, inertia = on_rank0(cluster)
+    generator = torch.Generator().manual_seed(stage_seed(seed, "refit"))
+    codebook, inertia = on_rank0(partial(rebuild_codebook, features, K, generator=generator))
     # Count the codes of the held-out images, with the codebook before and after.
     books = {"before": model.quantize.embedding.weight, "after": codebook.to(run.device)}
     counts = {when: torch.zeros(len(book), dtype=torch.int64) for when, book in books.items()}

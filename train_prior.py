@@ -276,6 +276,5 @@ class EMA:
         return {"updates": self.updates, "weights": self.model.state_dict()}
 
     def load_state_dict(self, state):
-        """Continue from `state_dict()`."""
         self.updates = state["updates"]
         self.model.load_state_dict(state["weights"])

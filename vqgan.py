@@ -48,8 +48,7 @@ class VQGANConfig:
         return [self.ch * multiplier for multiplier in self.ch_mult]
 
 
-# "tiny": ours, 64 px; "vq-f16": taming's [DDM Tab. 3]; "vq-f8": latent-diffusion's; "kl-f8": Stable
-# Diffusion's.
+# By row: ours, for 64 px; taming's [DDM Tab. 3]; latent-diffusion's; Stable Diffusion's.
 VQGAN_PRESETS = {
     "tiny":   VQGANConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), z_channels=32,
                           embed_dim=8, K=256, code_range=0.3, norm_groups=4),
@@ -100,10 +99,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels, norm_groups=32):
         super().__init__()
         self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
         h = self.norm(x)
@@ -144,16 +140,14 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, norm_groups)
                                   for _ in range(num_blocks if attention else 0))
-        self.downsample = self.upsample = None       # Encoder and Decoder set one of them, or none
+        self.downsample = self.upsample = nn.Identity()      # Encoder or Decoder may set one
 
     def forward(self, h):
         for j, block in enumerate(self.block):
             h = block(h)                                                    # (B, out, H, W)
             if len(self.attn):
                 h = self.attn[j](h)
-        if self.downsample is not None:
-            h = self.downsample(h)                                          # (B, out, H/2, W/2)
-        return h if self.upsample is None else self.upsample(h)             # (B, out, 2H, 2W)
+        return self.upsample(self.downsample(h))         # (B, out, H, W), or halved, or doubled
 
 
 def middle(channels, norm_groups):

@@ -315,7 +315,7 @@ def test_one_generator_for_each_image_makes_its_noise_independent_of_the_batch()
     whole = sample([0, 1, 2, 3])
     assert torch.equal(sample([2, 0]), whole[[2, 0]])
     assert torch.equal(sample([3]), whole[3:])
-    with pytest.raises(ValueError, match="1 generators for 4 images"):
+    with pytest.raises(ValueError, match="shorter"):
         DiagonalGaussian(moments).sample([torch.Generator()])
 
 

@@ -494,7 +494,7 @@ def test_a_decoder_on_an_unfinished_first_stage_is_warned_of(whole, tmp_path):
     finish(out, "--stage", "vqgan", prepare=one_step)
     text = finish(out, "--stage", "decoder", prepare=one_step)
     assert f"warning: the first stage in {out} is not finished (step 1)" in text
-    assert "finish the first stage first" in text
+    assert "finish it first" in text
 
 
 @pytest.mark.parametrize(("below", "stage"), [

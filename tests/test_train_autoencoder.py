@@ -371,10 +371,8 @@ def test_a_stage_that_is_saved_and_loaded_continues_bit_for_bit(name, tmp_path):
 
     steps(whole, 4)
     steps(first, 2)
-    first.facts = dict.fromkeys(first.FACTS, 1)
     second = STAGES[name](recipe=replace(SMALL_RECIPE, start_trunk=False))
     save_and_load(first, second, tmp_path / "state.pt")
-    assert second.facts == first.facts
     steps(second, 2)
     a, b = whole.state_dict()["model"], second.state_dict()["model"]
     assert a.keys() == b.keys()
