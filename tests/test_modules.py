@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(ROOT.glob("*.py"))
 SOURCES = MODULES + sorted(ROOT.glob("benchmarks/*.py"))
-MOST_FLOORS, MOST_MODULES, MOST_LINES = 8, 31, 8_330
+MOST_FLOORS, MOST_MODULES, MOST_LINES = 8, 31, 8_000
 
 
 def imports_of(path):
