@@ -174,7 +174,6 @@ class Autoencoder:
                 "extra": self.facts | {"discriminator": self.discriminator.state_dict()}}
 
     def load_state_dict(self, state):
-        """Continue from a checkpoint."""
         below = {name: value for name, value in self.model.state_dict().items()
                  if name.startswith("first_stage.")}
         self.model.load_state_dict(below | state["model"])

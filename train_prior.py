@@ -156,12 +156,10 @@ class PriorStage:
                 f"new codes, {steps} steps": decode(drawn)}
 
     def state_dict(self):
-        """Collect what a checkpoint holds of the stage."""
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "extra": self.facts | {"timesteps": self.timesteps.state_dict()}}
 
     def load_state_dict(self, state):
-        """Continue from a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.timesteps.load_state_dict(state["extra"]["timesteps"])
@@ -266,7 +264,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
-        """Move the average towards the model's weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = [parameter.float() for parameter in model.parameters()]
         torch._foreach_lerp_(list(self.model.parameters()), now, 1 - decay)   # few kernels for all

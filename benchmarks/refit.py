@@ -142,8 +142,7 @@ def train_codebooks(args, first, config):
         return bare
 
     def keep(run, model):        # in place of train_autoencoder.rebuild
-        return (model.quantize.embedding.weight.detach().clone(),
-                dict.fromkeys(train_autoencoder.Refit.FACTS))
+        return model.quantize.embedding.weight.detach().clone(), {}
 
     K = first.config.K
     both, half = trained("both", K), trained("both-half", K // 2)
