@@ -361,10 +361,11 @@ class Timesteps(nn.Module):
         # Rank by rank is image by image, so that no draw depends on how the batch was divided.
         pairs = gather(torch.cat(self.observed))                                    # (B, 2)
         self.observed = []
-        for t, loss in pairs[pairs[:, 1].isfinite()].tolist():      # another would poison all p
+        for t, loss in pairs.tolist():
             row = int(t) - 1
-            self.losses[row, self.counts[row] % HISTORY] = loss
-            self.counts[row] += 1
+            if math.isfinite(loss):                              # another would poison all p
+                self.losses[row, self.counts[row] % HISTORY] = loss
+                self.counts[row] += 1
 
 
 def held_out_bound(diffusion, model, indices, first, training=False):

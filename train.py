@@ -129,7 +129,7 @@ def train_stage(run, name, args):
     announce(run, stage, steps, disc_start, done, micro_batch)
     val_batches = stage.held_out(VALIDATION_BATCH) if rank() == 0 else None
     log = Log(folder / "log.jsonl", -1 if fresh else done)
-    rhythm = TINY_RHYTHM if settings["recipe_names"][name] == "tiny" else RHYTHM
+    rhythm = TINY_RHYTHM if settings["decoder"]["preset"] == "tiny" else RHYTHM
     validate_every, pause = (args.save_every, 0) if args.save_every else rhythm
     saved, drawn = -math.inf, 0                  # time of the last checkpoint, step of the curves
 

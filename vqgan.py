@@ -140,14 +140,16 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(a, b, norm_groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, norm_groups)
                                   for _ in range(num_blocks if attention else 0))
-        self.downsample = self.upsample = nn.Identity()      # Encoder or Decoder may set one
+        self.downsample = self.upsample = None       # Encoder and Decoder set one of them, or none
 
     def forward(self, h):
         for j, block in enumerate(self.block):
             h = block(h)                                                    # (B, out, H, W)
             if len(self.attn):
                 h = self.attn[j](h)
-        return self.upsample(self.downsample(h))         # (B, out, H, W), or halved, or doubled
+        if self.downsample is not None:
+            h = self.downsample(h)                                          # (B, out, H/2, W/2)
+        return h if self.upsample is None else self.upsample(h)             # (B, out, 2H, 2W)
 
 
 def middle(channels, norm_groups):

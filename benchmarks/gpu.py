@@ -197,7 +197,8 @@ def stage_of(name, config, device=None, precision="fp32", channels_last=False, p
     for module in (train_autoencoder, train_prior):
         module.trained_first_stage = lambda run, name: (first, None)
     train_autoencoder.load_first_stage = lambda path: first
-    codes = {"model": {"quantize.embedding.weight": torch.randn(config.K, config.embed_dim) * 0.3}}
+    codes = {"extra": {}, "model": {
+        "quantize.embedding.weight": torch.randn(config.K, config.embed_dim) * 0.3}}
     if name == "vqgan":
         return train_autoencoder.FirstStage(run, RECIPES["vqgan"][config.latent], None)
     if name == "refit":

@@ -55,8 +55,8 @@ def _threads_as_before():
 
 
 def test_every_benchmark_has_its_smallest_sizes_here():
-    others = ["code_start", "fake_cuda", "faults", "figures", "gpu", "known_pixels", "paste",
-              "seeds"]
+    others = ["code_start", "fake_cuda", "faults", "figures", "gpu", "known_pixels", "last_layer",
+              "paste", "seeds"]
     assert sorted([*SMALLEST, *others]) == sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -314,3 +314,26 @@ def test_pasting_is_measured_over_both_decoders(tmp_path, monkeypatch, capsys):
     hole = (batch.mask * (pasted.clamp(-1, 1) - batch.x).abs()).sum((1, 2, 3))
     hole = (hole / (3 * batch.mask.sum((1, 2, 3)))).mean()
     assert float(row[4].split(" ± ")[0]) == pytest.approx(hole.item(), abs=1e-2)
+
+
+def test_the_last_layer_fitted_to_known_pixels_is_the_best_one_there(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    module = run("last_layer", [str(tmp_path / "run"), "-n", "3"], monkeypatch)
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]
+    assert [cell.count("±") for cell in cells] == [1, 1, 1]
+    model, dataset = load_model(tmp_path / "run"), data.Signs("val", SIZE)
+    with torch.no_grad():
+        layers = module.fitted(model, dataset, 3)
+        (batch,) = data.held_out_batches(dataset, 3, 3, torch.device("cpu"))
+        seen, near = module.inputs(model, batch)
+        layers["as trained"] = torch.cat([model.decoder.conv_out.weight.flatten(1),
+                                          model.decoder.conv_out.bias[:, None]], 1).T.double()
+        z = model.encode(batch.x)
+        error = {}
+        for name, weight in layers.items():
+            x_hat = (seen @ weight).transpose(1, 2).unflatten(2, batch.x.shape[2:])
+            if name == "as trained":
+                torch.testing.assert_close(
+                    x_hat.float(), model.decode(z, image=batch.x, mask=batch.mask))
+            error[name] = ((x_hat - batch.x).square() * (1 - near)).sum().item()
+    assert error["known pixels"] < 0.99 * min(error["all pixels"], error["as trained"])

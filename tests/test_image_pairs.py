@@ -204,7 +204,7 @@ def test_warnings_about_masks_are_printed_until_there_are_three(here, capsys):
     list(MatchedFolders("real", masks="masks").batches(4, CPU))
     lines = capsys.readouterr().out.splitlines()
     assert [line[:24] for line in lines] == [
-        "warning: masks/04.png: 4", "warning: masks/04.png: n", "warning: masks/05.png: 4"]
+        "warning: masks/04.png: 4", "warning: masks/04.png: 0", "warning: masks/05.png: 4"]
 
 
 def test_a_mask_is_fitted_to_its_original_but_a_picture_that_ignored_the_turn_is_named(
