@@ -198,7 +198,7 @@ class Refit(Autoencoder):
         given, source = run.settings["vqgan"], Path(run.settings["vqgan"] or run.out)
         loaded = load_first_stage(given) if given else load(run.out, stages=["vqgan"])
         warn_unless_finished("refit", loaded, source)
-        model = loaded.model
+        model = run.place(loaded.model)
         if state is None:
             codebook, facts = rebuild(run, model)
         else:                                    # resumed with the codes that it began with
@@ -324,7 +324,6 @@ def rebuild(run, model):
     seed, size = run.settings["seed"], run.settings["refit"]
     K, P = size["K"], size["samples"]
     print0(f"\nrefit: sampling {P:,} features of {len(run.train_set):,} images for {K:,} codes")
-    run.place(model)
 
     def images(dataset, batches):
         for image in heed(views(dataset, batches, run.workers)):

@@ -598,7 +598,7 @@ def test_several_processes_end_in_one_line_that_names_the_flag(tmp_path):
     results = ranks(tmp_path / "run", "--stage", "vqgan",
                     prepare=partial(run_out_of_memory, "vqgan"))
     assert all(status == 2 for status, _ in results), results
-    assert "give a --micro-batch below 2" in results[0][1]
+    assert "give --micro-batch 1" in results[0][1]
     assert "Traceback" not in results[0][1] + results[1][1]
 
 
