@@ -190,6 +190,7 @@ class Prior:
     diffusion:   MultinomialDiffusion
     first_stage: VQGAN                  # eval mode, no gradients, on the same device
     grid:        tuple                  # (h, w) of the maps that it was trained on
+    config:      dict                   # the run's settings
     step:        int
     finished:    bool                   # whether it was trained to its end
     parent:      str                    # weights_hash of the first stage
@@ -217,7 +218,7 @@ def load_prior(path, device="cpu"):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _misfit(path, error) from None
     return Prior(unet.to(device).eval().requires_grad_(False), diffusion,
-                 first_stage.model.to(device), tuple(extra["grid"]), state["step"],
+                 first_stage.model.to(device), tuple(extra["grid"]), state["config"], state["step"],
                  bool(extra.get("finished")), state["parent"], extra)
 
 

@@ -4,10 +4,12 @@ import copy
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
 from tiny_reports import example_report
@@ -103,6 +105,7 @@ def test_the_error_of_a_path_set_by_hand_falls_with_the_fourth_power_of_its_cons
 
 
 def test_changes_of_the_decoders_start_are_trained_and_told_apart(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tiny_runs, "TINY", replace(tiny_runs.TINY, norm_groups=2))   # of 4 channels
     write_first_stage(tmp_path / "first", finished=True)
     monkeypatch.setattr(sys, "argv", ["known_pixels.py"])    # which it changes
     names = ["plain (the paper's code)", "rates only", "pinned: both"]
