@@ -59,7 +59,7 @@ RECIPES = {
         "tiny": Recipe(batch_size=8, lr=5e-5, steps=150, lambda_rule="taming", disc_start=0,
                        disc_factor=2.0, ndf=32, disc_layers=2),
     },
-    "decoder": {               # tiny2 has no row: it trains by tiny's
+    "decoder": {
         # AVQ Sec. 4; start and discriminator as in the authors' code, whose GAN starts at step
         # 50,001 of 172,824, or 0.29 of 12 epochs of 1,152,196 images. ImageNet has 1,281,167.
         "base": Recipe(batch_size=80, lr=3.6e-4, epochs=12, warmup=5_000, min_lr=1e-6,
@@ -69,6 +69,8 @@ RECIPES = {
         "large2": Recipe(batch_size=320, lr=7.2e-4, epochs=12, warmup=5_000, min_lr=1e-6),
         "tiny": Recipe(batch_size=8, lr=6e-3, steps=1600, warmup=50, min_lr=1e-5, disc_layers=2,
                        start_trunk=True, trunk_factor=0.3, start="pinned", disc_start=0.8, ndf=32),
+        "tiny2": Recipe(batch_size=8, lr=6e-3, steps=2400, warmup=50, min_lr=1e-5, disc_layers=2,
+                        start_trunk=True, trunk_factor=0.3, start="pinned", disc_start=0.8, ndf=32),
     },
     "prior": {
         # DDM Sec. 4.1 and its appendix

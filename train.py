@@ -330,10 +330,9 @@ def parse(argv=None):
         epilog="\n".join(rows),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=24, width=100),
-        description="Train a first stage (vqgan), rebuild its codebook (refit), train the "
-                    "asymmetric decoder (decoder)\nand the diffusion model of the codes (prior). "
-                    "Without flags: all four, on drawn signs. The same\ncommand again continues a "
-                    "run. Parentheses give the defaults.")
+        description="Train a first stage (vqgan), its rebuilt codebook (refit), the asymmetric "
+                    "decoder and the diffusion\nprior; without flags all four, on drawn signs. The "
+                    "same command continues. Parentheses: defaults.")
 
     def choice(group, flag, names, text, default=None, **more):
         names = list(names)
