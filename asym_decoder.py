@@ -108,11 +108,12 @@ class AsymDecoder(Decoder):
 
     @torch.no_grad()
     def load_trunk(self, decoder):
-        """Start the trunk as the first stage's `decoder` if it has as many blocks; tell if it has.
+        """Start the trunk from the first stage's `decoder` if its blocks fit; tell if they do.
 
-        A trunk n times as wide begins with n copies of each channel, and computes the same. Of the
-        random weights that read n copies only the mean is replaced, so that the copies do not stay
-        equal in training: equal inputs times weights without their mean sum to 0.  deviation D10
+        They fit if they are equally many and the trunk is n times as wide, n = 1, 2, ... Then it
+        begins with n copies of each channel, and computes the same. Of the random weights that read
+        n copies only the mean is replaced, so that the copies do not stay equal in training: equal
+        inputs times weights without their mean sum to 0.  deviation D10
         """
         ours, theirs = self.split_parameters()[0], dict(decoder.named_parameters())
         n, rest = divmod(len(self.conv_in.weight), len(decoder.conv_in.weight))
@@ -120,8 +121,8 @@ class AsymDecoder(Decoder):
             return False
         for name, wide in ours.items():
             weight = theirs[name].repeat_interleave(len(wide) // len(theirs[name]), 0)
-            if wide.ndim == 4:                                      # (out, in, k, k)
-                inputs = wide.unflatten(1, (weight.shape[1], -1))   # (out, in / n, n, k, k)
+            if wide.ndim == 4:                                              # (out, in / n, k, k)
+                inputs = wide.unflatten(1, (weight.shape[1], -1))           # (out, in / n, n, k, k)
                 weight = weight[:, :, None] / inputs.shape[2] + (inputs - inputs.mean(2, True))
             if ".q." in name:                    # q k^T / sqrt(C) sums over n times as many
                 weight = weight / math.sqrt(n)

@@ -148,7 +148,8 @@ def _read(folder):
     given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, value in (("image_mean", MEAN), ("image_std", DEVIATION)):
         tower[name] = 2 * torch.tensor(given.get(name, value)).view(1, 3, 1, 1)
-    path = next(folder.glob("model.safetensors"), folder / "pytorch_model.bin")
+    path = folder / "model.safetensors"
+    path = path if path.exists() else folder / "pytorch_model.bin"
     # Older files also hold position_ids, 0, 1, 2, ...
     return tower, {key: as_float32(path, key, value) for key, value in read_tensors(path).items()
                    if key.startswith(("vision_model.", "visual_projection."))

@@ -361,7 +361,7 @@ class Order:
 
 
 class TrainingItems:
-    """Read what a position of a run shows: numpy's uint8 (3,H,W) and mask (1,H,W); the position."""
+    """Read a position of a run: its image (3,H,W) and mask (1,H,W), numpy uint8, and itself."""
 
     def __init__(self, dataset, seed, stage_id, masks, p_full=0.5, kind="thick"):
         self.dataset, self.key = dataset, (seed, stage_id)

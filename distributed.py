@@ -142,7 +142,7 @@ def gather(tensor):
 
 
 def on_rank0(function):
-    """Run function() on rank 0; every rank gets its small result, or the error of user or disk."""
+    """Run function() on rank 0; every rank gets its small result, or its error or Leaving."""
     if world_size() == 1:
         return function()
     answer = [None, None]
@@ -317,7 +317,8 @@ def exit_on_user_error(main):
             traceback.print_exc()
     if complaint:
         # If all ranks have the same error, only rank 0 prints it: torchrun ends the others first.
-        time.sleep(3 if rank() else 0)
+        if rank():
+            time.sleep(3)
         who = f"rank {rank()}: " if rank() else ""
         print(f"{who}error: {complaint}", file=sys.stderr, flush=True)
     if world_size() > 1 or (status and threading.active_count() > 1):

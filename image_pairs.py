@@ -83,9 +83,10 @@ class MatchedFolders:
             print0(f"warning: {warning}")
         self.warned += len(warnings)
         if pred and pred.size != real.size:
-            (w, h), (W, H) = pred.size, real.size
+            (w, h), (W, H), turned = pred.size, real.size, real.info["turn"] > 4
+            cure = "turn it by its EXIF tag" if turned and w == H else "make them of one size"
             raise UserError(f"{self.pred[index]} is {w} x {h} px, {self.real[index]} is {W} x {H}; "
-                            "make them of one size, turned by the photo's EXIF tag")
+                            + cure)
         real, pred, ref = (image and torch.from_numpy(np.array(image)).permute(2, 0, 1)
                            for image in images)                                     # (3, H, W)
         return real, pred, mask, ref

@@ -320,8 +320,7 @@ def main():
     end_at_once()
 
     # Draw and write each sample.
-    decoders, columns, masked = [args.decoder], {}, photo.copy()
-    masked[hole] = 128                                                              # mid-grey
+    decoders, columns = [args.decoder], {}
     near = tuple(slice(max(0, where[0] - NEAR), where[-1] + 1 + NEAR)
                  for where in (hole.any(1).nonzero()[0], hole.any(0).nonzero()[0]))
     if args.compare and args.decoder == "asym" and model.first_stage.decoder is not None:
@@ -332,11 +331,13 @@ def main():
     with exact_float32(), torch.inference_mode():
         for path, pictures in zip(outputs, drawn):
             Image.fromarray(pictures[args.decoder]).save(path)
-            shown = {"original": photo, "masked": masked} | {
-                CAPTIONS[name] + pasted: pictures[name] for name in decoders}
-            for caption, picture in shown.items() if args.compare else ():
-                image = pixels(torch.from_numpy(picture[near]).permute(2, 0, 1), "cpu")
-                columns.setdefault(caption, []).append(image)                       # (3, h, w)
+            if args.compare:
+                x, *shown = (pixels(torch.from_numpy(picture[near]).permute(2, 0, 1), "cpu")
+                             for picture in (photo, *map(pictures.get, decoders)))  # (3, h, w)
+                masked = show_masked(x, torch.from_numpy(hole[near]).float())
+                captions = "original", "masked", *(CAPTIONS[name] + pasted for name in decoders)
+                for caption, image in zip(captions, (x, masked, *shown)):
+                    columns.setdefault(caption, []).append(image)
     if args.compare:
         image_grid(columns, comparison)
         outputs.append(comparison)

@@ -60,9 +60,9 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
-            pairs = enumerate(zip(self._phi(a), self._phi(b)))
-            return sum(getattr(self, f"lin{k}").model((phi_a - phi_b) ** 2).mean((1, 2, 3))
-                       for k, (phi_a, phi_b) in pairs)                         # (B,)
+            f = (getattr(self, f"lin{k}").model for k in range(len(self.taps)))
+            return sum(f_k((phi_a - phi_b) ** 2).mean((1, 2, 3))               # (B,)
+                       for f_k, phi_a, phi_b in zip(f, self._phi(a), self._phi(b)))
 
     def _phi(self, image):
         """Yield phi^k of Eq. 5, k = 0, 1, ...: unit-length features after each tapped layer."""
@@ -153,8 +153,10 @@ class PatchDiscriminator(nn.Module):
                        nn.BatchNorm2d(widths[n]), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for layer in self.main:
-            if not isinstance(layer, nn.LeakyReLU):
-                nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image):
         return self.main(image)                                                # (B, 1, h, w)

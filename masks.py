@@ -85,7 +85,8 @@ def draw_line(draw, start, end, width):
 def box_mask(size, top, left, height, width):
     """Mark one box: uint8 (size,size). Raises ValueError if it is empty or leaves the image."""
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > size:
-        raise ValueError(f"box {top, left, height, width} does not fit into {size} x {size} px")
+        raise ValueError(f"box top={top} left={left} height={height} width={width} "
+                         f"does not fit into {size} x {size} px")
     mask = np.zeros((size, size), np.uint8)                                         # (size,size)
     mask[top:top + height, left:left + width] = 1
     return mask

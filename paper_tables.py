@@ -167,10 +167,13 @@ def paper_table(report, number):
         rows.append([f"paper: {method}", "", *cells, *(readings(last) if errors else [last])])
     heads = [(f"{bucket} %: " if bucket != "all" else "") + COLUMNS[name][0]
              for bucket, name in columns] + (["in [-1,1]", "dB"] if errors else [])
-    about = [sentence for holds, sentence in (
-        (True, ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER), (errors, ABOUT_ERROR),
-        (columns == _EXAMPLE, "The paper prints Pre_error here without e-5, taken as meant."),
-        (any("*" in method for method in figures), "*: reproduced by AVQ's authors.")) if holds]
+    about = [ABOUT_SAMPLES if columns == _SAMPLED else ABOUT_PAPER]
+    if errors:
+        about.append(ABOUT_ERROR)
+    if columns == _EXAMPLE:
+        about.append("The paper prints Pre_error here without e-5, taken as meant.")
+    if any("*" in method for method in figures):
+        about.append("*: reproduced by AVQ's authors.")
     return "\n\n".join([f"Table {number}: {title}", markdown(["method", "n", *heads], rows),
                         "\n".join(about)])
 

@@ -49,7 +49,7 @@ def show_masked(x, mask):
 
 
 def image_grid(columns, path):
-    """Write a PNG with a column, about 256 px wide, for each caption; row i is of images i."""
+    """Write a PNG with a column of images, about 256 px wide each, under each caption."""
     images = [image for row in zip(*columns.values(), strict=True) for image in row]
     image_rows([(list(columns), images)], path, len(columns), 256)
 

@@ -99,8 +99,8 @@ class DiagonalGaussian:
         generator: None, one CPU torch.Generator, or a list of one per image.
         """
         if isinstance(generator, list):
-            noise = torch.stack([torch.randn(mean.shape, generator=each) for mean, each
-                                 in zip(self.mean, generator, strict=True)])
+            pairs = zip(self.mean, generator, strict=True)
+            noise = torch.stack([torch.randn(mean.shape, generator=each) for mean, each in pairs])
         else:
             noise = torch.randn(self.mean.shape, generator=generator)       # (B, d, h, w)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)

@@ -331,8 +331,8 @@ def parse(argv=None):
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=24, width=100),
         description="Train a first stage (vqgan), its rebuilt codebook (refit), the asymmetric "
-                    "decoder and the diffusion\nprior; without flags all four, on drawn signs. The "
-                    "same command continues. Parentheses: defaults.")
+                    "decoder and the diffusion\nprior; by default all four, on drawn signs. The "
+                    "same command continues a run. (...): defaults")
 
     def choice(group, flag, names, text, default=None, **more):
         names = list(names)
@@ -475,7 +475,7 @@ def resolve(args):
 
 
 def chosen_stages(args, settings, trained):
-    """List the stages to train, in order, and check the size of their images for them.
+    """List the stages to train, in order. Raises UserError for a --size that does not fit them.
 
     trained: the Loaded of --vqgan, or None.
     """
@@ -495,8 +495,8 @@ def chosen_stages(args, settings, trained):
         unit *= UNET_PRESETS[settings["prior"]["unet"]].factor
         why += f" and the prior's --unet {settings['prior']['unet']}"
     if size % unit:
-        raise UserError(f"--size {size} is not a multiple of {unit}, the unit of {why}; the "
-                        f"next one is {size // unit * unit + unit}")
+        raise UserError(f"--size {size} is not a multiple of {unit} (needed by {why}); the next "
+                        f"one is {size // unit * unit + unit}")
     return names
 
 

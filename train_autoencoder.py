@@ -315,7 +315,8 @@ def trained_first_stage(run, name):
 def warn_unless_finished(name, first_stage, where):
     if not first_stage.finished:
         print0(f"{name}: warning: the first stage in {where} is not finished (step "
-               f"{first_stage.step}); finish it first: a {name} fits only the weights below it")
+               f"{first_stage.step}); finish it first: a {name} fits only the weights that it is "
+               "trained on")
 
 
 @torch.no_grad()

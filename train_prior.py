@@ -264,6 +264,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
+        """Move the average towards the model's weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = [parameter.float() for parameter in model.parameters()]
         torch._foreach_lerp_(list(self.model.parameters()), now, 1 - decay)   # few kernels for all

@@ -85,7 +85,8 @@ class Block(nn.Module):
 class LinearAttention(nn.Module):
     """Compute x + gate · proj(v softmax(k)^T q), in O(h·w). The gate starts at zero (ReZero).
 
-    The softmax is over positions: k weights them, v is averaged, q mixes the averages at each one.
+    The softmax is over positions. Each feature is averaged over the positions that k weights, and q
+    mixes these averages at each position.
     """
 
     def __init__(self, channels, config):

@@ -220,7 +220,7 @@ def test_a_mask_is_fitted_to_its_original_but_a_picture_that_ignored_the_turn_is
         mask = MatchedFolders("real", masks=masks).read(0)[2]
         assert np.array_equal(mask[0], wanted > 0)
         assert f"warning: {masks}/x.png: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"real/x.jpg is 8 x 12; .* turned by the .* EXIF tag"):
+    with pytest.raises(UserError, match=r"real/x.jpg is 8 x 12; turn it by its EXIF tag"):
         MatchedFolders("real", "pred").read(0)
 
 
