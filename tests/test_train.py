@@ -890,7 +890,7 @@ def test_a_given_first_stage_is_not_trained_again_nor_a_finished_refit_rebuilt(t
 def test_a_grid_that_the_unet_cannot_halve_is_refused_where_the_prior_is_to_be_trained():
     with pytest.raises(UserError, match=r"--size 72 .* of 16 .*--unet tiny\); the next one is 80"):
         stages_of("--size", "72")
-    with pytest.raises(UserError, match=r"--size 60 .* multiple of 8, .* the next one is 64"):
+    with pytest.raises(UserError, match=r"--size 60 .* multiple of 8 .* the next one is 64"):
         stages_of("--size", "60", "--first-stage", "vq-f8", "--stage", "vqgan")
     assert stages_of("--size", "72", "--stage", "vqgan") == ["vqgan"]
 
